@@ -1,0 +1,1 @@
+"""LLMasOS: an operating system for large language models."""

