@@ -1,0 +1,275 @@
+"""The driver without a device: deterministic tokens and a KV pool that is only bookkeeping.
+
+Each slot keeps the token written to it and a checksum of everything before it, read through the block table
+as attention would. The next token is a hash of all the slots of the history, so a wrong history, a wrong
+block table, a forgotten copy or a block given away too early each show as wrong tokens. `next_token` is the
+same function on a plain list: what a right kernel must produce.
+
+Imports nothing heavy: a worker with this driver starts in the time of the interpreter.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import time
+import zlib
+from collections.abc import Iterable
+from collections.abc import Sequence as Tokens
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from llmasos.syscalls import errors
+from llmasos.syscalls import types as t
+from msgspec.structs import replace
+
+from .base import BLOCK_TOKENS, Batch, Description, Loaded, LoadSpec, SeqOut, StepResult
+from .mirror import Mirror, Piece, Sequence, Step
+
+_SLOT = 8  # bytes: the token and the checksum of its history, both u32
+_BLOCK = _SLOT * BLOCK_TOKENS
+_EMPTY = b"\xff" * _BLOCK
+
+
+def _write(token: int, before: int) -> bytes:
+    """The slot of `token` after a history with checksum `before`."""
+    word = token.to_bytes(4, "little")
+    return word + zlib.crc32(word, before).to_bytes(4, "little")
+
+
+def _checksum(slot: bytes | bytearray) -> int:
+    return int.from_bytes(slot[4:8], "little")
+
+
+def _slots(tokens: Iterable[int]) -> bytes:
+    """The slots that a right history of `tokens` leaves behind."""
+    history, before = bytearray(), 0
+    for token in tokens:
+        slot = _write(token, before)
+        before = _checksum(slot)
+        history += slot
+    return bytes(history)
+
+
+class _Scores:
+    """The pseudo-distribution after a history: `first` is the best token, the others follow it by number."""
+
+    def __init__(self, slots: bytes, sampling: t.Sampling, vocab_size: int) -> None:
+        seed = (sampling.seed or 0) if sampling.temperature > 0 else 0
+        mark = hashlib.blake2b(slots, digest_size=16, salt=seed.to_bytes(8, "little")).digest()
+        self._vocab_size = vocab_size
+        self.first = int.from_bytes(mark[:8], "little") % vocab_size
+        self._slope = 0.5 + int.from_bytes(mark[8:12], "little") / 2**32
+
+    def rank(self, rank: int) -> t.TokenLogprob:
+        return t.TokenLogprob((self.first + rank) % self._vocab_size, -(rank + 1) * self._slope)
+
+    def of(self, token: int, top: int) -> t.Chosen:
+        ranks = range(min(top, self._vocab_size))
+        return t.Chosen(
+            self.rank((token - self.first) % self._vocab_size).logprob, [self.rank(r) for r in ranks]
+        )
+
+    def best(self, count: int, suppressed: Iterable[int]) -> list[t.TokenLogprob]:
+        """The best `count` continuations that are not suppressed, best first."""
+        barred = set(suppressed)
+        ranks = (self.rank(rank) for rank in range(self._vocab_size))
+        return list(itertools.islice((score for score in ranks if score.token not in barred), count))
+
+
+def next_token(
+    tokens: Tokens[int], vocab_size: int = 50257, sampling: t.Sampling | None = None, prompt_length: int = 0
+) -> int:
+    """The token that this driver generates after `tokens`: a hash of all of them. With a temperature the
+    seed counts too, so that forks with other seeds diverge."""
+    sampling = sampling or t.Sampling()
+    young = len(tokens) - prompt_length < sampling.min_new_tokens
+    scores = _Scores(_slots(tokens), sampling, vocab_size)
+    return scores.best(1, sampling.stop_token_ids if young else ())[0].token
+
+
+class _Resident:
+    """A loaded model: its mirror and its slots, one bytearray of 16 slots a block, made when first used."""
+
+    def __init__(self, loaded: Loaded, step_seconds: float) -> None:
+        self.loaded = loaded
+        self.step_seconds = step_seconds
+        self.mirror = Mirror(loaded.blocks, loaded.vocab_size, loaded.context_length)
+        self._pool: dict[int, bytearray] = {}
+
+    def block(self, block: int) -> bytes | bytearray:
+        return self._pool.get(block, _EMPTY)
+
+    def put(self, block: int, data: bytes | bytearray) -> None:
+        self._pool[block] = bytearray(data)
+
+    def history(self, sequence: Sequence, length: int) -> bytes:
+        blocks = sequence.blocks[: -(-length // BLOCK_TOKENS)]
+        return b"".join([self.block(block) for block in blocks])[: length * _SLOT]
+
+    def compute(self, piece: Piece) -> None:
+        """Writes the slots of the piece's positions, each after the slot before it."""
+        sequence = piece.sequence
+        before = _checksum(self.history(sequence, piece.start)[-_SLOT:]) if piece.start else 0
+        for position in range(piece.start, piece.end):
+            block = self._pool.setdefault(sequence.blocks[position // BLOCK_TOKENS], bytearray(_EMPTY))
+            slot = _write(sequence.tokens[position], before)
+            before = _checksum(slot)
+            place = position % BLOCK_TOKENS * _SLOT
+            block[place : place + _SLOT] = slot
+
+
+class NullDriver:
+    """Loads any config.json: `max_position_embeddings` (4096), `vocab_size` (50257), and for tests
+    `llmasos_null_blocks` (4096) and `llmasos_null_step_seconds` (0: no sleep in a step)."""
+
+    name = "null"
+
+    def __init__(self) -> None:
+        self._residents: dict[int, _Resident] = {}
+        self._pending: dict[int, Batch] = {}
+
+    def describe(self) -> Description:
+        return Description(
+            driver=self.name,
+            text="no device: deterministic tokens, KV as bookkeeping",
+            memory_total=1 << 30,
+            memory_free=(1 << 30)
+            - sum(r.loaded.blocks * r.loaded.block_bytes for r in self._residents.values()),
+            dtypes=["float32", "bfloat16"],
+            default_dtype="float32",
+            step_tokens=2048,
+            max_sequences=256,
+        )
+
+    def load(self, spec: LoadSpec) -> Loaded:
+        if spec.dtype not in ("", *self.describe().dtypes):
+            raise errors.UnsupportedModel(
+                f"{self.name} has no dtype {spec.dtype!r}", hint="leave dtype empty"
+            )
+        config = _config(spec)
+        loaded = Loaded(
+            handle=spec.handle,
+            dtype=spec.dtype or "float32",
+            context_length=_number(config, "max_position_embeddings", "n_positions", default=4096),
+            vocab_size=_number(config, "vocab_size", default=50257),
+            blocks=_number(config, "llmasos_null_blocks", default=4096),
+            block_bytes=_BLOCK,
+            weights_bytes=0,
+        )
+        if loaded.blocks * BLOCK_TOKENS < loaded.context_length:
+            raise errors.NeverFits(
+                f"{loaded.blocks} blocks of {BLOCK_TOKENS} tokens cannot hold one context of "
+                f"{loaded.context_length} tokens",
+                hint="set llmasos_null_blocks higher in config.json",
+                blocks=loaded.blocks,
+                context_length=loaded.context_length,
+            )
+        self._residents[spec.handle] = _Resident(loaded, float(config.get("llmasos_null_step_seconds", 0)))
+        return loaded
+
+    def unload(self, handle: int) -> None:
+        self._residents.pop(handle, None)
+
+    def submit(self, batch: Batch) -> int:
+        self._pending[batch.ticket] = batch
+        return batch.ticket
+
+    def collect(self, ticket: int) -> StepResult:
+        if ticket not in self._pending:
+            raise errors.DeviceFault(f"no step with ticket {ticket} was submitted")
+        batch = self._pending.pop(ticket)
+        resident = self._resident(batch.handle)
+        begun = time.perf_counter()
+        if resident.step_seconds:
+            time.sleep(resident.step_seconds)
+        step = resident.mirror.apply(batch)
+        for source, target in step.copies:
+            resident.put(target, resident.block(source))
+        # As on a device, one sequence of a batch may build on blocks that another fills in the same batch.
+        for piece in sorted(step.pieces, key=lambda piece: piece.start):
+            resident.compute(piece)
+        for piece in step.pieces:
+            step.outputs[piece.index] = self._score(resident, piece)
+        return self._finish(step, time.perf_counter() - begun)
+
+    def _finish(self, step: Step, seconds: float) -> StepResult:
+        return StepResult(step.batch.ticket, step.outputs, seconds)
+
+    def _score(self, resident: _Resident, piece: Piece) -> SeqOut:
+        sequence, sampling = piece.sequence, piece.sequence.sampling
+        vocab_size = resident.loaded.vocab_size
+        slots = resident.history(sequence, piece.end)
+        out = SeqOut(sequence.id, prompt=self._score_prompt(slots, piece, vocab_size))
+        if not (piece.choose or piece.beams):
+            return out
+        scores = _Scores(slots, sampling, vocab_size)
+        barred = sampling.stop_token_ids if sequence.generated < sampling.min_new_tokens else []
+        if piece.beams:
+            return replace(out, beams=scores.best(piece.beams, barred))
+        token = scores.best(1, barred)[0].token
+        sequence.tokens.append(token)
+        chosen = None if sampling.logprobs is None else scores.of(token, sampling.logprobs)
+        return replace(out, token=token, stop=token in sampling.stop_token_ids, chosen=chosen)
+
+    def _score_prompt(self, slots: bytes, piece: Piece, vocab_size: int) -> list[t.Chosen]:
+        if not piece.scores_prompt:
+            return []
+        sampling, tokens = piece.sequence.sampling, piece.sequence.tokens
+        known = range(piece.start + 1, min(piece.end + 1, len(tokens)))
+        return [
+            _Scores(slots[: p * _SLOT], sampling, vocab_size).of(tokens[p], sampling.logprobs or 0)
+            for p in known
+        ]
+
+    def export_blocks(self, handle: int, blocks: list[int]) -> bytes:
+        resident = self._resident(handle)
+        _check_blocks(blocks, resident.loaded)
+        return b"".join(resident.block(block) for block in blocks)
+
+    def import_blocks(self, handle: int, blocks: list[int], data: bytes) -> None:
+        resident = self._resident(handle)
+        _check_blocks(blocks, resident.loaded)
+        if len(data) != len(blocks) * _BLOCK:
+            raise errors.Corrupt(f"{len(data)} bytes for {len(blocks)} blocks of {_BLOCK} bytes")
+        for index, block in enumerate(blocks):
+            resident.put(block, data[index * _BLOCK : (index + 1) * _BLOCK])
+
+    def close(self) -> None:
+        self._residents.clear()
+        self._pending.clear()
+
+    def _resident(self, handle: int) -> _Resident:
+        if (resident := self._residents.get(handle)) is None:
+            raise errors.DeviceFault(f"no model is loaded under handle {handle}")
+        return resident
+
+
+def _check_blocks(blocks: list[int], loaded: Loaded) -> None:
+    if blocks and not (min(blocks) >= 0 and max(blocks) < loaded.blocks):
+        raise errors.DeviceFault(f"a block is outside the pool of {loaded.blocks}")
+
+
+def _config(spec: LoadSpec) -> dict[str, Any]:
+    if (file := spec.files.get("config.json")) is None:
+        return {}
+    try:
+        data = Path(file.path).read_bytes()
+        config = msgspec.json.decode(data)
+    except (OSError, msgspec.DecodeError) as problem:
+        raise errors.Corrupt(f"config.json cannot be read: {type(problem).__name__}") from None
+    if file.digest != f"sha256:{hashlib.sha256(data).hexdigest()}" or not isinstance(config, dict):
+        raise errors.Corrupt(
+            "config.json is not what its digest says", hint="run fsck and pull the model again"
+        )
+    return config
+
+
+def _number(config: dict[str, Any], *names: str, default: int) -> int:
+    for name in names:
+        if (value := config.get(name)) is not None:
+            if not isinstance(value, int) or value < 1:
+                raise errors.UnsupportedModel(f"config.json: {name} must be a positive whole number")
+            return value
+    return default

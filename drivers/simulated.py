@@ -1,0 +1,75 @@
+"""The null driver with a clock: each step takes the time that a model of a device says, in virtual time.
+
+Nothing sleeps. A step starts when it is submitted or when the step before it ends, whichever is later, and
+collecting it moves the clock to its end. Simulated days of traffic run in seconds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from msgspec.structs import replace
+
+from .base import Batch, Description, StepResult
+from .mirror import Step
+from .null import NullDriver
+
+
+@dataclass(slots=True)
+class VirtualClock:
+    """Seconds since the simulation began; moves only when told to."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance_to(self, moment: float) -> None:
+        self.now = max(self.now, moment)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of a step: a fixed part, one for each prefill token, for each decoding sequence, and for each
+    token of context that a row attends to. Defaults: a 135M model on a small CPU."""
+
+    fixed: float = 0.012
+    prefill_token: float = 0.0008
+    decode_sequence: float = 0.003
+    context_token: float = 2e-7
+
+    def of(self, step: Step) -> float:
+        seconds = self.fixed
+        for piece in step.pieces:
+            rows = piece.end - piece.start
+            seconds += self.decode_sequence if rows == 1 else self.prefill_token * rows
+            seconds += self.context_token * rows * (piece.start + piece.end + 1) / 2
+        return seconds
+
+
+class SimulatedDriver(NullDriver):
+    """Tokens of the null driver, times of `step_time`, on `clock`."""
+
+    name = "simulated"
+
+    def __init__(self, clock: VirtualClock | None = None, step_time: StepTime | None = None) -> None:
+        super().__init__()
+        self.clock = clock or VirtualClock()
+        self._step_time = step_time or StepTime()
+        self._submitted: dict[int, float] = {}
+        self._free_at = 0.0
+
+    def describe(self) -> Description:
+        return replace(super().describe(), text="a step-time model on a virtual clock", step_tokens=256)
+
+    def submit(self, batch: Batch) -> int:
+        self._submitted[batch.ticket] = self.clock()
+        return super().submit(batch)
+
+    def _finish(self, step: Step, seconds: float) -> StepResult:
+        del seconds  # of this machine, which the simulation is not about
+        begun = max(self._submitted.pop(step.batch.ticket), self._free_at)
+        simulated = self._step_time.of(step)
+        self._free_at = begun + simulated
+        self.clock.advance_to(self._free_at)
+        return StepResult(step.batch.ticket, step.outputs, simulated)
