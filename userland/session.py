@@ -1,0 +1,253 @@
+"""The client's side of a connection, without I/O: frames and requests in, frames and events out.
+
+States: OFFLINE --online()--> GREETING --hello's reply--> OPEN, and back to OFFLINE with offline().
+A request waits until OPEN, is sent, and ends with exactly one Replied or Failed. When the connection
+breaks, what has been sent fails with ConnectionLost, except calls that only read: those wait and are sent
+again. Sequence numbers of stream items are checked, so an item is never lost or repeated unseen.
+
+Never touches a socket, a clock or a thread: `connection.py` does.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from dataclasses import dataclass, field
+
+from llmasos.syscalls import errors, table, wire
+from llmasos.syscalls.types import Wire
+
+ITEM_WINDOW = 64
+"""Stream items that may be under way before their reader has taken any."""
+
+READ_ONLY: frozenset[type[table.Call]] = frozenset(
+    {
+        table.Whoami,
+        table.Ps,
+        table.StatProcess,
+        table.Ls,
+        table.Stat,
+        table.Read,
+        table.Df,
+        table.Lsdev,
+    }
+)
+"""Calls that change nothing: sent again after a reconnect."""
+
+
+class Phase(enum.Enum):
+    OFFLINE = "offline"
+    GREETING = "greeting"
+    OPEN = "open"
+
+
+@dataclass(frozen=True, slots=True)
+class Greeted:
+    """The kernel answered `hello`. `restarted`: it is not the boot that this session knew before."""
+
+    hello: table.HelloReply
+    restarted: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The kernel refused `hello`: this client cannot talk to it."""
+
+    error: errors.LLMasOSError
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """What arrived makes no sense; the connection must be dropped."""
+
+    error: errors.ConnectionLost
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    id: int
+    item: Wire
+
+
+@dataclass(frozen=True, slots=True)
+class Replied:
+    id: int
+    reply: Wire
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    id: int
+    error: errors.LLMasOSError
+
+
+Event = Greeted | Refused | Broken | Item | Replied | Failed
+
+
+@dataclass(slots=True)
+class _Pending:
+    call: table.Call
+    frames: list[bytes]
+    credits: int
+    sent: bool = False
+    next_seq: int = 0
+
+
+@dataclass(slots=True)
+class Window:
+    """Credits of one stream, counted by its reader: half a window at a time goes back to the kernel."""
+
+    size: int = ITEM_WINDOW
+    _taken: int = 0
+
+    def take(self) -> int:
+        """The reader has taken one item. Returns how many credits to grant now, mostly 0."""
+        self._taken += 1
+        if self._taken * 2 < self.size:
+            return 0
+        granted, self._taken = self._taken, 0
+        return granted
+
+
+@dataclass(slots=True)
+class Session:
+    """One client's conversation with the kernel over any number of connections."""
+
+    label: str = ""
+    phase: Phase = Phase.OFFLINE
+    hello: table.HelloReply | None = None
+    _ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+    _hello_id: int = 0
+    _pending: dict[int, _Pending] = field(default_factory=dict)
+    _out: list[list[bytes]] = field(default_factory=list)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether anything needs a connection."""
+        return bool(self._pending)
+
+    def request(self, call: table.Call, window: int = 0) -> int:
+        """Queues a call and returns its id. `window` is the credit for its stream, 0 without one.
+
+        Raises InvalidArgument when the call does not fit into a message.
+        """
+        id_ = next(self._ids)
+        try:
+            frames = wire.encode_request(id_, call, window)
+        except (TypeError, ValueError, OverflowError) as problem:
+            raise errors.InvalidArgument(f"{call.name}: {problem}") from None
+        pending = self._pending[id_] = _Pending(call, frames, window)
+        if self.phase is Phase.OPEN:
+            self._send(pending)
+        return id_
+
+    def grant(self, id_: int, n: int) -> None:
+        """Lets the kernel send `n` more items of stream `id_`."""
+        if n > 0 and (pending := self._pending.get(id_)) is not None and pending.sent:
+            pending.credits += n
+            self._out.append(wire.encode_credit(id_, n))
+
+    def cancel(self, id_: int) -> list[Event]:
+        """Asks for the end of a request; its answer still comes. One that was not sent ends at once."""
+        if (pending := self._pending.get(id_)) is None:
+            return []
+        if pending.sent:
+            self._out.append(wire.encode_cancel(id_))
+            return []
+        del self._pending[id_]
+        return [Failed(id_, errors.ConnectionLost(f"{pending.call.name}: cancelled before it was sent"))]
+
+    def online(self) -> None:
+        """A fresh connection is being made: greet the kernel."""
+        self.phase = Phase.GREETING
+        self._hello_id = next(self._ids)
+        hello = table.Hello(table.VERSION, table.table_hash(), self.label)
+        self._out = [wire.encode_request(self._hello_id, hello, 0)]
+
+    def offline(self) -> list[Event]:
+        """The connection is gone. Fails what was sent and must not be sent twice."""
+        self.phase = Phase.OFFLINE
+        self._out = []
+        events: list[Event] = []
+        for id_, pending in list(self._pending.items()):
+            if not pending.sent:
+                continue
+            if type(pending.call) in READ_ONLY:
+                pending.sent = False
+                continue
+            del self._pending[id_]
+            events.append(
+                Failed(
+                    id_,
+                    errors.ConnectionLost(
+                        f"the connection to the kernel broke while {pending.call.name} was under way",
+                        hint="it may or may not have been done; see `llsh ps` and `llsh dmesg`",
+                    ),
+                )
+            )
+        return events
+
+    def abandon(self, error: errors.LLMasOSError) -> list[Event]:
+        """Fails everything that waits: no connection can be had."""
+        events: list[Event] = [Failed(id_, error) for id_ in self._pending]
+        self._pending.clear()
+        return events
+
+    def outgoing(self) -> list[list[bytes]]:
+        """Messages to send now, in order."""
+        out, self._out = self._out, []
+        return out
+
+    def receive(self, frames: list[bytes]) -> list[Event]:
+        """What a message of the kernel means."""
+        try:
+            answer = wire.decode_answer(frames)
+            if answer.id == self._hello_id:
+                return self._greeting(answer)
+            if answer.id == 0:
+                raise errors.BadFrame(f"the kernel could not read a message: {_error(answer)}")
+            if (pending := self._pending.get(answer.id)) is None or not pending.sent:
+                raise errors.BadFrame(f"answer to request {answer.id}, which is not under way")
+            return [self._answer(answer, pending)]
+        except errors.BadFrame as problem:
+            return [Broken(errors.ConnectionLost(f"protocol error: {problem.message}"))]
+
+    def _greeting(self, answer: wire.FromKernel) -> list[Event]:
+        if answer.kind is not wire.Kind.REPLY:
+            self.phase = Phase.OFFLINE
+            return [Refused(_error(answer))]
+        hello = wire.typed_reply(table.Hello, answer)
+        assert isinstance(hello, table.HelloReply)
+        restarted = self.hello is not None and self.hello.boot_id != hello.boot_id
+        self.hello, self.phase, self._hello_id = hello, Phase.OPEN, 0
+        for pending in self._pending.values():
+            self._send(pending)
+        return [Greeted(hello, restarted)]
+
+    def _answer(self, answer: wire.FromKernel, pending: _Pending) -> Event:
+        match answer.kind:
+            case wire.Kind.ITEM:
+                if answer.seq != pending.next_seq:
+                    raise errors.BadFrame(f"stream item {answer.seq} instead of {pending.next_seq}")
+                if pending.next_seq >= pending.credits:
+                    raise errors.BadFrame(f"stream item {answer.seq} above the credits given")
+                pending.next_seq += 1
+                return Item(answer.id, wire.typed_item(type(pending.call), answer))
+            case wire.Kind.REPLY:
+                reply = wire.typed_reply(type(pending.call), answer)
+                del self._pending[answer.id]
+                return Replied(answer.id, reply)
+            case _:
+                del self._pending[answer.id]
+                return Failed(answer.id, _error(answer))
+
+    def _send(self, pending: _Pending) -> None:
+        pending.sent = True
+        self._out.append(pending.frames)
+
+
+def _error(answer: wire.FromKernel) -> errors.LLMasOSError:
+    try:
+        return errors.from_wire(answer.body)
+    except (TypeError, ValueError):
+        return errors.LLMasOSError("the kernel sent an error that cannot be read")
