@@ -1,0 +1,314 @@
+"""What a model's folder must hold, whatever brought it: which files are taken, which are refused by name, and
+how the model's own files are completed to those that every model here has.
+
+Only safetensors and GGUF hold weights. Pickles and the like can run code when they are read; `.py` files and
+`auto_map` ask for code to be run. Neither is ever read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmasos.syscalls.errors import Corrupt, RefusedFile, UnsupportedModel
+from msgspec import Struct
+
+from . import safetensors_index
+
+ARCHITECTURES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")
+"""Values of config.json's model_type that a driver computes."""
+
+PICKLES = (
+    ".bin",
+    ".pt",
+    ".pth",
+    ".pkl",
+    ".pickle",
+    ".ckpt",
+    ".h5",
+    ".msgpack",
+    ".npz",
+    ".npy",
+    ".joblib",
+    ".ot",
+)
+
+INDEX = "model.safetensors.index.json"
+TEXTS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+MAX_CONFIG = 4 * 1024 * 1024
+MAX_TEMPLATE = 1024 * 1024
+
+_LICENSE = re.compile(r"(?i)(licen[cs]e|copying)(\.(md|txt))?")
+_TYPES = ("F32", "F16", "BF16")
+# Buffers that old checkpoints carry; the code computes them.
+_BUFFERS = re.compile(r".*(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)")
+
+
+class Assembled(Struct, frozen=True):
+    """A model's small files, and what its manifest says about it."""
+
+    texts: dict[str, bytes]
+    architecture: str
+    parameters: int
+    quantization: str
+    context_length: int
+    license: str
+
+
+# -- which files -------------------------------------------------------------------------------------
+
+
+def refuse_code(names: Iterable[str]) -> None:
+    """Raises RefusedFile naming the Python files among `names`."""
+    if code := sorted(name for name in names if name.endswith((".py", ".pyc", ".so"))):
+        raise RefusedFile(
+            f"the source holds code: {', '.join(code)[:300]}",
+            hint="LLMasOS runs no code that comes with a model; import a copy without it",
+            file=code[0],
+        )
+
+
+def choose_weights(names: Iterable[str], index: bytes | None = None) -> list[str]:
+    """The weight files to take of a folder: those that `index` (the content of INDEX) names, or the one
+    safetensors file, or the one GGUF file. Raises RefusedFile when there are only pickles, or when it is
+    not clear which file is meant."""
+    present = set(names)
+    if index is not None:
+        return _of_index(index, present)
+    tensors = sorted(name for name in present if name.endswith(".safetensors"))
+    if "model.safetensors" in tensors:
+        return ["model.safetensors"]
+    found = tensors or sorted(name for name in present if name.endswith(".gguf"))
+    if len(found) == 1:
+        return found
+    if found:
+        raise RefusedFile(
+            f"which of these weights? {', '.join(found)[:500]}",
+            hint="name the one file: hf:owner/repo/FILE.gguf or file:/path/FILE.gguf",
+        )
+    if pickles := sorted(name for name in present if name.endswith(PICKLES)):
+        raise RefusedFile(
+            f"the weights are only there as {', '.join(pickles)[:300]}, which can run code when read",
+            hint="only .safetensors and .gguf are read; ask the author for them",
+            file=pickles[0],
+        )
+    raise RefusedFile("the source holds no weights", hint="LLMasOS reads .safetensors and .gguf files")
+
+
+def _of_index(index: bytes, present: set[str]) -> list[str]:
+    weight_map = parse_json(INDEX, index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise Corrupt(f"{INDEX} has no weight_map", file=INDEX)
+    files = sorted(set(weight_map.values()))
+    for name in files:
+        if "/" in name or not name.endswith(".safetensors"):
+            raise RefusedFile(
+                f"{INDEX} names {name[:120]!r}", hint="only .safetensors files are read", file=name[:120]
+            )
+        if name not in present:
+            raise Corrupt(f"{INDEX} names {name}, which is missing", file=name)
+    if not files:
+        raise Corrupt(f"{INDEX} names no file", file=INDEX)
+    return files
+
+
+def is_license(name: str) -> bool:
+    """Whether a file of this name holds the license's text."""
+    return _LICENSE.fullmatch(name) is not None
+
+
+def license_of_card(card: str) -> str:
+    """The license's id in the front matter of a model card (README.md), or ""."""
+    front = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
+    found = re.search(r"^license:[ \t]*([\w.-]{1,64})[ \t]*$", front[1], re.MULTILINE) if front else None
+    return found[1] if found else ""
+
+
+# -- what is in them ---------------------------------------------------------------------------------
+
+
+def parse_json(name: str, data: bytes) -> dict[str, Any]:
+    """A JSON object. Raises Corrupt."""
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        raise Corrupt(f"{name} is no JSON", file=name) from None
+    if not isinstance(found, dict):
+        raise Corrupt(f"{name} holds no JSON object", file=name)
+    return found
+
+
+def check_config(data: bytes) -> dict[str, Any]:
+    """config.json, if it is of a model that can be computed without foreign code.
+
+    Raises RefusedFile, UnsupportedModel, Corrupt.
+    """
+    if len(data) > MAX_CONFIG:
+        raise RefusedFile(f"config.json of {len(data)} bytes", file="config.json")
+    config = parse_json("config.json", data)
+    if "auto_map" in config:
+        raise RefusedFile(
+            "config.json has an auto_map: this model wants its own code to be run",
+            hint="LLMasOS runs no code that comes with a model",
+            file="config.json",
+        )
+    if config.get("quantization_config"):
+        raise UnsupportedModel("weights quantised for transformers", hint="try the full model or a GGUF file")
+    architecture = config.get("model_type")
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedModel(
+            f"no support for the architecture {str(architecture)[:40]!r}",
+            hint=f"known: {', '.join(ARCHITECTURES)}",
+        )
+    check_dimensions(config)
+    return config
+
+
+def check_dimensions(config: Mapping[str, Any]) -> None:
+    """Raises Corrupt when a size in config.json is no sane number."""
+    for key, value in config.items():
+        if key.startswith(("n_", "num_")) or key.endswith(("_size", "_dim", "_embeddings")):
+            sane = value is None or (isinstance(value, (int, float)) and 0 <= value < 2**31)
+            if key == "tie_word_embeddings" or sane:
+                continue
+            raise Corrupt(f"config.json: {key} is {str(value)[:40]}", file="config.json")
+
+
+def check_template(template: str) -> bytes:
+    """A chat template as stored. Raises RefusedFile when it is too long to be one."""
+    data = template.encode()
+    if len(data) > MAX_TEMPLATE:
+        raise RefusedFile(f"a chat template of {len(data)} bytes", file="chat_template.jinja")
+    return data
+
+
+def check_tokenizer(data: bytes) -> Any:
+    """The tokenizer that tokenizer.json holds. Raises Corrupt."""
+    from tokenizers import Tokenizer  # only importers need it
+
+    try:
+        return Tokenizer.from_str(data.decode())
+    except MemoryError:
+        raise
+    except BaseException as problem:  # a panic in Rust is no Exception
+        if isinstance(problem, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise Corrupt(f"tokenizer.json: {str(problem)[:200]}", file="tokenizer.json") from None
+
+
+def most_of(tensors: Iterable[tuple[str, int]]) -> str:
+    """The type that most numbers have, of (type, numbers) of each tensor."""
+    total: dict[str, int] = {}
+    for kind, size in tensors:
+        total[kind] = total.get(kind, 0) + size
+    return max(total, key=lambda kind: total[kind])
+
+
+# -- the files that every model has ------------------------------------------------------------------
+
+
+def assemble(texts: Mapping[str, bytes], weights: Mapping[str, Path]) -> Assembled:
+    """Completes a folder in Hugging Face's layout: `texts` its small files, `weights` where its safetensors
+    lie. Raises RefusedFile, UnsupportedModel, Corrupt."""
+    if "config.json" not in texts:
+        raise RefusedFile("the source has no config.json", hint="give a folder as transformers saves it")
+    config = check_config(texts["config.json"])
+    index = _index(weights)
+    done = {name: texts[name] for name in (*TEXTS, "LICENSE") if name in texts}
+    done["tensors.json"] = _json({"tensors": index})
+    done |= _tokenizer_files(texts, config)
+    if "generation_config.json" not in texts:
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        done["generation_config.json"] = _json({n: config[n] for n in names if config.get(n) is not None})
+    else:
+        parse_json("generation_config.json", texts["generation_config.json"])
+    sizes = [(entry["type"], math.prod(entry["shape"])) for entry in index.values()]
+    context_length = config.get("max_position_embeddings") or config.get("n_positions") or config.get("n_ctx")
+    if not context_length:
+        raise Corrupt("config.json does not say how long a context may be", file="config.json")
+    return Assembled(
+        texts=done,
+        architecture=config["model_type"],
+        parameters=sum(size for _, size in sizes),
+        quantization=most_of(sizes),
+        context_length=int(context_length),
+        license="",
+    )
+
+
+def _index(weights: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    index: dict[str, dict[str, Any]] = {}
+    for file, path in weights.items():
+        for name, tensor in safetensors_index.read(path).items():
+            if _BUFFERS.fullmatch(name):
+                continue
+            if tensor.dtype not in _TYPES:
+                raise UnsupportedModel(
+                    f"{name} is of type {tensor.dtype}", hint="F32, F16 and BF16 are computed"
+                )
+            if name in index:
+                raise Corrupt(f"{name} is in {index[name]['file']} and in {file}")
+            index[name] = {
+                "file": file,
+                "type": tensor.dtype,
+                "shape": tensor.shape,
+                "offset": tensor.offset,
+                "nbytes": tensor.nbytes,
+            }
+    if not index:
+        raise Corrupt("the weight files hold no weights")
+    return index
+
+
+def _tokenizer_files(texts: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, bytes]:
+    """tokenizer_config.json with at least bos_token, eos_token and add_bos_token; the chat template as its
+    own file."""
+    if "tokenizer.json" not in texts:
+        raise UnsupportedModel(
+            "the source has no tokenizer.json",
+            hint="save one beside the weights: AutoTokenizer.from_pretrained(…).save_pretrained(folder)",
+        )
+    tokenizer = check_tokenizer(texts["tokenizer.json"])
+    about = parse_json("tokenizer_config.json", texts.get("tokenizer_config.json", b"{}"))
+    complete = dict(about)
+    for name in ("bos", "eos"):
+        number = config.get(f"{name}_token_id")
+        first = number[0] if isinstance(number, list) and number else number
+        token = tokenizer.id_to_token(first) if isinstance(first, int) and 0 <= first < 2**31 else None
+        complete.setdefault(f"{name}_token", token)
+    if not isinstance(complete.get("add_bos_token"), bool):
+        # tokenizer.json decides: what stands before an empty text?
+        bos = complete["bos_token"]
+        content = bos.get("content") if isinstance(bos, dict) else bos
+        complete["add_bos_token"] = tokenizer.encode("").tokens[:1] == [content]
+    done = {}
+    template = texts.get("chat_template.jinja") or _template(complete.pop("chat_template", None))
+    if template:
+        done["chat_template.jinja"] = check_template(
+            template if isinstance(template, str) else template.decode()
+        )
+    if complete != about or "tokenizer_config.json" not in texts:
+        done["tokenizer_config.json"] = _json(complete)
+    return done
+
+
+def _template(found: object) -> str:
+    """tokenizer_config.json holds a template, or a list of named ones of which "default" counts."""
+    if isinstance(found, list):
+        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
+        found = named.get("default")
+    return found if isinstance(found, str) else ""
+
+
+def _json(body: Mapping[str, Any]) -> bytes:
+    return json.dumps(body, ensure_ascii=False, indent=1).encode()
