@@ -1,0 +1,70 @@
+"""Limits and defaults of the kernel: one frozen struct, set by a TOML file or `--set name=value`.
+
+Precedence: --set, then the file, then the defaults here. Unknown names are errors.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import msgspec
+from llmasos.syscalls.errors import InvalidArgument
+
+
+class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Every knob of the kernel."""
+
+    devices: list[str] = []
+    """Devices to drive (cpu, cuda:0, null, …). Empty: cpu, and every NVIDIA device that is there."""
+
+    kv_fraction: float = 0.4
+    """Share of a device's free memory that the KV blocks of one model may take."""
+
+    step_tokens: int = 0
+    """Most tokens a step computes. 0: what the driver advises."""
+
+    max_sessions: int = 1024
+    max_requests: int = 1024
+    """Open requests of one session."""
+
+    max_processes: int = 4096
+    """Processes of all owners together."""
+
+    max_processes_per_owner: int = 2048
+
+    aging_s: float = 2.0
+    """A runnable process that got nothing for this long goes first, whatever its class."""
+
+    log_lines: int = 4096
+    """Lines that dmesg keeps."""
+
+    crash_limit: int = 2
+    """A request that was running in this many driver deaths is failed instead of recomputed."""
+
+
+def load(path: Path, overrides: list[str]) -> Config:
+    """The configuration from the file at `path` (if it exists) and `name=value` texts (values are TOML).
+
+    Raises InvalidArgument naming what is wrong.
+    """
+    values: dict[str, object] = {}
+    try:
+        if path.exists():
+            values.update(tomllib.loads(path.read_text()))
+        for override in overrides:
+            name, equals, value = override.partition("=")
+            if not equals:
+                raise InvalidArgument(f"--set {override}: expected name=value", field=name)
+            values.update(_override(name.strip(), value.strip()))
+        return msgspec.convert(values, Config)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as problem:
+        raise InvalidArgument(f"configuration: {problem}", hint=f"see {path} and `llmasosd --help`") from None
+
+
+def _override(name: str, value: str) -> dict[str, object]:
+    try:
+        return tomllib.loads(f"{name} = {value}")
+    except tomllib.TOMLDecodeError:
+        quoted = value.replace("\\", "\\\\").replace('"', '\\"')
+        return tomllib.loads(f'{name} = "{quoted}"')

@@ -1,0 +1,91 @@
+"""The file tree that `ls`, `stat` and `read` show: /models is the model filesystem's, /proc the kernel's.
+
+/proc/PID/tokens is a process's context as packed u32.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from llmasos.syscalls import errors
+from llmasos.syscalls.table import DfReply
+from llmasos.syscalls.types import FileInfo, FileKind, pack_tokens
+
+from .tenants import Subject
+
+if TYPE_CHECKING:
+    from .loop import Kernel
+
+MAX_READ = 1024 * 1024
+
+
+def _proc_pid(path: str) -> int | None:
+    """PID of a path below /proc/PID, None for others."""
+    parts = path.strip("/").split("/")
+    if len(parts) >= 2 and parts[0] == "proc" and parts[1].isdigit() and len(parts[1]) < 16:
+        return int(parts[1])
+    return None
+
+
+def _is_proc(path: str) -> bool:
+    return path.strip("/").split("/")[0] == "proc"
+
+
+def ls(kernel: Kernel, subject: Subject, path: str) -> list[FileInfo]:
+    """The entries of a folder. Raises NoSuchFile."""
+    if path.strip("/") == "":
+        return [FileInfo(f"/{name}", FileKind.FOLDER, 0) for name in ("models", "proc")]
+    if not _is_proc(path):
+        return kernel.store.ls(path)
+    if path.strip("/") == "proc":
+        pids = [p.pid for p in kernel.processes if p.beam_of is None and subject.may_command(p.owner)]
+        return [FileInfo(f"/proc/{pid}", FileKind.FOLDER, 0) for pid in pids]
+    pid = _proc_pid(path)
+    if pid is None or len(path.strip("/").split("/")) != 2:
+        raise errors.NoSuchFile(f"no folder {path}", hint="see `llsh ls /proc`")
+    kernel.processes.find(pid, subject)
+    return [stat(kernel, subject, f"/proc/{pid}/tokens")]
+
+
+def stat(kernel: Kernel, subject: Subject, path: str) -> FileInfo:
+    """One entry. Raises NoSuchFile, NoSuchProcess."""
+    clean = path.strip("/")
+    if clean in ("", "proc", "models"):
+        return FileInfo(f"/{clean}", FileKind.FOLDER, 0)
+    if not _is_proc(path):
+        return kernel.store.stat(path)
+    pid = _proc_pid(path)
+    if pid is not None and clean == f"proc/{pid}":
+        kernel.processes.find(pid, subject)
+        return FileInfo(f"/{clean}", FileKind.FOLDER, 0)
+    return FileInfo(f"/{clean}", FileKind.FILE, len(_tokens(kernel, subject, path)))
+
+
+def read(kernel: Kernel, subject: Subject, path: str, offset: int, length: int) -> tuple[int, bytes]:
+    """(size of the file, up to `length` bytes from `offset`). Raises NoSuchFile, NoSuchProcess."""
+    length = min(length, MAX_READ)
+    if not _is_proc(path):
+        return kernel.store.read(path, offset, length)
+    data = _tokens(kernel, subject, path)
+    return len(data), data[offset : offset + length]
+
+
+def _tokens(kernel: Kernel, subject: Subject, path: str) -> bytes:
+    pid = _proc_pid(path)
+    if pid is None or path.strip("/") != f"proc/{pid}/tokens":
+        raise errors.NoSuchFile(f"no file {path}", hint="see `llsh ls /proc`")
+    return pack_tokens(kernel.processes.find(pid, subject).tokens)
+
+
+def df(kernel: Kernel) -> DfReply:
+    disk = os.statvfs(kernel.store.folder)
+    models_bytes, blobs = kernel.store.usage()
+    return DfReply(
+        home=str(kernel.store.folder),
+        disk_total=disk.f_blocks * disk.f_frsize,
+        disk_free=disk.f_bavail * disk.f_frsize,
+        models_bytes=models_bytes,
+        blobs=blobs,
+        pools=[pool.info() for device in kernel.devices.values() for pool in device.pools],
+    )

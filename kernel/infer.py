@@ -1,0 +1,97 @@
+"""One `infer` on a process: what it wants, its stream, its credits, how it ends.
+
+The stream never blocks the kernel: when the reader's credits are used up, what is generated is kept here
+(at most a step's worth, for the process is not scheduled while `blocked`) until more credits come.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from llmasos.syscalls.types import Chosen, Finish, InferEvent, Sampling, TokenLogprob
+
+from .beams import BeamSearch
+
+if TYPE_CHECKING:
+    from .process import Process
+
+
+@dataclass(slots=True, eq=False)
+class Infer:
+    """`start` is where generation begins, `limit` the length of the context at which it ends by LENGTH.
+
+    `request` is (session, request id). `reap`: the process goes away with the infer (it was spawned for
+    it); `leave`: the process exits, and stays for `wait`.
+    """
+
+    request: tuple[bytes, int]
+    sampling: Sampling
+    first_input: int
+    start: int
+    limit: int
+    credits: int
+    reap: bool
+    leave: bool
+    began: float
+    beams: BeamSearch | None = None
+    members: list[Process] = field(default_factory=list)  # the running beams, in the order of `beams.scores`
+    tops: dict[int, list[TokenLogprob]] = field(default_factory=dict)  # pid -> this round's continuations
+    scored: int = 0  # input tokens before this position have their scores
+    cached: int = 0
+    crashes: int = 0
+    seq: int = 0
+    first_token: float | None = None
+    made: int = 0
+    held: list[InferEvent] = field(default_factory=list)
+    finish: Finish | None = None  # set when generation is over but the reader has not taken it all
+
+    @property
+    def samples(self) -> bool:
+        """Whether a token is to be sampled (an infer with max_tokens 0 only takes its input in)."""
+        return self.limit > self.start
+
+    @property
+    def blocked(self) -> bool:
+        """The reader has no room, or nothing is left to compute."""
+        return self.finish is not None or (self.credits == 0 and bool(self.held))
+
+    def rate(self, now: float) -> float:
+        """Generated tokens a second since the first one."""
+        if self.first_token is None or now <= self.first_token:
+            return 0.0
+        return max(0, self.made - 1) / (now - self.first_token)
+
+    def take(self, token: int, chosen: Chosen | None, now: float) -> None:
+        """Books a generated token for the reader."""
+        if self.first_token is None:
+            self.first_token = now
+        self.made += 1
+        self.held.append(InferEvent(tokens=[token], logprobs=[chosen] if chosen else []))
+
+    def take_prompt(self, position: int, scores: list[Chosen]) -> None:
+        """Books scores of the tokens from `position` on; a recomputed context brings some again."""
+        fresh = scores[max(0, self.scored - position) :]
+        if fresh:
+            self.scored = position + len(scores)
+            self.held.append(InferEvent(prompt_logprobs=fresh))
+
+    def deliver(self) -> list[tuple[int, InferEvent]]:
+        """The (sequence number, item) pairs that may be sent now. What the reader was too slow for is
+        joined into one item."""
+        if not self.held or self.credits == 0:
+            return []
+        items = [_joined(self.held)] if len(self.held) > self.credits else self.held
+        self.held = []
+        self.credits -= len(items)
+        numbered = list(enumerate(items, self.seq))
+        self.seq += len(items)
+        return numbered
+
+
+def _joined(items: list[InferEvent]) -> InferEvent:
+    return InferEvent(
+        tokens=[token for item in items for token in item.tokens],
+        logprobs=[chosen for item in items for chosen in item.logprobs],
+        prompt_logprobs=[chosen for item in items for chosen in item.prompt_logprobs],
+    )

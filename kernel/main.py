@@ -1,0 +1,149 @@
+"""llmasosd: in which order the daemon starts and stops.
+
+    supervisor   folders → lock → kernel → (kernel listens) → one worker per device → watch
+    kernel       configuration → model filesystem → tables → sockets → "ready" → loop
+
+Stops the other way round: SIGTERM or the shutdown call drains the kernel, which ends with code 0, then the
+workers are stopped and the lock is released.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import glob
+import os
+import sys
+from pathlib import Path
+
+from llmasos.syscalls import address, errors
+
+from .config import Config, load
+
+USAGE = """\
+The kernel of LLMasOS: runs models as processes, for the shell llsh and every other client.
+
+examples:
+  llmasosd                          serve until Ctrl-C or `llsh shutdown`
+  llmasosd --set kv_fraction=0.6    give more of the free memory to contexts
+  llmasosd --set devices='["cpu"]'  drive the CPU only
+  llmasosd --check                  check the configuration and exit
+  llmasosd --fsck                   verify every file of the model filesystem and exit
+
+exit codes: 0 stopped as asked, 1 failed or --fsck found damage, 2 wrong usage or configuration,
+75 another daemon runs in this home
+"""
+
+
+def main() -> int:
+    """Entry point of `llmasosd`."""
+    parser = argparse.ArgumentParser(
+        "llmasosd", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting")
+    parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    parser.add_argument("--fsck", action="store_true", help="verify the model filesystem and exit")
+    parser.add_argument("--kernel", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    try:
+        config = load(address.config_file(), arguments.set)
+        endpoint = _endpoint()
+    except errors.InvalidArgument as problem:
+        print(f"llmasosd: {problem}", file=sys.stderr)
+        return 2
+    if arguments.check:
+        print(f"llmasosd: configuration is good, socket {endpoint}, home {address.home_folder()}")
+        return 0
+    if arguments.fsck:
+        return _fsck()
+    if arguments.kernel:
+        return run_kernel(config, endpoint)
+    return run_supervisor(config, arguments.set)
+
+
+def _endpoint() -> str:
+    endpoint = address.socket_address()
+    path = endpoint.removeprefix("ipc://")
+    if path == endpoint:
+        raise errors.InvalidArgument(f"{endpoint}: the daemon listens on ipc:// only", field="socket")
+    if len(path.encode()) > address.LONGEST_SOCKET_PATH:
+        raise errors.InvalidArgument(
+            f"the socket path is longer than {address.LONGEST_SOCKET_PATH} bytes: {path}",
+            hint=f"set {address.SOCKET_VARIABLE} or a shorter {address.HOME_VARIABLE}",
+        )
+    return endpoint
+
+
+def device_names(config: Config) -> list[str]:
+    """What to drive: the configured devices, or the cpu and every NVIDIA device that is there."""
+    cards = sorted(glob.glob("/dev/nvidia[0-9]*"))
+    return config.devices or ["cpu", *(f"cuda:{index}" for index in range(len(cards)))]
+
+
+def private_folder(folder: Path) -> None:
+    """Makes `folder` with mode 0700. Raises PermissionDenied when it belongs to somebody else."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid() or folder.is_symlink():
+        raise errors.PermissionDenied(f"{folder} belongs to somebody else", hint="set LLMASOS_HOME")
+    folder.chmod(0o700)
+
+
+def run_supervisor(config: Config, overrides: list[str]) -> int:
+    """Takes the lock and keeps kernel and workers running."""
+    from .supervisor import Supervisor
+
+    runtime = address.runtime_folder()
+    try:
+        private_folder(address.home_folder())
+        private_folder(runtime)
+    except (OSError, errors.PermissionDenied) as problem:
+        print(f"llmasosd: {problem}", file=sys.stderr)
+        return 1
+    # A second bind would silently steal the socket's path, so the lock decides who serves.
+    with (runtime / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"llmasosd: another daemon serves {address.socket_address()}", file=sys.stderr)
+            return 75
+        kernel = [sys.executable, "-m", "llmasos.kernel.main", "--kernel"]
+        for override in overrides:
+            kernel += ["--set", override]
+        bus = str(runtime / "bus.sock")
+        worker = [sys.executable, "-m", "llmasos.drivers.worker", "--bus", bus, "--device"]
+        return Supervisor(kernel, {name: [*worker, name] for name in device_names(config)}).run()
+
+
+def run_kernel(config: Config, endpoint: str) -> int:
+    """The kernel process: standard input is the supervisor's pipe, one line on standard output says ready."""
+    from .loop import Kernel
+    from .modelfs.store import ModelFS
+    from .sockets import Sockets, clock
+
+    home = address.home_folder()
+    store = ModelFS(home)
+    store.gc(set())
+    born = clock()
+    kernel = Kernel(
+        config, store, device_names(config), lambda: clock() - born, int.from_bytes(os.urandom(8), "little")
+    )
+    kernel.log.info(f"llmasosd boots, kernel pid {os.getpid()}, home {home}")
+    sockets = Sockets(kernel, endpoint, address.runtime_folder() / "bus.sock", home)
+    kernel.log.info(f"listening on {endpoint}, devices {', '.join(kernel.devices)}")
+    print(f"ready, listening on {endpoint}", flush=True)
+    sockets.run(sys.stdin.fileno())
+    return 0
+
+
+def _fsck() -> int:
+    from .modelfs.store import ModelFS
+
+    problems = ModelFS(address.home_folder()).fsck()
+    for problem in problems:
+        print(problem)
+    print(f"llmasosd: {len(problems)} problems" if problems else "llmasosd: the model filesystem is clean")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

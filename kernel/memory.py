@@ -1,0 +1,164 @@
+"""Who owns which KV block of one resident model.
+
+Owns block numbers, not their contents: reference counts, the hash chain that lets equal prefixes share,
+copy-on-write. It never calls upward: it answers, or says "no room" (None), and the scheduler decides.
+
+A block is free (count 0), private (count 1, no hash) or published (hash set: full, immutable, findable).
+A free block may still be published: it is found until it is taken for something else, least recently used
+first. A published or shared block is never written: `reserve` swaps in a copy, or unpublishes a block that
+has no other owner.
+
+Hash chain after vLLM's automatic prefix caching: block i's key covers all tokens before its end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from llmasos.syscalls.types import BLOCK_TOKENS, pack_tokens
+
+
+def blocks_for(tokens: int) -> int:
+    """Blocks that hold `tokens` positions."""
+    return -(-tokens // BLOCK_TOKENS)
+
+
+@dataclass(slots=True)
+class Table:
+    """The block table of one process: block of position p is `blocks[p // 16]`. `keys` are the hash
+    chain's keys of the leading full blocks; `salt` separates those who must not share."""
+
+    salt: bytes = b""
+    blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What `reserve` did: block copies the device has to make before writing, as (source, target)."""
+
+    copies: list[tuple[int, int]]
+
+
+class Memory:
+    """The blocks 0 … `total`-1 of one pool."""
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self._count = [0] * total
+        self._key: list[bytes | None] = [None] * total
+        self._published: dict[bytes, int] = {}
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(total))
+
+    @property
+    def free(self) -> int:
+        """Blocks nobody owns, published or not."""
+        return len(self._free)
+
+    def match(self, table: Table, tokens: list[int], limit: int) -> int:
+        """Fills the empty `table` with published blocks that hold a prefix of tokens[:limit].
+
+        Returns the number of tokens so covered, a multiple of 16.
+        """
+        assert not table.blocks
+        for index in range(limit // BLOCK_TOKENS):
+            key = self._extend(table, tokens, index)
+            block = self._published.get(key)
+            if block is None:
+                table.keys.pop()
+                break
+            self._share(block)
+            table.blocks.append(block)
+        return len(table.blocks) * BLOCK_TOKENS
+
+    def reserve(self, table: Table, start: int, end: int) -> Room | None:
+        """Makes positions start … end-1 of `table` writable. None: no room, and nothing was changed."""
+        first = start // BLOCK_TOKENS
+        shared = [i for i in range(first, min(blocks_for(end), len(table.blocks))) if self._shared(table, i)]
+        missing = max(0, blocks_for(end) - len(table.blocks))
+        if len(shared) + missing > len(self._free):
+            return None
+        copies = []
+        for index in shared:
+            block = self._take()
+            copies.append((table.blocks[index], block))
+            self._drop(table.blocks[index])
+            table.blocks[index] = block
+        for index in range(first, len(table.blocks)):
+            self._unpublish(table.blocks[index])
+        del table.keys[first:]
+        table.blocks.extend(self._take() for _ in range(missing))
+        return Room(copies)
+
+    def publish(self, table: Table, tokens: list[int], computed: int) -> None:
+        """Makes the full blocks of the first `computed` tokens findable."""
+        for index in range(len(table.keys), computed // BLOCK_TOKENS):
+            key = self._extend(table, tokens, index)
+            if key not in self._published:
+                self._published[key] = table.blocks[index]
+                self._key[table.blocks[index]] = key
+
+    def fork(self, table: Table) -> Table:
+        """A second table over the same blocks."""
+        for block in table.blocks:
+            self._count[block] += 1
+        return Table(table.salt, list(table.blocks), list(table.keys))
+
+    def truncate(self, table: Table, length: int) -> None:
+        """Gives up the blocks behind the first `length` tokens."""
+        keep = blocks_for(length)
+        for block in reversed(table.blocks[keep:]):
+            self._drop(block)
+        del table.blocks[keep:]
+        del table.keys[length // BLOCK_TOKENS :]
+
+    def release(self, table: Table) -> None:
+        """Gives up everything, tail first, so that prefixes are reused last."""
+        self.truncate(table, 0)
+
+    def check(self, tables: list[Table]) -> None:
+        """Asserts that `tables` are all there are and that every count is right (tests, idle check)."""
+        counts = [0] * self.total
+        for table in tables:
+            for block in table.blocks:
+                counts[block] += 1
+        assert counts == self._count, "reference counts differ from the tables"
+        assert set(self._free) == {b for b, n in enumerate(counts) if n == 0}, "free list is wrong"
+        assert all(self._key[b] == k for k, b in self._published.items()), "published map is wrong"
+
+    def _extend(self, table: Table, tokens: list[int], index: int) -> bytes:
+        """Appends the key of full block `index` to the table's chain."""
+        assert len(table.keys) == index
+        parent = table.keys[-1] if table.keys else table.salt
+        chunk = pack_tokens(tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS])
+        table.keys.append(hashlib.blake2b(parent + chunk, digest_size=32).digest())
+        return table.keys[-1]
+
+    def _shared(self, table: Table, index: int) -> bool:
+        return self._count[table.blocks[index]] > 1
+
+    def _take(self) -> int:
+        block, _ = self._free.popitem(last=False)
+        self._unpublish(block)
+        self._count[block] = 1
+        return block
+
+    def _share(self, block: int) -> None:
+        if self._count[block] == 0:
+            del self._free[block]
+        self._count[block] += 1
+
+    def _drop(self, block: int) -> None:
+        self._count[block] -= 1
+        if self._count[block] == 0:
+            self._free[block] = None
+            if self._key[block] is None:
+                self._free.move_to_end(block, last=False)
+
+    def _unpublish(self, block: int) -> None:
+        key = self._key[block]
+        if key is not None:
+            del self._published[key]
+            self._key[block] = None

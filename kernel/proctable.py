@@ -1,0 +1,271 @@
+"""Which processes exist: birth, fork, signals, death, wait.
+
+The only writer of the table. Ending a process gives its blocks back at once; the row stays as a zombie
+until it is waited for, unless nobody can.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from llmasos.syscalls import errors
+from llmasos.syscalls.table import ForkReply, InferReply, WaitReply
+from llmasos.syscalls.types import Finish, SchedClass, Signal
+
+from .config import Config
+from .memory import Table
+from .process import INIT, Exit, Process
+from .sessions import Request, Sessions
+from .tenants import Subject
+
+if TYPE_CHECKING:
+    from .devices import Pool
+
+_EXIT_CODES = {Signal.TERM: 143, Signal.KILL: 137}
+
+
+class ProcessTable:
+    """Rows by pid. Beams are rows too, but only their leader can be named."""
+
+    def __init__(self, config: Config, sessions: Sessions, secret: bytes) -> None:
+        self._config = config
+        self._sessions = sessions
+        self._secret = secret
+        self._rows: dict[int, Process] = {}
+        self._waiters: dict[int, Request] = {}
+        self._next_pid = INIT + 1
+
+    def __iter__(self) -> Iterator[Process]:
+        return iter(self._rows.values())
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def find(self, pid: int, subject: Subject) -> Process:
+        """The process, or NoSuchProcess: somebody else's looks like one that does not exist."""
+        process = self._rows.get(pid)
+        if process is None or process.beam_of is not None or not subject.may_command(process.owner):
+            raise errors.NoSuchProcess(f"no process {pid}", hint="see `llsh ps`", pid=pid)
+        return process
+
+    def room_for(self, owner: str, count: int) -> None:
+        """Raises TooManyProcesses when `count` more are over a limit."""
+        own = sum(1 for p in self if p.owner == owner)
+        if (
+            len(self) + count > self._config.max_processes
+            or own + count > self._config.max_processes_per_owner
+        ):
+            raise errors.TooManyProcesses(
+                f"{own} processes of {owner}, {len(self)} in all",
+                hint="kill or wait for some; the limits are max_processes and max_processes_per_owner",
+            )
+
+    def spawn(
+        self,
+        owner: str,
+        session: bytes | None,
+        pool: Pool,
+        sched_class: SchedClass,
+        nice: int,
+        label: str,
+        now: float,
+    ) -> Process:
+        """A new, empty process. The caller has asked `room_for`."""
+        process = Process(
+            pid=self._next_pid,
+            parent=INIT,
+            owner=owner,
+            session=session,
+            pool=pool,
+            sched_class=sched_class,
+            nice=nice,
+            label=label,
+            table=Table(self._secret + owner.encode()),
+            born=now,
+            last_run=now,
+        )
+        self._add(process)
+        return process
+
+    def copy(self, parent: Process, session: bytes | None, now: float) -> Process:
+        """A process with the same context, sharing the parent's blocks."""
+        child = self.spawn(
+            parent.owner, session, parent.pool, parent.sched_class, parent.nice, parent.label, now
+        )
+        child.parent = parent.pid
+        child.tokens = list(parent.tokens)
+        child.computed = parent.computed
+        child.vruntime = parent.vruntime
+        child.table = parent.pool.memory.fork(parent.table)
+        return child
+
+    def fork(self, parent: Process, count: int, session: bytes | None, now: float) -> ForkReply:
+        self.must_be_idle(parent)
+        self.room_for(parent.owner, count)
+        return ForkReply(pids=[self.copy(parent, session, now).pid for _ in range(count)])
+
+    def must_be_idle(self, process: Process) -> None:
+        if process.exit is not None:
+            raise errors.ProcessEnded(f"process {process.pid} has ended", hint="only `wait` applies to it")
+        if process.infer is not None:
+            raise errors.ProcessBusy(f"process {process.pid} has an infer running", hint="wait or cancel it")
+
+    def truncate(self, process: Process, length: int) -> None:
+        self.must_be_idle(process)
+        if length > len(process.tokens):
+            raise errors.InvalidArgument(
+                f"the context has {len(process.tokens)} tokens, not {length}", field="length"
+            )
+        del process.tokens[length:]
+        process.computed = min(process.computed, length)
+        process.pool.memory.truncate(process.table, process.computed)
+        process.mirror.stale = True
+
+    def signal(self, process: Process, signal: Signal) -> None:
+        """Acts between steps: what is on the device now is discarded."""
+        if process.exit is not None:
+            return
+        match signal:
+            case Signal.STOP:
+                process.stopped = True
+            case Signal.CONT:
+                process.stopped = False
+            case Signal.TERM | Signal.KILL:
+                self.end_infer(process, Finish.KILLED)
+                if process.pid in self._rows:
+                    self.end(process, Exit(_EXIT_CODES[signal], f"signal {signal}"))
+
+    def end_infer(self, process: Process, finish: Finish) -> None:
+        """Delivers what is left, answers the infer and lets go of its beams. May end the process too."""
+        infer = process.infer
+        if infer is None:
+            return
+        infer.credits = max(infer.credits, len(infer.held))
+        for seq, item in infer.deliver():
+            self._sessions.item(infer.request, seq, item)
+        sequences = infer.beams.results() if infer.beams and infer.beams.done else []
+        self._detach(process)
+        if sequences:
+            process.tokens += sequences[0].tokens
+            process.generated += len(sequences[0].tokens)
+            finish = sequences[0].finish
+        self._sessions.reply(
+            infer.request,
+            InferReply(
+                pid=process.pid,
+                finish=finish,
+                prompt_tokens=infer.start - infer.first_input,
+                cached_tokens=infer.cached,
+                generated_tokens=len(sequences[0].tokens) if sequences else infer.made,
+                context=len(process.tokens),
+                seed=infer.sampling.seed or 0,
+                sequences=sequences,
+            ),
+        )
+        self._after_infer(process, infer.reap, infer.leave, Exit(0, f"infer ended: {finish}"))
+
+    def fail_infer(self, process: Process, error: errors.LLMasOSError) -> None:
+        infer = process.infer
+        if infer is None:
+            return
+        self._detach(process)
+        self._sessions.fail(infer.request, error)
+        self._after_infer(process, infer.reap, infer.leave, Exit(1, f"infer failed: {type(error).__name__}"))
+
+    def _detach(self, process: Process) -> None:
+        infer = process.infer
+        assert infer is not None
+        process.infer = None
+        process.mirror.stale = True
+        for member in infer.members:
+            self._remove(member)
+        infer.members = []
+        process.pool.closes.append(process.pid)
+
+    def _after_infer(self, process: Process, reap: bool, leave: bool, how: Exit) -> None:
+        if reap:
+            process.exit = how
+            self.reap(process)
+        elif leave:
+            self.end(process, how)
+
+    def end(self, process: Process, how: Exit) -> None:
+        """Makes a zombie, or removes the process when somebody waits or nobody ever can."""
+        process.exit = how
+        process.stopped = False
+        process.pool.memory.release(process.table)
+        process.computed = 0
+        waiter = self._waiters.get(process.pid)
+        if waiter is not None:
+            self._sessions.reply(waiter, self._farewell(process))
+        if waiter is not None or (process.session is None and process.parent == INIT):
+            self.reap(process)
+
+    def wait(self, process: Process, request: Request) -> None:
+        """Answers `request` when the process is a zombie, and removes it. Raises ProcessBusy."""
+        if process.exit is not None:
+            self._sessions.reply(request, self._farewell(process))
+            self.reap(process)
+            return
+        if process.pid in self._waiters:
+            raise errors.ProcessBusy(f"somebody already waits for process {process.pid}")
+        self._waiters[process.pid] = request
+
+    def stop_waiting(self, process: Process, request: Request, error: errors.LLMasOSError) -> None:
+        if self._waiters.get(process.pid) == request:
+            del self._waiters[process.pid]
+            self._sessions.fail(request, error)
+
+    def reap(self, process: Process) -> None:
+        """Removes the row; children go to init."""
+        self._waiters.pop(process.pid, None)
+        for child in self._rows.values():
+            if child.parent == process.pid:
+                child.parent = INIT
+        self._remove(process)
+
+    def session_gone(self, session: bytes) -> None:
+        """Ends and removes what a vanished client leaves."""
+        for pid, (waiting, _) in list(self._waiters.items()):
+            if waiting == session:
+                del self._waiters[pid]
+        for process in [p for p in self if p.beam_of is None]:
+            if process.infer is not None and process.infer.request[0] == session:
+                self.end_infer(process, Finish.CANCELLED)
+            if process.session == session and process.pid in self._rows:
+                if process.exit is None:
+                    self.end(process, Exit(129, "its client vanished"))
+                if process.pid in self._rows:
+                    self.reap(process)
+
+    def _farewell(self, process: Process) -> WaitReply:
+        assert process.exit is not None
+        return WaitReply(
+            pid=process.pid,
+            exit_code=process.exit.code,
+            reason=process.exit.reason,
+            generated_tokens=process.generated,
+        )
+
+    def add_beam(self, leader: Process, now: float) -> Process:
+        """A row for a beam of `leader`: same context, same infer, no life of its own."""
+        member = self.copy(leader, None, now)
+        member.beam_of = leader
+        member.infer = leader.infer
+        return member
+
+    def remove_beam(self, member: Process) -> None:
+        self._remove(member)
+
+    def _add(self, process: Process) -> None:
+        self._next_pid += 1
+        self._rows[process.pid] = process
+        process.pool.processes.add(process)
+
+    def _remove(self, process: Process) -> None:
+        process.pool.memory.release(process.table)
+        process.pool.processes.discard(process)
+        process.pool.closes.append(process.pid)
+        process.infer = None
+        del self._rows[process.pid]

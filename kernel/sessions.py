@@ -1,0 +1,97 @@
+"""Who is connected, which requests are open, and what they are told.
+
+Every request gets exactly one final answer: `reply` or `fail` closes it, and only an open request can be
+answered. A session that is gone hears nothing and is not an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from llmasos.syscalls import errors, wire
+from llmasos.syscalls.table import Call
+from llmasos.syscalls.types import Wire
+
+from .tenants import Subject
+
+Request = tuple[bytes, int]
+"""A request: (session, the client's id)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Effect: frames for a session."""
+
+    session: bytes
+    frames: list[bytes]
+
+
+@dataclass(slots=True)
+class Open:
+    """An unanswered request: what to do when its caller cancels it or gives it credits."""
+
+    call: type[Call]
+    cancel: Callable[[], None] = lambda: None
+    credit: Callable[[int], None] = lambda n: None
+
+
+@dataclass(slots=True)
+class Session:
+    """One connection. `subject` may narrow once, in `hello`."""
+
+    id: bytes
+    subject: Subject
+    greeted: bool = False
+    open: dict[int, Open] = field(default_factory=dict)
+
+
+class Sessions:
+    """All sessions, and the outbox of what they are to be sent."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[bytes, Session] = {}
+        self.outbox: list[Send] = []
+
+    def open(self, session: Session, id_: int, call: type[Call], limit: int) -> None:
+        """Registers a request. Raises InvalidArgument for a reused id, QueueFull over `limit`."""
+        if id_ in session.open:
+            raise errors.InvalidArgument(f"request id {id_} is already open", field="id")
+        if len(session.open) >= limit:
+            raise errors.QueueFull(f"{limit} requests are open on this connection", hint="wait for answers")
+        session.open[id_] = Open(call)
+
+    def on_cancel(self, request: Request, cancel: Callable[[], None]) -> None:
+        if entry := self._entry(request):
+            entry.cancel = cancel
+
+    def on_credit(self, request: Request, credit: Callable[[int], None]) -> None:
+        if entry := self._entry(request):
+            entry.credit = credit
+
+    def reply(self, request: Request, reply: Wire) -> None:
+        if entry := self._close(request):
+            self._send(request, wire.encode_reply(request[1], entry.call, reply))
+
+    def fail(self, request: Request, error: errors.LLMasOSError) -> None:
+        if self._close(request):
+            self._send(request, wire.encode_error(request[1], error))
+
+    def item(self, request: Request, seq: int, item: Wire) -> None:
+        if self._entry(request):
+            self._send(request, wire.encode_item(request[1], seq, item))
+
+    def refuse(self, session: bytes, id_: int | None, error: errors.LLMasOSError) -> None:
+        """Answers a frame that opened no request."""
+        self.outbox.append(Send(session, wire.encode_error(id_ or 0, error)))
+
+    def _send(self, request: Request, frames: list[bytes]) -> None:
+        self.outbox.append(Send(request[0], frames))
+
+    def _entry(self, request: Request) -> Open | None:
+        session = self.by_id.get(request[0])
+        return session.open.get(request[1]) if session else None
+
+    def _close(self, request: Request) -> Open | None:
+        session = self.by_id.get(request[0])
+        return session.open.pop(request[1], None) if session else None

@@ -1,0 +1,374 @@
+"""The I/O shell of the kernel: sockets, worker connections, importer processes. It holds no policy: it turns
+what arrives into events of `loop.Kernel` and carries out the effects.
+
+One thread, one poll. A client's vanishing is seen by the socket monitor (the connection's file descriptor is
+stamped on each message), so what it owned is freed at once, also when it had nothing to receive.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+from llmasos.drivers import base
+from llmasos.syscalls import errors, wire
+from llmasos.syscalls.types import PullEvent
+from zmq.utils.monitor import recv_monitor_message
+
+from .imports import Job
+from .loop import Exited, Kernel, KillWorker, Send, ToWorker
+from .tenants import Subject
+
+# A client that has not read this many messages is not reading at all: credits keep streams far below.
+SEND_LIMIT = 1024
+LINGER_MS = 1000
+PROGRESS_FIELDS = ("phase", "file", "done", "total")
+
+
+class Worker:
+    """A worker's end of the driver bus."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        self.socket = connection
+        self.reader = wire.FrameReader()
+        self.unsent = bytearray()
+
+    def send(self, message: base.ToWorker) -> None:
+        """Queues a message; raises OSError when the worker is gone."""
+        self.unsent += wire.frame(msgspec.msgpack.encode(message))
+        self.flush()
+
+    def flush(self) -> None:
+        while self.unsent:
+            try:
+                sent = self.socket.send(self.unsent)
+            except BlockingIOError:
+                return
+            del self.unsent[:sent]
+
+
+class Importer:
+    """A running importer process and the unread part of its output."""
+
+    def __init__(self, job: Job, home: Path) -> None:
+        command = [sys.executable, "-m", "llmasos.kernel.modelfs.importer", "--home", str(home)]
+        command += ["--model", job.model, *(["--source", job.source] if job.source else [])]
+        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        assert self.process.stdout is not None
+        self.fd = self.process.stdout.fileno()
+        os.set_blocking(self.fd, False)
+        self._buffer = b""
+
+    def lines(self) -> list[dict[str, Any]] | None:
+        """The messages that came; None at the end of the output."""
+        try:
+            data = os.read(self.fd, 1 << 16)
+        except BlockingIOError:
+            return []
+        if not data:
+            return None
+        *lines, self._buffer = (self._buffer + data).split(b"\n")
+        return [line for line in map(_message, lines) if line is not None]
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(2)
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        if self.process.stdout:
+            self.process.stdout.close()
+
+
+def _message(line: bytes) -> dict[str, Any] | None:
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) else None
+
+
+class Sockets:
+    """Owns every file descriptor of the kernel."""
+
+    def __init__(self, kernel: Kernel, address: str, bus: Path, home: Path) -> None:
+        self._kernel = kernel
+        self._home = home
+        self._running = True
+        self._poller = zmq.Poller()
+        self._sessions: dict[bytes, tuple[int, Subject]] = {}
+        self._session_on: dict[int, bytes] = {}
+        self._workers: dict[int, Worker] = {}
+        self._importers: dict[int, tuple[int, Importer]] = {}
+        self._outcome: dict[int, errors.LLMasOSError | None] = {}
+        self._context = zmq.Context()
+        self._router = self._bind_router(address)
+        self._bus = self._bind_bus(bus)
+
+    def _bind_router(self, address: str) -> zmq.Socket[bytes]:
+        router = self._context.socket(zmq.ROUTER)
+        router.set(zmq.ROUTER_MANDATORY, 1)
+        router.set(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD)
+        router.set(zmq.SNDHWM, SEND_LIMIT)
+        router.set(zmq.RCVHWM, SEND_LIMIT)
+        router.set(zmq.LINGER, LINGER_MS)
+        router.set(zmq.HANDSHAKE_IVL, 2000)
+        self._monitor = router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        # libzmq makes the socket file under the umask.
+        before = os.umask(0o177)
+        try:
+            router.bind(address)
+        finally:
+            os.umask(before)
+        self._poller.register(router, zmq.POLLIN)
+        self._poller.register(self._monitor, zmq.POLLIN)
+        return router
+
+    def _bind_bus(self, path: Path) -> socket.socket:
+        path.unlink(missing_ok=True)
+        bus = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        before = os.umask(0o177)
+        try:
+            bus.bind(str(path))
+        finally:
+            os.umask(before)
+        bus.listen(16)
+        bus.setblocking(False)
+        self._poller.register(bus.fileno(), zmq.POLLIN)
+        return bus
+
+    def run(self, supervisor: int | None) -> None:
+        """Serves until the kernel exits, SIGTERM drained it, or the supervisor's pipe closes."""
+        wake, ring = os.pipe()
+        for fd in (wake, ring):
+            os.set_blocking(fd, False)
+        signal.set_wakeup_fd(ring)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self._poller.register(wake, zmq.POLLIN)
+        if supervisor is not None:
+            self._poller.register(supervisor, zmq.POLLIN)
+        while self._running:
+            ready = dict(self._poller.poll(self._timeout()))
+            if supervisor in ready and not os.read(supervisor or 0, 1):
+                break
+            if ready.pop(wake, 0):
+                os.read(wake, 64)
+                self._kernel.drain(5.0)
+            self._serve(ready)
+            self._turn()
+        self._close()
+
+    def _timeout(self) -> int | None:
+        due = self._kernel.next_timer()
+        return None if due is None else max(0, int((due - self._kernel.now()) * 1000) + 1)
+
+    def _serve(self, ready: dict[Any, int]) -> None:
+        if self._monitor in ready:
+            self._watch_connections()
+        if self._router in ready:
+            self._receive()
+        for fd, event in ready.items():
+            if fd == self._bus.fileno():
+                self._accept_workers()
+            elif fd in self._workers:
+                self._worker_event(fd, event)
+            elif fd in self._importers:
+                self._importer_event(fd)
+
+    def _turn(self) -> None:
+        """Lets the kernel act and carries out its effects, until there are none."""
+        while self._running:
+            self._kernel.tick()
+            effects = self._kernel.take_effects()
+            self._run_importers()
+            if not effects:
+                return
+            for effect in effects:
+                match effect:
+                    case Send(session, frames):
+                        self._send(session, frames)
+                    case ToWorker(worker, message):
+                        self._tell_worker(worker, message)
+                    case KillWorker(pid):
+                        with suppress(ProcessLookupError):
+                            os.kill(pid, signal.SIGKILL)
+                    case Exited():
+                        self._running = False
+
+    # Clients
+
+    def _receive(self) -> None:
+        # Bounded, so that a flood of messages cannot keep the workers waiting.
+        for _ in range(256):
+            try:
+                parts = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                return
+            session = parts[0].bytes
+            # A client that names itself could take another's place; ours begin with a zero byte.
+            if len(parts) < 2 or session[:1] != b"\0":
+                continue
+            subject = self._subject(session, parts[1])
+            if subject is not None:
+                self._kernel.message(session, subject, [part.bytes for part in parts[1:]])
+
+    def _subject(self, session: bytes, frame: zmq.Frame) -> Subject | None:
+        """Whose connection a message came over. None when its peer cannot be told (not a local socket)."""
+        known = self._sessions.get(session)
+        if known is not None:
+            return known[1]
+        self._watch_connections()
+        fd = int(frame.get(zmq.SRCFD))
+        if fd in self._session_on:
+            self._forget(self._session_on[fd])
+        try:
+            _, uid, _, pid = str(frame.get("Peer-Address")).rsplit(":", 3)
+            subject = Subject(_user(int(uid)), int(uid), int(pid), int(uid) in (0, os.getuid()))
+        except (ValueError, zmq.ZMQError):
+            return None
+        self._sessions[session] = (fd, subject)
+        self._session_on[fd] = session
+        return subject
+
+    def _watch_connections(self) -> None:
+        while self._monitor.poll(0):
+            event = recv_monitor_message(self._monitor)
+            session = self._session_on.get(event["value"])
+            if session is not None:
+                self._forget(session)
+
+    def _forget(self, session: bytes) -> None:
+        fd, _ = self._sessions.pop(session, (-1, None))
+        if self._session_on.get(fd) == session:
+            del self._session_on[fd]
+        self._kernel.disconnected(session)
+
+    def _send(self, session: bytes, frames: list[bytes]) -> None:
+        try:
+            self._router.send_multipart([session, *frames], zmq.NOBLOCK)
+        except zmq.ZMQError as problem:
+            if problem.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+                raise
+            # EAGAIN: the client stopped reading altogether. Losing an answer silently is not an option.
+            self._kernel.disconnected(session)
+
+    # Workers
+
+    def _accept_workers(self) -> None:
+        with suppress(BlockingIOError):
+            while True:
+                connection, _ = self._bus.accept()
+                worker = Worker(connection)
+                self._workers[connection.fileno()] = worker
+                self._poller.register(connection.fileno(), zmq.POLLIN)
+
+    def _worker_event(self, fd: int, event: int) -> None:
+        worker = self._workers[fd]
+        try:
+            if event & zmq.POLLOUT:
+                worker.flush()
+                self._poller.modify(fd, zmq.POLLIN | (zmq.POLLOUT if worker.unsent else 0))
+            if event & ~zmq.POLLOUT:
+                data = worker.socket.recv(1 << 20)
+                if not data:
+                    raise ConnectionResetError
+                for message in worker.reader.feed(data):
+                    self._kernel.worker_message(fd, base.from_worker.decode(message))
+        except BlockingIOError:
+            pass
+        except (OSError, errors.BadFrame, msgspec.DecodeError):
+            self._worker_lost(fd)
+
+    def _tell_worker(self, fd: int, message: base.ToWorker) -> None:
+        worker = self._workers.get(fd)
+        if worker is None:
+            return
+        try:
+            worker.send(message)
+            if worker.unsent:
+                self._poller.modify(fd, zmq.POLLIN | zmq.POLLOUT)
+        except OSError:
+            self._worker_lost(fd)
+
+    def _worker_lost(self, fd: int) -> None:
+        worker = self._workers.pop(fd)
+        self._poller.unregister(fd)
+        worker.socket.close()
+        self._kernel.worker_gone(fd)
+
+    # Importers
+
+    def _run_importers(self) -> None:
+        imports = self._kernel.imports
+        to_start, imports.to_start = imports.to_start, []
+        for job in to_start:
+            importer = Importer(job, self._home)
+            self._importers[importer.fd] = (job.id, importer)
+            self._poller.register(importer.fd, zmq.POLLIN)
+        to_stop, imports.to_stop = set(imports.to_stop), []
+        for fd, (job_id, _) in list(self._importers.items()):
+            if job_id in to_stop:
+                self._importer_ended(fd)
+
+    def _importer_event(self, fd: int) -> None:
+        job, importer = self._importers[fd]
+        lines = importer.lines()
+        if lines is None:
+            self._importer_ended(fd)
+            return
+        for line in lines:
+            if "ok" in line:
+                self._outcome[job] = None
+            elif isinstance(line.get("error"), dict):
+                self._outcome[job] = errors.from_wire(line["error"])
+            else:
+                with suppress(msgspec.ValidationError):
+                    fields = {name: line[name] for name in PROGRESS_FIELDS if name in line}
+                    self._kernel.import_progress(job, msgspec.convert(fields, PullEvent))
+
+    def _importer_ended(self, fd: int) -> None:
+        job, importer = self._importers.pop(fd)
+        self._poller.unregister(fd)
+        importer.close()
+        died = errors.PullFailed("the importer died", hint="see the daemon's log; pull again to go on")
+        self._kernel.import_ended(job, self._outcome.pop(job, died))
+
+    def _close(self) -> None:
+        for effect in self._kernel.take_effects():
+            if isinstance(effect, Send):
+                self._send(effect.session, effect.frames)
+        for _, importer in self._importers.values():
+            importer.close()
+        self._router.disable_monitor()
+        self._router.close(LINGER_MS)
+        self._bus.close()
+        for worker in self._workers.values():
+            worker.socket.close()
+        self._context.destroy(LINGER_MS)
+
+
+def _user(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid{uid}"
+
+
+def clock() -> float:
+    """Seconds on a clock that never jumps."""
+    return time.monotonic()

@@ -1,0 +1,136 @@
+"""How the kernel and the workers are started, watched and restarted. Tiny; no tenant can reach it.
+
+Children are found dead by pidfds. Whatever dies is started again after a pause that doubles from 0.1 s to
+30 s and is forgotten after a minute of health. The kernel ending with code 0 ends the daemon. The kernel's
+standard input is a pipe from here: when this process is gone the kernel sees its end and stops.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 30.0
+HEALTHY_S = 60.0
+STOP_TIMEOUT_S = 10.0
+
+
+@dataclass(slots=True)
+class Child:
+    """A process that has to run. `due` is when to start it (again)."""
+
+    name: str
+    command: list[str]
+    process: subprocess.Popen[bytes] | None = None
+    pidfd: int = -1
+    started: float = 0.0
+    due: float = 0.0
+    pause: float = FIRST_PAUSE_S
+
+    def start(self, stdin: int, stdout: int | None) -> None:
+        self.process = subprocess.Popen(self.command, stdin=stdin, stdout=stdout)
+        self.pidfd = os.pidfd_open(self.process.pid)
+        self.started = time.monotonic()
+
+    def reaped(self) -> int:
+        """Collects the dead process; returns its code and sets when the next one is due."""
+        assert self.process is not None
+        code = self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe:
+                pipe.close()
+        os.close(self.pidfd)
+        self.process, self.pidfd = None, -1
+        if time.monotonic() - self.started > HEALTHY_S:
+            self.pause = FIRST_PAUSE_S
+        self.due = time.monotonic() + self.pause
+        self.pause = min(2 * self.pause, LONGEST_PAUSE_S)
+        return code
+
+
+class Supervisor:
+    """Runs one kernel and its workers until the kernel ends by itself or a signal says stop."""
+
+    def __init__(self, kernel_command: list[str], worker_commands: dict[str, list[str]]) -> None:
+        self._kernel = Child("kernel", kernel_command)
+        self._workers = [Child(name, command) for name, command in worker_commands.items()]
+        self._stopping = False
+        self._wake, ring = os.pipe()
+        os.set_blocking(self._wake, False)
+        os.set_blocking(ring, False)
+        signal.set_wakeup_fd(ring)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
+
+    def run(self) -> int:
+        """Returns the exit code of the daemon."""
+        try:
+            while True:
+                self._start_due()
+                for child in self._wait():
+                    code = child.reaped()
+                    if child is self._kernel and (code == 0 or self._stopping):
+                        return code
+                    if not self._stopping:
+                        _say(f"{child.name} ended with {code}, starting it again in {child.pause / 2:g} s")
+        finally:
+            self._stop_all()
+
+    def _start_due(self) -> None:
+        """Starts what is due: the kernel first, the workers once it listens."""
+        now = time.monotonic()
+        if self._kernel.process is None and now >= self._kernel.due:
+            self._kernel.start(subprocess.PIPE, subprocess.PIPE)
+            assert self._kernel.process is not None
+            assert self._kernel.process.stdout is not None
+            line = self._kernel.process.stdout.readline().decode().strip()
+            if line:
+                _say(line)
+        if self._kernel.process is not None:
+            for worker in self._workers:
+                if worker.process is None and now >= worker.due:
+                    worker.start(subprocess.DEVNULL, None)
+
+    def _wait(self) -> list[Child]:
+        children = [c for c in (self._kernel, *self._workers) if c.process is not None]
+        due = [c.due for c in (self._kernel, *self._workers) if c.process is None]
+        poll = select.poll()
+        for fd in (self._wake, *(c.pidfd for c in children)):
+            poll.register(fd, select.POLLIN)
+        pause = max(0.0, min(due) - time.monotonic()) * 1000 + 1 if due else None
+        ready = {fd for fd, _ in poll.poll(pause)}
+        if self._wake in ready:
+            numbers = os.read(self._wake, 64)
+            if signal.SIGTERM in numbers or signal.SIGINT in numbers:
+                self._stop_kernel()
+        return [c for c in children if c.pidfd in ready]
+
+    def _stop_kernel(self) -> None:
+        """The first signal lets the kernel drain; a second one does not wait."""
+        if self._kernel.process is not None:
+            self._kernel.process.send_signal(signal.SIGKILL if self._stopping else signal.SIGTERM)
+        self._stopping = True
+
+    def _stop_all(self) -> None:
+        children = [c for c in (self._kernel, *self._workers) if c.process is not None]
+        for child in children:
+            assert child.process is not None
+            child.process.terminate()
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        for child in children:
+            assert child.process is not None
+            try:
+                child.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                child.process.kill()
+            child.reaped()
+
+
+def _say(text: str) -> None:
+    print(f"llmasosd: {text}", file=sys.stderr, flush=True)

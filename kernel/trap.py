@@ -1,0 +1,391 @@
+"""Who answers a call: one `match` over the syscall table.
+
+A handler returns the reply, or None when the answer comes later (the request then stays open). Whatever it
+raises becomes the request's one final answer; a bug becomes KernelFault with an id, and the daemon lives.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import TYPE_CHECKING, assert_never, cast
+
+import msgspec
+from llmasos.syscalls import errors, table, wire
+from llmasos.syscalls import types as t
+
+from . import files, scheduler
+from .beams import BeamSearch
+from .devices import Pool, Ready
+from .infer import Infer
+from .process import Process
+from .sessions import Request, Session
+from .tenants import Subject
+
+if TYPE_CHECKING:
+    from .loop import Kernel
+
+
+def handle(kernel: Kernel, session_id: bytes, subject: Subject, frames: list[bytes]) -> None:
+    """Decodes and serves one message of a client."""
+    match wire.decode_request(frames):
+        case wire.Refused(id_, error):
+            kernel.sessions.refuse(session_id, id_, error)
+        case wire.Credit(id_, n):
+            if (session := kernel.sessions.by_id.get(session_id)) and (entry := session.open.get(id_)):
+                entry.credit(n)
+        case wire.Cancel(id_):
+            if (session := kernel.sessions.by_id.get(session_id)) and (entry := session.open.get(id_)):
+                entry.cancel()
+        case wire.Request() as request:
+            _serve(kernel, session_id, subject, request)
+
+
+def _serve(kernel: Kernel, session_id: bytes, subject: Subject, request: wire.Request) -> None:
+    try:
+        session = _session(kernel, session_id, subject, request)
+        kernel.sessions.open(session, request.id, type(request.call), kernel.config.max_requests)
+    except errors.LLMasOSError as error:
+        kernel.sessions.refuse(session_id, request.id, error)
+        return
+    key = (session_id, request.id)
+    try:
+        call = cast(table.Syscall, request.call)
+        reply = _dispatch(kernel, session, key, call, request.credits)
+        if reply is not None:
+            kernel.sessions.reply(key, reply)
+    except errors.LLMasOSError as error:
+        kernel.sessions.fail(key, error)
+    except Exception:
+        fault = f"{kernel.random.getrandbits(32):08x}"
+        kernel.log.write("error", f"kernel fault {fault} in {request.call.name}")
+        traceback.print_exc(file=sys.stderr)
+        kernel.sessions.fail(key, errors.KernelFault(f"kernel fault {fault}", hint="see the daemon's log"))
+
+
+def _session(kernel: Kernel, session_id: bytes, subject: Subject, request: wire.Request) -> Session:
+    """The session of a request; the first one has to be a hello. Raises NotGreeted, QueueFull."""
+    session = kernel.sessions.by_id.get(session_id)
+    if session is None:
+        if not isinstance(request.call, table.Hello):
+            raise errors.NotGreeted("the first call of a connection is hello", hint="connect again")
+        if len(kernel.sessions.by_id) >= kernel.config.max_sessions:
+            raise errors.QueueFull("too many connections", hint="the limit is max_sessions")
+        session = kernel.sessions.by_id[session_id] = Session(session_id, subject)
+    elif not session.greeted and not isinstance(request.call, table.Hello):
+        raise errors.NotGreeted("hello was refused", hint="install the same version on both sides")
+    return session
+
+
+def _dispatch(
+    kernel: Kernel, session: Session, request: Request, call: table.Syscall, credits_: int
+) -> t.Wire | None:
+    subject, processes = session.subject, kernel.processes
+    match call:
+        case table.Hello():
+            return _hello(kernel, session, call)
+        case table.Whoami():
+            return table.WhoamiReply(
+                subject=subject.path, uid=subject.uid, pid=subject.pid, admin=subject.admin
+            )
+        case table.SpawnModel():
+            _spawn(kernel, session, request, call)
+            return None
+        case table.Infer():
+            _infer(kernel, session, request, call, credits_)
+            return None
+        case table.Fork():
+            _refuse_new_work(kernel)
+            owner = None if call.detached else session.id
+            return processes.fork(processes.find(call.pid, subject), call.count, owner, kernel.now())
+        case table.Wait():
+            _wait(kernel, processes.find(call.pid, subject), request, call.timeout_s)
+            return None
+        case table.Kill():
+            processes.signal(processes.find(call.pid, subject), call.signal)
+            return table.Done()
+        case table.SetPriority():
+            return _set_priority(kernel, session, call)
+        case table.Truncate():
+            processes.truncate(processes.find(call.pid, subject), call.length)
+            return table.Done()
+        case table.Ps():
+            return _ps(kernel, subject, call)
+        case table.StatProcess():
+            process = processes.find(call.pid, subject)
+            return process.info(kernel.now(), _places(kernel).get(process.pid, 0))
+        case table.Ls():
+            return table.LsReply(entries=files.ls(kernel, subject, call.path))
+        case table.Stat():
+            return files.stat(kernel, subject, call.path)
+        case table.Read():
+            size, data = files.read(kernel, subject, call.path, call.offset, call.length)
+            return table.ReadReply(size=size, data=data)
+        case table.Link():
+            return kernel.store.link(call.source, call.target)
+        case table.Unlink():
+            subject.require_admin("unlink")
+            pinned = {f.digest for d in kernel.devices.values() for p in d.pools for f in p.files.values()}
+            kernel.store.unlink(call.model, pinned)
+            return table.Done()
+        case table.Pull():
+            _refuse_new_work(kernel)
+            kernel.imports.watch(call.model, call.source, request, credits_)
+            return None
+        case table.Df():
+            return files.df(kernel)
+        case table.Lsdev():
+            return table.LsdevReply(devices=[device.info() for device in kernel.devices.values()])
+        case table.Dmesg():
+            subject.require_admin("dmesg")
+            kernel.readers.start(request, call.after, call.follow, credits_)
+            return None
+        case table.Shutdown():
+            subject.require_admin("shutdown")
+            kernel.drain(call.drain_s)
+            return table.Done()
+        case _:
+            assert_never(call)
+
+
+def _hello(kernel: Kernel, session: Session, call: table.Hello) -> table.HelloReply:
+    if session.greeted:
+        raise errors.InvalidRequest("hello was already said on this connection")
+    if call.version != table.VERSION or call.table_hash != table.table_hash():
+        raise errors.VersionMismatch(
+            f"the kernel speaks version {table.VERSION}, table {table.table_hash()}",
+            hint="install the same version of llmasos on both sides, or restart the daemon",
+        )
+    session.greeted = True
+    session.subject = session.subject.narrowed(call.label)
+    return table.HelloReply(
+        version=table.VERSION,
+        table_hash=table.table_hash(),
+        boot_id=kernel.boot_id,
+        subject=session.subject.path,
+        max_payload=wire.MAX_PAYLOAD,
+    )
+
+
+def _refuse_new_work(kernel: Kernel) -> None:
+    if kernel.draining:
+        raise errors.ShuttingDown("the daemon is shutting down", hint="start it again: llmasosd")
+
+
+def _new_process(
+    kernel: Kernel, session: Session, call: table.SpawnModel | table.Infer, model: str, detached: bool
+) -> Process:
+    _refuse_new_work(kernel)
+    session.subject.require_priority(call.sched_class, call.nice)
+    kernel.processes.room_for(session.subject.path, 1)
+    pool = kernel.pool_for(model, call.device, call.dtype)
+    label = call.label if isinstance(call, table.SpawnModel) else "infer"
+    return kernel.processes.spawn(
+        session.subject.path,
+        None if detached else session.id,
+        pool,
+        call.sched_class,
+        call.nice,
+        label,
+        kernel.now(),
+    )
+
+
+def _spawn(kernel: Kernel, session: Session, request: Request, call: table.SpawnModel) -> None:
+    """Answers when the model is resident, so that what cannot be loaded fails here and not later."""
+    process = _new_process(kernel, session, call, call.model, call.detached)
+    pool = process.pool
+
+    def ready(error: errors.LLMasOSError | None) -> None:
+        if error is not None or pool.loaded is None:
+            _discard(kernel, process)
+            kernel.sessions.fail(request, error or errors.DeviceUnavailable("the device went away"))
+            return
+        kernel.sessions.reply(
+            request,
+            table.SpawnReply(
+                pid=process.pid,
+                model=pool.model,
+                digest=pool.digest,
+                device=pool.device_name,
+                context_length=pool.loaded.context_length,
+            ),
+        )
+
+    def cancel() -> None:
+        _discard(kernel, process)
+        kernel.sessions.fail(request, errors.Unavailable("cancelled"))
+
+    kernel.sessions.on_cancel(request, cancel)
+    _when_ready(pool, ready)
+
+
+def _when_ready(pool: Pool, ready: Ready) -> None:
+    if pool.ready:
+        ready(None)
+    else:
+        pool.waiters.append(ready)
+
+
+def _discard(kernel: Kernel, process: Process) -> None:
+    """Removes a process that nobody has been told of."""
+    if process in process.pool.processes:
+        kernel.processes.fail_infer(process, errors.Unavailable("cancelled"))
+    if process in process.pool.processes:
+        kernel.processes.reap(process)
+
+
+def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer, credits_: int) -> None:
+    if (call.pid is None) == (call.model is None):
+        raise errors.InvalidArgument("infer takes a pid or a model, and not both", field="pid")
+    if len(call.tokens) % 4:
+        raise errors.InvalidArgument("tokens are packed u32: a multiple of 4 bytes", field="tokens")
+    _refuse_new_work(kernel)
+    if call.beams is not None:
+        _check_beams(kernel, session, call, call.beams)
+    if call.pid is not None:
+        process = kernel.processes.find(call.pid, session.subject)
+        kernel.processes.must_be_idle(process)
+    else:
+        process = _new_process(kernel, session, call, call.model or "", detached=False)
+    cancelled = False
+    extra = 0
+
+    def start(error: errors.LLMasOSError | None) -> None:
+        if cancelled:
+            return
+        try:
+            if error is not None:
+                raise error
+            if process not in process.pool.processes:
+                raise errors.ProcessEnded(f"process {process.pid} has ended")
+            kernel.processes.must_be_idle(process)
+            _begin(kernel, process, request, call, credits_ + extra)
+        except errors.LLMasOSError as refusal:
+            kernel.sessions.fail(request, refusal)
+            if call.model is not None:
+                _discard(kernel, process)
+
+    def cancel() -> None:
+        nonlocal cancelled
+        cancelled = True
+        kernel.sessions.fail(request, errors.Unavailable("cancelled"))
+        if call.model is not None:
+            _discard(kernel, process)
+
+    def credit(n: int) -> None:
+        nonlocal extra
+        extra = min(extra + n, wire.MAX_CREDITS)
+
+    kernel.sessions.on_cancel(request, cancel)
+    kernel.sessions.on_credit(request, credit)
+    _when_ready(process.pool, start)
+
+
+def _check_beams(kernel: Kernel, session: Session, call: table.Infer, beams: t.Beams) -> None:
+    if beams.num_return_sequences > beams.num_beams:
+        raise errors.InvalidArgument(
+            "num_return_sequences exceeds num_beams", field="beams.num_return_sequences"
+        )
+    if call.sampling.temperature > 0:
+        raise errors.InvalidArgument(
+            "beam search does not sample", field="sampling.temperature", hint="use temperature 0"
+        )
+    if call.max_tokens == 0:
+        raise errors.InvalidArgument("beam search needs max_tokens above 0", field="max_tokens")
+    kernel.processes.room_for(session.subject.path, beams.num_beams + 1)
+
+
+def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer, credits_: int) -> None:
+    """Appends the input and makes the process runnable. Raises what `table.Infer` names."""
+    loaded = process.pool.loaded
+    assert loaded is not None
+    tokens = t.unpack_tokens(call.tokens)
+    length = len(process.tokens) + len(tokens)
+    if length == 0:
+        raise errors.InvalidArgument("the context is empty", field="tokens", hint="send at least one token")
+    if tokens and max(tokens) >= loaded.vocab_size:
+        raise errors.InvalidArgument(f"token ids go up to {loaded.vocab_size - 1}", field="tokens")
+    limit = loaded.context_length if call.max_tokens is None else length + call.max_tokens
+    beams = call.beams
+    kernel.admit(process.pool, length, limit, beams.num_beams if beams else 0)
+    sampling = call.sampling
+    if sampling.seed is None:
+        sampling = msgspec.structs.replace(sampling, seed=kernel.random.getrandbits(63))
+    stop_ids = frozenset(sampling.stop_token_ids)
+    before = len(process.tokens)
+    process.tokens += tokens
+    # Scoring the input needs the logits of every one of its positions.
+    if sampling.prompt_logprobs:
+        process.computed = min(process.computed, max(0, before - 1))
+        process.pool.memory.truncate(process.table, process.computed)
+    process.mirror.stale = True
+    process.infer = Infer(
+        request=request,
+        sampling=sampling,
+        first_input=before,
+        start=length,
+        limit=limit,
+        credits=credits_,
+        reap=call.model is not None,
+        leave=call.exit,
+        began=kernel.now(),
+        beams=BeamSearch(beams, stop_ids, limit - length) if beams else None,
+    )
+    infer = process.infer
+    if sampling.prompt_logprobs and before == 0:
+        infer.take_prompt(0, [t.Chosen(float("nan"))])
+    infer.scored = max(before, 1)
+    scheduler.enter(process, kernel.processes, kernel.now())
+
+    def cancel() -> None:
+        if process.infer is infer:
+            kernel.processes.end_infer(process, t.Finish.CANCELLED)
+
+    def credit(n: int) -> None:
+        infer.credits = min(infer.credits + n, wire.MAX_CREDITS)
+        if process.infer is infer:
+            kernel.deliver(process)
+
+    kernel.sessions.on_cancel(request, cancel)
+    kernel.sessions.on_credit(request, credit)
+    kernel.settle(process)
+
+
+def _wait(kernel: Kernel, process: Process, request: Request, timeout_s: float | None) -> None:
+    kernel.processes.wait(process, request)
+
+    def give_up(error: errors.LLMasOSError) -> None:
+        kernel.processes.stop_waiting(process, request, error)
+
+    kernel.sessions.on_cancel(request, lambda: give_up(errors.TimedOut("cancelled")))
+    if timeout_s is not None and process.exit is None:
+        late = errors.TimedOut(f"process {process.pid} still runs after {timeout_s:g} s")
+        kernel.at(kernel.now() + timeout_s, lambda: give_up(late))
+
+
+def _set_priority(kernel: Kernel, session: Session, call: table.SetPriority) -> t.ProcessInfo:
+    process = kernel.processes.find(call.pid, session.subject)
+    session.subject.require_priority(call.sched_class, call.nice)
+    if call.sched_class is not None:
+        process.sched_class = call.sched_class
+    if call.nice is not None:
+        process.nice = call.nice
+    return process.info(kernel.now(), _places(kernel).get(process.pid, 0))
+
+
+def _places(kernel: Kernel) -> dict[int, int]:
+    """Queue places by pid, from 1, of what could run but is not in the step."""
+    queue = scheduler.order(kernel.processes, kernel.now(), kernel.config.aging_s)
+    return {p.pid: place for place, p in enumerate(queue, 1)}
+
+
+def _ps(kernel: Kernel, subject: Subject, call: table.Ps) -> table.PsReply:
+    seen = [
+        p
+        for p in kernel.processes
+        if p.pid > call.after and p.beam_of is None and subject.may_command(p.owner)
+    ]
+    places = _places(kernel)
+    rows = [p.info(kernel.now(), places.get(p.pid, 0)) for p in seen[: call.limit]]
+    return table.PsReply(processes=rows, more=len(seen) > call.limit)
