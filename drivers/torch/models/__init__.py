@@ -1,0 +1,68 @@
+"""Model families. A family is a module with `build(config, checkpoint, device, dtype) -> Model`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Protocol, cast
+
+import torch
+from llmasos.syscalls import errors
+
+from ..attention import Plan
+from ..config import Config, Shape
+from ..weights import Checkpoint
+
+# `model_type` of config.json -> module of this folder. Imported only when a model asks for it.
+FAMILIES = {
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "mistral": "llama",
+    "qwen2": "llama",
+    "qwen3": "llama",
+    "smollm3": "llama",
+}
+
+
+class Model(Protocol):
+    """A decoder. `weights_bytes` counts what it holds; `windows` its sliding windows (0: none)."""
+
+    shape: Shape
+    windows: set[int]
+    weights_bytes: int
+
+    def forward(self, plan: Plan) -> torch.Tensor:
+        """The last hidden states [T, hidden] of a step's rows, after the final norm; writes their KV."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 logits [R, vocab_size] of some rows [R, hidden]."""
+        ...
+
+
+class Family(Protocol):
+    def shape_of(self, config: Config) -> Shape:
+        """Raises UnsupportedModel for options that are not computed."""
+        ...
+
+    def build(
+        self, config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+    ) -> Model:
+        """Raises Corrupt or UnsupportedModel before it reads the first tensor."""
+        ...
+
+
+def family_of(config: Config) -> Family:
+    """The module that computes the config's architecture. Raises UnsupportedModel."""
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise errors.UnsupportedModel(
+            f"architecture {str(kind)[:64]!r} is not computed",
+            hint=f"supported: {', '.join(FAMILIES)}",
+            architecture=str(kind)[:64],
+        )
+    for name in config.get("architectures", []):
+        if not str(name).endswith(("ForCausalLM", "LMHeadModel")):
+            raise errors.UnsupportedModel(
+                f"{str(name)[:64]!r} does not generate text", hint="pull its ForCausalLM variant"
+            )
+    return cast(Family, importlib.import_module(f".{FAMILIES[kind]}", __name__))

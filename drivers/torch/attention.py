@@ -1,0 +1,231 @@
+"""The paged KV pool and attention over it, for any mixture of decoding sequences and prefill chunks.
+
+A step is a flat batch of rows (`Plan`). Sequences that decode one token are computed together, padded to the
+longest of their group; each prefill chunk is computed alone. Keys and values are gathered block by block
+into a workspace that all layers of a step share, because fresh memory for every gather costs more in page
+faults than the gather itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from llmasos.syscalls import errors
+from torch.nn import functional
+
+from ..base import BLOCK_TOKENS
+from ..mirror import Piece
+from .config import Shape
+
+# Bytes that one group of decoding sequences may gather in a layer: on a CPU it should stay in the cache.
+_GATHER_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+
+
+class KvPool:
+    """Keys and values of all layers: [layers, 2 * kv_heads, blocks, 16, head_dim], keys first.
+
+    Head before block, so that a gathered head is one contiguous matrix. Memory is committed only when a
+    block is first written (CPU). It starts as zeros: padding is read, though masked, and a NaN in it would
+    pass through the mask.
+    """
+
+    def __init__(self, shape: Shape, blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape, self.blocks, self.dtype, self.device = shape, blocks, dtype, device
+        size = (shape.layers, 2 * shape.kv_heads, blocks, BLOCK_TOKENS, shape.head_dim)
+        if device.type == "cpu":
+            # numpy's zeros come from calloc, untouched; torch.zeros would write every page.
+            raw = np.zeros(int(np.prod(size)) * dtype.itemsize, np.uint8)
+            self._data = torch.from_numpy(raw).view(dtype).view(size)
+        else:
+            self._data = torch.zeros(size, dtype=dtype, device=device)
+        self._workspace = torch.empty(0, dtype=dtype, device=device)
+
+    @staticmethod
+    def block_bytes(shape: Shape, dtype: torch.dtype) -> int:
+        return shape.layers * 2 * shape.kv_heads * BLOCK_TOKENS * shape.head_dim * dtype.itemsize
+
+    def write(self, layer: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
+        """Puts kv [T, 2 * kv_heads, head_dim] into slots [T]."""
+        self._data[layer].flatten(1, 2).index_copy_(1, slots, kv.transpose(0, 1))
+
+    def gather(self, layer: int, table: torch.Tensor) -> torch.Tensor:
+        """The blocks of table [N] as [2 * kv_heads, N, 16 * head_dim]; valid until the next gather."""
+        heads, width = 2 * self.shape.kv_heads, BLOCK_TOKENS * self.shape.head_dim
+        count = heads * len(table) * width
+        if len(self._workspace) < count:
+            self._workspace = torch.empty(count, dtype=self.dtype, device=self.device)
+        out = self._workspace[:count].view(heads, len(table), width)
+        return torch.index_select(self._data[layer].flatten(2, 3), 1, table, out=out)
+
+    def drop_workspace(self) -> None:
+        self._workspace = self._workspace.new_empty(0)
+
+    def copy(self, source: int, target: int) -> None:
+        self._data[:, :, target] = self._data[:, :, source]
+
+    def clear(self, blocks: list[int]) -> None:
+        self._data[:, :, self._checked(blocks)] = 0
+
+    def read_blocks(self, blocks: list[int]) -> bytes:
+        """The raw bytes of `blocks`: [layers, 2 * kv_heads, len(blocks), 16, head_dim] in this dtype."""
+        return self._data[:, :, self._checked(blocks)].cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+    def write_blocks(self, blocks: list[int], data: bytes) -> None:
+        index = self._checked(blocks)
+        size = len(blocks) * self.block_bytes(self.shape, self.dtype)
+        if len(data) != size:
+            raise errors.Corrupt(f"{len(data)} bytes for {len(blocks)} blocks, {size} expected")
+        if blocks:
+            layers, heads, _, tokens, width = self._data.shape
+            values = torch.from_numpy(np.frombuffer(data, np.uint8).copy()).view(self.dtype)
+            self._data[:, :, index] = values.view(layers, heads, len(blocks), tokens, width).to(self.device)
+
+    def _checked(self, blocks: list[int]) -> torch.Tensor:
+        if blocks and not (min(blocks) >= 0 and max(blocks) < self.blocks):
+            raise errors.DeviceFault(f"a block is outside the pool of {self.blocks}")
+        return torch.tensor(blocks, dtype=torch.int64, device=self.device)
+
+
+@dataclass(slots=True)
+class _Group:
+    """Sequences computed together: rows `first` … of the flat batch, `queries` rows each. `length` is the
+    longest context; `masks` is what to add to the scores for each window size, None where nothing is hidden
+    but by causality from position 0."""
+
+    first: int
+    sequences: int
+    queries: int
+    length: int
+    table: torch.Tensor
+    masks: dict[int, torch.Tensor | None]
+
+
+class Plan:
+    """A step as flat rows, decoding sequences first. `rows` maps a piece's index to its first row;
+    `windows` are the sliding windows of the model's layers (0: everything)."""
+
+    def __init__(self, pool: KvPool, pieces: list[Piece], windows: set[int]) -> None:
+        self._pool = pool
+        self._windows = windows
+        self._groups: list[_Group] = []
+        self.rows: dict[int, int] = {}
+        single = sorted((p for p in pieces if p.end - p.start == 1), key=lambda piece: piece.end)
+        chunks = [piece for piece in pieces if piece.end - piece.start > 1]
+        ordered = single + chunks
+        tokens, positions, slots = [], [], []
+        row = 0
+        for piece in ordered:
+            self.rows[piece.index] = row
+            row += piece.end - piece.start
+            places = np.arange(piece.start, piece.end)
+            table = np.array(piece.sequence.blocks, np.int64)
+            tokens.append(np.array(piece.sequence.tokens[piece.start : piece.end], np.int64))
+            positions.append(places)
+            slots.append(table[places // BLOCK_TOKENS] * BLOCK_TOKENS + places % BLOCK_TOKENS)
+        self.tokens, self.positions, self._slots = (
+            torch.from_numpy(np.concatenate(part)).to(pool.device) for part in (tokens, positions, slots)
+        )
+        for group in [*self._batches(single), *([chunk] for chunk in chunks)]:
+            self._groups.append(self._group(group))
+
+    def _batches(self, single: list[Piece]) -> list[list[Piece]]:
+        """Cuts decoding sequences, shortest first, into groups with little padding that fit the workspace."""
+        shape = self._pool.shape
+        position_bytes = 2 * shape.kv_heads * shape.head_dim * self._pool.dtype.itemsize
+        most = _GATHER_BYTES[self._pool.device.type] // position_bytes
+        batches: list[list[Piece]] = []
+        for piece in single:
+            if batches:
+                last = batches[-1]
+                close = piece.end <= 2 * last[0].end + 4 * BLOCK_TOKENS
+                if close and (len(last) + 1) * piece.end <= most:
+                    last.append(piece)
+                    continue
+            batches.append([piece])
+        return batches
+
+    def _group(self, pieces: list[Piece]) -> _Group:
+        length = max(piece.end for piece in pieces)
+        queries = pieces[0].end - pieces[0].start
+        blocks = -(-length // BLOCK_TOKENS)
+        # Rows that are shorter read their own first block as padding, never another sequence's.
+        table = np.empty((len(pieces), blocks), np.int64)
+        for row, piece in enumerate(pieces):
+            own = piece.sequence.blocks[: -(-piece.end // BLOCK_TOKENS)]
+            table[row] = piece.sequence.blocks[0]
+            table[row, : len(own)] = own
+        return _Group(
+            first=self.rows[pieces[0].index],
+            sequences=len(pieces),
+            queries=queries,
+            length=length,
+            table=torch.from_numpy(table.reshape(-1)).to(self._pool.device),
+            masks={window: self._mask(pieces, length, window) for window in self._windows},
+        )
+
+    def _mask(self, pieces: list[Piece], length: int, window: int) -> torch.Tensor | None:
+        """[sequences, 1, queries, length] to add to the scores, or None if nothing but causality from
+        position 0 hides a key. A window of w lets a token see itself and the w-1 before it."""
+        narrow = bool(window) and length > window
+        chunk = pieces[0].end - pieces[0].start > 1
+        if not narrow and (pieces[0].start == 0 if chunk else pieces[0].end == length):
+            return None  # pieces are sorted: if the first is as long as the longest, all are
+        device, dtype = self._pool.device, self._pool.dtype
+        query = torch.tensor([range(piece.start, piece.end) for piece in pieces], device=device)[
+            :, None, :, None
+        ]
+        key = torch.arange(length, device=device)
+        hidden = key > query
+        if window:
+            hidden = hidden | (key <= query - window)
+        return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+
+    def attend(
+        self, layer: int, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int = 0
+    ) -> torch.Tensor:
+        """Writes kv [T, 2 * kv_heads, head_dim] of all rows, then attends with query [T, heads, head_dim].
+        Returns [T, heads * head_dim]."""
+        self._pool.write(layer, self._slots, kv)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for group in self._groups:
+            end = group.first + group.sequences * group.queries
+            part = query[group.first : end]
+            attend = self._decode if group.queries == 1 else self._prefill
+            out[group.first : end] = attend(layer, group, part, scale, group.masks[window])
+        return out.flatten(1)
+
+    def _context(self, layer: int, group: _Group) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values, each [kv_heads, sequences, length, head_dim]."""
+        shape = self._pool.shape
+        gathered = self._pool.gather(layer, group.table)
+        kv = gathered.view(2 * shape.kv_heads, group.sequences, -1, shape.head_dim)[:, :, : group.length]
+        return kv[: shape.kv_heads], kv[shape.kv_heads :]
+
+    def _decode(
+        self, layer: int, group: _Group, query: torch.Tensor, scale: float, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The query heads that share a KV head attend as if they were its rows: no KV is repeated."""
+        shape = self._pool.shape
+        keys, values = self._context(layer, group)
+        shared = query.view(group.sequences, shape.kv_heads, -1, shape.head_dim).transpose(0, 1)
+        if mask is not None:
+            mask = mask.transpose(0, 1)
+        found = functional.scaled_dot_product_attention(shared, keys, values, attn_mask=mask, scale=scale)
+        return found.transpose(0, 1).reshape(query.shape)
+
+    def _prefill(
+        self, layer: int, group: _Group, query: torch.Tensor, scale: float, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        keys, values = self._context(layer, group)
+        found = functional.scaled_dot_product_attention(
+            query.transpose(0, 1)[None],
+            keys.transpose(0, 1),
+            values.transpose(0, 1),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scale,
+            enable_gqa=query.shape[1] != keys.shape[0],
+        )
+        return found[0].transpose(0, 1)

@@ -1,0 +1,205 @@
+"""Chooses tokens from logits, many sequences at a time.
+
+Order of Hugging Face `generate`: repetition penalty, presence and frequency, no_repeat_ngram_size,
+min_new_tokens; then temperature, top_k, top_p, min_p, each leaving at least one token. Noise is one uniform
+number from Philox (Salmon et al., 2011) keyed by the seed, counted by the position of the token, turned into
+a token by the inverse of the distribution: it does not depend on the batch, and a recomputed sequence
+repeats itself.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from llmasos.syscalls import types as t
+
+from ..mirror import Sequence
+
+_Ids = np.ndarray[Any, np.dtype[np.int64]]
+
+# The nucleus of top_p is looked for among so many tokens first; a flat distribution needs a full sort.
+_NUCLEUS = 1024
+
+NOT_FINITE = "the model's logits are not finite: it overflowed or its weights are broken"
+NOTHING_LEFT = "no token is left to choose: no_repeat_ngram_size or min_new_tokens forbid all"
+
+
+@dataclass(slots=True)
+class Choice:
+    """`error` not empty: nothing was chosen."""
+
+    token: int
+    chosen: t.Chosen | None = None
+    error: str = ""
+
+
+def uniform(seed: int, position: int) -> float:
+    """The noise of a sequence with `seed` for the token at `position`, in [0, 1)."""
+    raw = np.random.Philox(key=seed, counter=position).random_raw()
+    return (raw >> 11) / 2**53
+
+
+def _is_plain(sequence: Sequence) -> bool:
+    return sequence.sampling.temperature == 0 and not _has_processors(sequence)
+
+
+def _has_processors(sequence: Sequence) -> bool:
+    sampling = sequence.sampling
+    return (
+        sampling.repetition_penalty != 1
+        or sampling.presence_penalty != 0
+        or sampling.frequency_penalty != 0
+        or sampling.no_repeat_ngram_size > 0
+        or sequence.generated < sampling.min_new_tokens
+    )
+
+
+def choose(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
+    """The next token of each sequence from float32 logits [R, vocab_size], which are left as they are."""
+    best, token = logits.max(dim=-1)
+    finite, tokens = best.isfinite().tolist(), token.tolist()
+    choices = [Choice(tokens[row], error="" if finite[row] else NOT_FINITE) for row in range(len(sequences))]
+    working = [row for row, s in enumerate(sequences) if finite[row] and not _is_plain(s)]
+    if working:
+        scores = logits[working]
+        for index, row in enumerate(working):
+            process(scores[index], sequences[row])
+        for row, found in zip(working, _draw(scores, [sequences[row] for row in working]), strict=True):
+            choices[row] = Choice(found) if found >= 0 else Choice(-1, error=NOTHING_LEFT)
+    asked = [
+        row
+        for row, choice in enumerate(choices)
+        if not choice.error and sequences[row].sampling.logprobs is not None
+    ]
+    if asked:
+        wanted = [choices[row].token for row in asked]
+        tops = [sequences[row].sampling.logprobs or 0 for row in asked]
+        for row, chosen in zip(asked, score(logits[asked], wanted, tops), strict=True):
+            choices[row].chosen = chosen
+    return choices
+
+
+def score(logits: torch.Tensor, tokens: list[int], tops: list[int]) -> list[t.Chosen]:
+    """Natural log-probabilities by the raw logits [R, vocab_size]: of one token a row, of the best `tops`."""
+    logprobs = torch.log_softmax(logits, dim=-1)
+    index = torch.tensor(tokens, device=logits.device)[:, None]
+    own = logprobs.gather(1, index)[:, 0].tolist()
+    most = min(max(tops), logits.shape[1])
+    if not most:
+        return [t.Chosen(value) for value in own]
+    values, ids = (part.tolist() for part in logprobs.topk(most))
+    return [
+        t.Chosen(own[row], [t.TokenLogprob(ids[row][i], values[row][i]) for i in range(min(top, most))])
+        for row, top in enumerate(tops)
+    ]
+
+
+def best_continuations(logits: torch.Tensor, sequence: Sequence, count: int) -> list[t.TokenLogprob]:
+    """The best `count` tokens of a beam from its logits [vocab_size]: log-softmax first, processors after, as
+    Hugging Face's beam search has it. Tokens that are forbidden are left out."""
+    scores = torch.log_softmax(logits, dim=-1)
+    process(scores, sequence)
+    values, ids = (part.tolist() for part in scores.topk(min(count, len(scores))))
+    pairs = zip(ids, values, strict=True)
+    return [t.TokenLogprob(token, value) for token, value in pairs if value > -math.inf]
+
+
+def process(scores: torch.Tensor, sequence: Sequence) -> None:
+    """Applies the penalties and bans of `sequence` to its scores [vocab_size], in place."""
+    if not _has_processors(sequence):
+        return
+    sampling = sequence.sampling
+    tokens = np.array(sequence.tokens, np.int64)
+    if sampling.repetition_penalty != 1:
+        seen = torch.from_numpy(np.unique(tokens)).to(scores.device)
+        had = scores[seen]
+        penalty = sampling.repetition_penalty
+        scores[seen] = torch.where(had < 0, had * penalty, had / penalty)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        made, times = np.unique(tokens[sequence.prompt_length :], return_counts=True)
+        cost = sampling.presence_penalty + sampling.frequency_penalty * times
+        scores[torch.from_numpy(made).to(scores.device)] -= torch.from_numpy(cost).to(scores)
+    if sampling.no_repeat_ngram_size:
+        banned = _completes_ngram(tokens, sampling.no_repeat_ngram_size)
+        scores[torch.from_numpy(banned).to(scores.device)] = -math.inf
+    if sequence.generated < sampling.min_new_tokens:
+        stops = [token for token in sampling.stop_token_ids if token < len(scores)]
+        scores[torch.tensor(stops, dtype=torch.int64, device=scores.device)] = -math.inf
+
+
+def _completes_ngram(tokens: _Ids, size: int) -> _Ids:
+    """The tokens that would repeat an n-gram of `tokens`."""
+    if len(tokens) < size:
+        return tokens[:0]
+    windows = np.lib.stride_tricks.sliding_window_view(tokens, size)
+    last = tokens[len(tokens) - size + 1 :]
+    found: _Ids = windows[(windows[:, :-1] == last).all(axis=1), -1].copy()
+    return found
+
+
+def _draw(scores: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+    """One token a row of processed scores [R, vocab_size], which are overwritten; -1 if all are forbidden."""
+    best, token = scores.max(dim=-1)
+    found = [
+        value if possible else -1
+        for value, possible in zip(token.tolist(), best.isfinite().tolist(), strict=True)
+    ]
+    noisy = [row for row, s in enumerate(sequences) if s.sampling.temperature > 0 and found[row] >= 0]
+    if noisy:
+        chosen = [sequences[row] for row in noisy]
+        drawn = sample(warp(scores[noisy], [s.sampling for s in chosen]), chosen)
+        for row, value in zip(noisy, drawn, strict=True):
+            found[row] = value
+    return found
+
+
+def sample(scores: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+    """Inverse of the cumulated distribution at each sequence's noise, in double precision."""
+    cumulated = torch.softmax(scores, dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    noise = [uniform(s.sampling.seed or 0, len(s.tokens)) for s in sequences]
+    level = torch.tensor(noise, dtype=torch.float64, device=scores.device)[:, None] * cumulated[:, -1:]
+    place = torch.searchsorted(cumulated, level, right=True)
+    return [int(value) for value in place[:, 0].clamp_(max=scores.shape[1] - 1).tolist()]
+
+
+def warp(scores: torch.Tensor, samplings: list[t.Sampling]) -> torch.Tensor:
+    """Temperature, top_k, top_p and min_p on scores [R, vocab_size]; in place."""
+
+    def column(values: list[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=scores.dtype, device=scores.device)[:, None]
+
+    scores /= column([s.temperature for s in samplings])
+    size = scores.shape[1]
+    if rows := [row for row, s in enumerate(samplings) if 0 < s.top_k < size]:
+        _keep_top_k(scores, rows, [samplings[row].top_k for row in rows])
+    if rows := [row for row, s in enumerate(samplings) if s.top_p < 1]:
+        _keep_nucleus(scores, rows, column([samplings[row].top_p for row in rows]))
+    if any(s.min_p > 0 for s in samplings):
+        floor = column([math.log(s.min_p) if s.min_p > 0 else -math.inf for s in samplings])
+        scores.masked_fill_(scores < scores.amax(dim=-1, keepdim=True) + floor, -math.inf)
+    return scores
+
+
+def _keep_top_k(scores: torch.Tensor, rows: list[int], counts: list[int]) -> None:
+    """Ties with the k-th score stay, as in Hugging Face."""
+    part = scores[rows]
+    index = torch.tensor(counts, device=scores.device)[:, None] - 1
+    least = part.topk(max(counts)).values.gather(1, index)
+    scores[rows] = part.masked_fill(part < least, -math.inf)
+
+
+def _keep_nucleus(scores: torch.Tensor, rows: list[int], mass: torch.Tensor) -> None:
+    """Keeps the likeliest tokens before which less than `mass` [rows, 1] has been collected."""
+    part = scores[rows]
+    probabilities = torch.softmax(part, dim=-1)
+    for count in (min(_NUCLEUS, scores.shape[1]), scores.shape[1]):
+        values, ids = probabilities.topk(count)
+        collected = values.cumsum(dim=-1)
+        if count == scores.shape[1] or bool((collected[:, -1:] >= mass).all()):
+            break
+    keep = torch.zeros_like(part, dtype=torch.bool).scatter_(1, ids, collected - values < mass)
+    scores[rows] = part.masked_fill(~keep, -math.inf)
