@@ -12,12 +12,15 @@ import difflib
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict, get_type_hints
+from typing import Any, Literal, TypedDict, TypeVar
 
+import msgspec
 from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
 
 DEFAULT_NEW_TOKENS = 256
+
+W = TypeVar("W", bound=t.Wire)
 
 
 class Options(TypedDict, total=False):
@@ -30,8 +33,6 @@ class Options(TypedDict, total=False):
     min_new_tokens: int | None
     num_beams: int | None
     """Above 1: beam search."""
-    num_return_sequences: int | None
-    """Results a prompt: the best beams, or samples with seeds seed, seed+1, …"""
     do_sample: bool | None
     """False: always the likeliest token; temperature, top_k, top_p and min_p do nothing."""
     temperature: float | None
@@ -45,9 +46,196 @@ class Options(TypedDict, total=False):
     early_stopping: bool | Literal["never"] | None
     no_repeat_ngram_size: int | None
     seed: int | None
+    """Of the first result; further ones count up from it."""
     stop: str | Sequence[str] | None
     """Strings that end the answer; they are not part of it."""
     return_full_text: bool | None
-    """Whether the result begins with the prompt: true for generate, false for stream and chat."""
+    """Whether the result begins with the prompt: by default so for generate, not for chat."""
     logprobs: int | None
     """Scores of the answer's tokens, with this many alternatives each (0 to 20)."""
+
+
+# Hugging Face's defaults; `logprobs`, `seed` and the lengths have none.
+_DEFAULTS: dict[str, Any] = {
+    "min_new_tokens": 0,
+    "num_beams": 1,
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "min_p": 0.0,
+    "repetition_penalty": 1.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "no_repeat_ngram_size": 0,
+}
+_ONLY_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
+_ONLY_BEAMS = ("length_penalty", "early_stopping")
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What planning must know of a model. `generation` is its generation_config.json."""
+
+    context_length: int
+    eos_ids: Sequence[int]
+    generation: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One prompt's generation, ready for `infer`. `samples` processes, each with its own seed."""
+
+    max_tokens: int
+    sampling: t.Sampling
+    beams: t.Beams | None
+    samples: int
+    stop: tuple[str, ...]
+
+    def seeded(self, index: int) -> t.Sampling:
+        """The sampling of sample `index`."""
+        seed = self.sampling.seed
+        return self.sampling if seed is None else msgspec.structs.replace(self.sampling, seed=seed + index)
+
+
+def check_names(options: Mapping[str, Any], caller: str) -> None:
+    """Raises TypeError for an option that does not exist, with the nearest one that does."""
+    for name in options:
+        if name not in Options.__annotations__:
+            near = difflib.get_close_matches(name, Options.__annotations__, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{caller}() has no option {name!r}{hint}")
+
+
+def plan(options: Options, model: Model, *, prompt_tokens: int, results: int = 1) -> Plan:
+    """What `options` ask of `model` for a context of `prompt_tokens` tokens and `results` results.
+
+    Raises InvalidArgument naming the option, ContextOverflow when the prompt fills the context.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    chosen = (
+        _DEFAULTS | {k: v for k, v in model.generation.items() if k in _DEFAULTS and v is not None} | given
+    )
+    beams = _beams(chosen, results)
+    _warn_unused(given, chosen)
+    return Plan(
+        max_tokens=_max_tokens(given, model, prompt_tokens),
+        sampling=_sampling(chosen, model.eos_ids),
+        beams=beams,
+        samples=results if beams is None else 1,
+        stop=_stops(options.get("stop")),
+    )
+
+
+def _beams(chosen: Mapping[str, Any], results: int) -> t.Beams | None:
+    if results < 1:
+        raise _invalid("num_return_sequences", "must be at least 1")
+    if (num_beams := chosen["num_beams"]) == 1:
+        if results > 1 and not chosen["do_sample"]:
+            raise _invalid(
+                "num_return_sequences", "greedy search has one result", "set do_sample=True or num_beams"
+            )
+        return None
+    if chosen["do_sample"]:
+        raise _invalid(
+            "do_sample", "sampling within beams is not supported", "leave out do_sample or num_beams"
+        )
+    if results > num_beams:
+        raise _invalid("num_return_sequences", f"{num_beams} beams have at most {num_beams} results")
+    stopping = chosen["early_stopping"]
+    return _checked(
+        t.Beams,
+        num_beams=num_beams,
+        num_return_sequences=results,
+        length_penalty=float(chosen["length_penalty"]),
+        early_stopping=str(stopping).lower() if isinstance(stopping, bool) else stopping,
+    )
+
+
+def _sampling(chosen: Mapping[str, Any], eos_ids: Sequence[int]) -> t.Sampling:
+    noise: dict[str, Any] = {}
+    if chosen["do_sample"]:
+        if chosen["temperature"] == 0:
+            raise _invalid("temperature", "must be above 0 to sample", "do_sample=False takes the likeliest")
+        noise = {name: chosen[name] for name in _ONLY_SAMPLING}
+    same = (
+        "repetition_penalty",
+        "presence_penalty",
+        "frequency_penalty",
+        "no_repeat_ngram_size",
+        "min_new_tokens",
+    )
+    return _checked(
+        t.Sampling,
+        **noise,
+        **{name: chosen[name] for name in same},
+        seed=chosen.get("seed"),
+        stop_token_ids=list(eos_ids),
+        logprobs=chosen.get("logprobs"),
+    )
+
+
+def _max_tokens(given: Mapping[str, Any], model: Model, prompt_tokens: int) -> int:
+    room = model.context_length - prompt_tokens
+    if room <= 0:
+        raise errors.ContextOverflow(
+            f"the prompt has {prompt_tokens} tokens, the model's context {model.context_length}",
+            hint="shorten the prompt",
+            prompt_tokens=prompt_tokens,
+            context_length=model.context_length,
+        )
+    if (new := given.get("max_new_tokens")) is not None:
+        if "max_length" in given:
+            warnings.warn("both max_new_tokens and max_length are given: max_new_tokens wins", stacklevel=2)
+        return _natural("max_new_tokens", new)
+    if (length := given.get("max_length")) is not None:
+        if _natural("max_length", length) <= prompt_tokens:
+            raise _invalid(
+                "max_length",
+                f"{length} is not above the prompt's {prompt_tokens} tokens",
+                "use max_new_tokens",
+            )
+        return int(length - prompt_tokens)
+    if new := model.generation.get("max_new_tokens"):
+        return min(int(new), room)
+    if (length := model.generation.get("max_length")) and length > prompt_tokens:
+        return min(int(length - prompt_tokens), room)
+    return min(DEFAULT_NEW_TOKENS, room)
+
+
+def _warn_unused(given: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
+    unused = [name for name in _ONLY_SAMPLING if name in given and not chosen["do_sample"]]
+    if unused:
+        warnings.warn(f"{', '.join(unused)}: no effect without do_sample=True", stacklevel=2)
+    unused = [name for name in _ONLY_BEAMS if name in given and chosen["num_beams"] == 1]
+    if unused:
+        warnings.warn(f"{', '.join(unused)}: no effect without num_beams", stacklevel=2)
+
+
+def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+    if not all(isinstance(one, str) and one for one in stops):
+        raise _invalid("stop", "must be strings that are not empty")
+    return stops
+
+
+def _natural(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise _invalid(name, f"must be a number of tokens, not {value!r}")
+    return value
+
+
+def _checked(kind: type[W], **fields: Any) -> W:
+    """A struct with its types and bounds checked here, so that the caller's line is in the traceback."""
+    try:
+        return msgspec.convert(fields, kind)
+    except msgspec.ValidationError as problem:
+        path = str(problem)
+        name = path.rsplit("`$.", 1)[1].rstrip("`") if "`$." in path else kind.__name__
+        raise _invalid(name, path.split(" - at ")[0]) from None
+
+
+def _invalid(name: str, problem: str, hint: str = "") -> errors.InvalidArgument:
+    return errors.InvalidArgument(f"{name}: {problem}", hint=hint, field=name)

@@ -10,100 +10,55 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
 from typing import Literal, Unpack, overload
 
-from llmasos.syscalls import table
+from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 
+from .aio import AsyncClient
+from .chat import Message, encode_chat
 from .client import Client, Stream
-from .generation import Options
+from .completion import Answer, Completion
+from .daemon import ensure_daemon
+from .flow import Do, Flow, Run, adrive, drive
+from .generation import Model, Options, Plan, check_names, plan
+from .models import ensure_model
+from .process import Process
+from .text_stream import TextStream
+from .tokenizer import Tokenizer
 
-Message = Mapping[str, str]
-
-
-class Completion(str):
-    """Generated text: a str that also knows how it came about.
-
-    `text` is the answer without the prompt, `tokens` its ids, `finish` why it ended, `logprobs` its scores if
-    asked for, `prompt_tokens` and `cached_tokens` the length of the input and how much of it was shared.
-    """
-
-
-class TextStream(Iterator[str]):
-    """Pieces of text as they are generated: iterate, then read `.reply` (finish, token counts).
-
-    Never yields half a character or part of a stop string. Closing early cancels the generation.
-    """
-
-    @property
-    def reply(self) -> table.InferReply: ...
-
-    @property
-    def text(self) -> str:
-        """What has come so far."""
-
-    def cancel(self) -> None: ...
-
-    def close(self) -> None: ...
-
-    def __next__(self) -> str: ...
-
-    def __enter__(self) -> TextStream: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-class Process:
-    """A running context of a model: a pid, and text instead of tokens."""
-
-    pid: int
-    model: str
-
-    def generate(self, text: str = "", **options: Unpack[Options]) -> Completion: ...
-
-    def stream(self, text: str = "", **options: Unpack[Options]) -> TextStream: ...
-
-    def chat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> TextStream:
-        """Appends chat messages (the template's text for them) and streams the answer; the context stays."""
-
-    def infer(
-        self, tokens: Sequence[int], *, max_tokens: int | None = None, sampling: t.Sampling = t.Sampling()
-    ) -> Stream[t.InferEvent, table.InferReply]: ...
-
-    def fork(self, n: int = 1) -> list[Process]: ...
-
-    def truncate(self, length: int) -> None: ...
-
-    @property
-    def tokens(self) -> list[int]: ...
-
-    @property
-    def text(self) -> str: ...
-
-    def info(self) -> t.ProcessInfo: ...
-
-    def nice(self, value: int) -> t.ProcessInfo: ...
-
-    def kill(self, signal: t.Signal | str = "TERM") -> None: ...
-
-    def wait(self, timeout_s: float | None = None) -> table.WaitReply: ...
-
-    def __enter__(self) -> Process: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+Prompts = list[str] | tuple[str, ...]
 
 
 class LLM:
-    """A model in the model filesystem, ready to be used through a client."""
+    """A model in the model filesystem, used through one client. Make one with `from_pretrained`.
 
-    client: Client
-    model: str
+    `device`, `dtype`, `sched_class` and `nice` hold for everything it generates.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        model: str,
+        tokenizer: Tokenizer,
+        *,
+        context_length: int,
+        device: str = "",
+        dtype: str = "",
+        sched_class: t.SchedClass = t.SchedClass.INTERACTIVE,
+        nice: int = 0,
+    ) -> None:
+        self.client = client
+        self.model = model
+        self.tokenizer = tokenizer
+        self.context_length = context_length
+        self.device = device
+        self.dtype = dtype
+        self.sched_class = sched_class
+        self.nice = nice
+        self._owns_client = False
 
     @classmethod
     def from_pretrained(
@@ -118,17 +73,98 @@ class LLM:
         label: str = "",
         client: Client | None = None,
         progress: bool | None = None,
-    ) -> LLM: ...
+    ) -> LLM:
+        """Finds a model and readies it: starts the user's daemon and pulls the model if need be.
 
+        `name_or_path` is a name ("smollm2"), a Hugging Face repository ("owner/name"), a local folder or a
+        .gguf file. `device` ("cpu:0", …) and `dtype` ("float32", "bfloat16") empty: the kernel chooses.
+        `label` makes this a sub-tenant of its own; `client` uses an open connection instead.
+        Raises DaemonUnreachable, NoSuchModel, PullFailed, RefusedFile, UnsupportedModel.
+        """
+        try:
+            chosen_class = t.SchedClass(sched_class)
+        except ValueError:
+            known = ", ".join(t.SchedClass)
+            raise errors.InvalidArgument(
+                f"no scheduling class {sched_class!r}", hint=f"one of {known}", field="sched_class"
+            ) from None
+        used = client or ensure_daemon(address, label=label)
+        try:
+            model = ensure_model(used, name_or_path, progress=progress)
+            llm = cls(
+                used,
+                model,
+                Tokenizer.load(used, model),
+                context_length=_context_length(used, model),
+                device=device,
+                dtype=dtype,
+                sched_class=chosen_class,
+                nice=nice,
+            )
+        except BaseException:
+            if client is None:
+                used.close()
+            raise
+        llm._owns_client = client is None
+        return llm
+
+    # num_return_sequences=1 is answered like none at all.
     @overload
-    def generate(self, prompt: str = "", **options: Unpack[Options]) -> Completion: ...
-    @overload
-    def generate(self, prompt: Sequence[str], **options: Unpack[Options]) -> list[Completion]: ...
     def generate(
-        self, prompt: str | Sequence[str] = "", **options: Unpack[Options]
-    ) -> Completion | list[Completion]: ...
+        self, prompt: str = "", *, num_return_sequences: None = None, **options: Unpack[Options]
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self, prompt: str = "", *, num_return_sequences: int, **options: Unpack[Options]
+    ) -> list[Completion]: ...
+    @overload
+    def generate(
+        self, prompt: Prompts, *, num_return_sequences: None = None, **options: Unpack[Options]
+    ) -> list[Completion]: ...
+    @overload
+    def generate(
+        self, prompt: Prompts, *, num_return_sequences: int, **options: Unpack[Options]
+    ) -> list[list[Completion]]: ...
+    def generate(
+        self,
+        prompt: str | Prompts = "",
+        *,
+        num_return_sequences: int | None = None,
+        **options: Unpack[Options],
+    ) -> Completion | list[Completion] | list[list[Completion]]:
+        """Continues a prompt, or several at once. Options as in Hugging Face `generate`, see Options.
 
-    def stream(self, prompt: str = "", **options: Unpack[Options]) -> TextStream: ...
+        Returns a str (a Completion) for one prompt; a list for a list of prompts or with
+        num_return_sequences above 1; a list of lists with both. The text begins with the prompt unless
+        return_full_text=False. Raises TypeError for an unknown option, InvalidArgument, ContextOverflow.
+        """
+        check_names(options, "generate")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        n = 1 if num_return_sequences is None else num_return_sequences
+        return _shaped(drive(self.client, self._generation(prompts, n, options)), prompt, n)
+
+    async def agenerate(
+        self,
+        prompt: str | Prompts = "",
+        *,
+        num_return_sequences: int | None = None,
+        **options: Unpack[Options],
+    ) -> Completion | list[Completion] | list[list[Completion]]:
+        """`generate` for asyncio; cancelling the task cancels the generation."""
+        check_names(options, "agenerate")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        n = 1 if num_return_sequences is None else num_return_sequences
+        return _shaped(await adrive(self._async(), self._generation(prompts, n, options)), prompt, n)
+
+    def stream(self, prompt: str = "", **options: Unpack[Options]) -> TextStream:
+        """Continues a prompt piece by piece."""
+        check_names(options, "stream")
+        return self._stream(self._start(prompt), options)
+
+    def astream(self, prompt: str = "", **options: Unpack[Options]) -> AsyncIterator[str]:
+        """`stream` for asyncio: an async generator of pieces; closing it cancels the generation."""
+        check_names(options, "astream")
+        return self._astream(self._start(prompt), options)
 
     @overload
     def chat(
@@ -140,26 +176,263 @@ class LLM:
     ) -> TextStream: ...
     def chat(
         self, messages: str | Sequence[Message], *, stream: bool = False, **options: Unpack[Options]
-    ) -> Completion | TextStream: ...
+    ) -> Completion | TextStream:
+        """Answers a conversation: [{"role": "user", "content": "…"}, …], or what the user says.
 
-    async def agenerate(
-        self, prompt: str | Sequence[str] = "", **options: Unpack[Options]
-    ) -> Completion | list[Completion]: ...
+        Raises UnsupportedModel when the model has no chat template.
+        """
+        check_names(options, "chat")
+        pieces = self._stream(encode_chat(self.tokenizer, messages, model=self.model), options)
+        if stream:
+            return pieces
+        with pieces:
+            for _ in pieces:
+                pass
+        return pieces.completion
 
-    def astream(self, prompt: str = "", **options: Unpack[Options]) -> AsyncIterator[str]: ...
+    async def achat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Completion:
+        """`chat` for asyncio."""
+        check_names(options, "achat")
+        tokens = encode_chat(self.tokenizer, messages, model=self.model)
+        call, answer = self._one_shot(tokens, self.plan(options, len(tokens)), options)
+        flow = _complete([call], [answer])
+        return (await adrive(self._async(), flow))[0]
 
-    async def achat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Completion: ...
+    def process(self, prompt: str | None = None, *, label: str = "", detached: bool = False) -> Process:
+        """Spawns a process, an empty context or one that has taken `prompt` in.
 
-    def process(self, prompt: str | None = None, *, label: str = "", detached: bool = False) -> Process: ...
+        It ends with this LLM's session unless `detached`.
+        """
+        process = Process(self, self.client.call(self._spawn(label=label, detached=detached)).pid)
+        try:
+            if prompt is not None:
+                process.append(prompt)
+        except BaseException:
+            process.close()
+            raise
+        return process
 
-    def fork(self, prompt: str, n: int = 2) -> list[Process]: ...
+    def fork(self, prompt: str, n: int = 2) -> list[Process]:
+        """`n` processes that share one prompt, which is computed and kept in memory once."""
+        first = self.process(prompt)
+        try:
+            return [first, *first.fork(n - 1)] if n > 1 else [first]
+        except BaseException:
+            first.close()
+            raise
 
-    def logprobs(self, text: str) -> list[tuple[str, float]]: ...
+    def logprobs(self, text: str) -> list[tuple[str, float]]:
+        """The tokens of `text`, each with its natural-log probability after those before it (NaN for the
+        first, which has none)."""
+        tokens = self._start(text)
+        call = self._infer(tokens, max_tokens=0, sampling=t.Sampling(prompt_logprobs=True))
+        return self.scores(tokens, self.client.stream(call))
 
-    def close(self) -> None: ...
+    def scores(
+        self, tokens: Sequence[int], stream: Stream[t.InferEvent, table.InferReply]
+    ) -> list[tuple[str, float]]:
+        """The prompt_logprobs of a stream, with each token's text."""
+        with stream:
+            found = [chosen.logprob for event in stream for chosen in event.prompt_logprobs]
+        if len(found) != len(tokens):
+            raise errors.KernelFault(f"{len(found)} scores for {len(tokens)} tokens")
+        return [(self.tokenizer.shown(id_), value) for id_, value in zip(tokens, found, strict=True)]
 
-    def __enter__(self) -> LLM: ...
+    def plan(self, options: Options, prompt_tokens: int, results: int = 1) -> Plan:
+        """What options mean for this model and a context of `prompt_tokens`."""
+        model = Model(self.context_length, self.tokenizer.eos_ids, self.tokenizer.generation)
+        return plan(options, model, prompt_tokens=prompt_tokens, results=results)
+
+    def close(self) -> None:
+        """Ends the session, and with it this LLM's processes. The daemon goes on."""
+        if self._owns_client:
+            self.client.close()
+
+    def _start(self, prompt: str) -> list[int]:
+        """Ids of a prompt that begins a context; an empty one is BOS alone."""
+        if tokens := self.tokenizer.encode(prompt):
+            return tokens
+        if self.tokenizer.bos_id is None:
+            raise errors.InvalidArgument(f"{self.model} has no BOS token to begin with", field="prompt")
+        return [self.tokenizer.bos_id]
+
+    def _stream(self, tokens: list[int], options: Options) -> TextStream:
+        call, answer = self._one_shot(tokens, self.plan(options, len(tokens)), options)
+        return TextStream(self.client.stream(call), answer)
+
+    async def _astream(self, tokens: list[int], options: Options) -> AsyncIterator[str]:
+        call, answer = self._one_shot(tokens, self.plan(options, len(tokens)), options)
+        async with self._async().stream(call) as stream:
+            async for event in stream:
+                if piece := answer.feed(event):
+                    yield piece
+                if answer.stopped:
+                    stream.cancel()
+        for sequence in stream.reply.sequences[:1]:
+            answer.feed(t.InferEvent(tokens=sequence.tokens))
+        if last := answer.flush():
+            yield last
+
+    def _async(self) -> AsyncClient:
+        return AsyncClient(connection=self.client.connection)
+
+    def _generation(
+        self, prompts: Sequence[str], results: int, options: Options
+    ) -> Flow[list[list[Completion]]]:
+        """Every prompt a one-shot infer, or, for several samples of one, forks of one process."""
+        inputs = [self._start(prompt) for prompt in prompts]
+        plans = [self.plan(options, len(tokens), results) for tokens in inputs]
+        full = options.get("return_full_text") is not False
+        if results > 1 and all(plan.beams is None for plan in plans):
+            return (yield from self._samples(inputs, plans, full))
+        pairs = [
+            self._one_shot(tokens, plan, options, full) for tokens, plan in zip(inputs, plans, strict=True)
+        ]
+        calls, answers = [call for call, _ in pairs], [answer for _, answer in pairs]
+        replies = yield Run(calls, answers)
+        return [
+            self._beam_results(tokens, plan, reply, full) if plan.beams else [answer.completion(reply)]
+            for tokens, plan, reply, answer in zip(inputs, plans, replies, answers, strict=True)
+        ]
+
+    def _samples(
+        self, inputs: Sequence[list[int]], plans: Sequence[Plan], full: bool
+    ) -> Flow[list[list[Completion]]]:
+        """Spawns a process a prompt, takes all but the prompt's last token in, forks it once a sample."""
+        pids: list[int] = []
+        try:
+            forks: list[list[int]] = []
+            for _ in inputs:
+                pids.append((yield Do(self._spawn())).pid)
+            parents = list(pids)
+            heads = [(pid, tokens[:-1]) for pid, tokens in zip(parents, inputs, strict=True) if tokens[:-1]]
+            yield Run(
+                [table.Infer(pid, tokens=t.pack_tokens(head), max_tokens=0) for pid, head in heads],
+                [Answer(self.tokenizer, ()) for _ in heads],
+            )
+            for pid, plan in zip(parents, plans, strict=True):
+                forks.append((yield Do(table.Fork(pid, plan.samples))).pids)
+                pids += forks[-1]
+            calls, answers = [], []
+            for tokens, plan, children in zip(inputs, plans, forks, strict=True):
+                for index, pid in enumerate(children):
+                    calls.append(
+                        table.Infer(
+                            pid,
+                            tokens=t.pack_tokens(tokens[-1:]),
+                            max_tokens=plan.max_tokens,
+                            sampling=plan.seeded(index),
+                            exit=True,
+                        )
+                    )
+                    answers.append(self._answer(tokens, plan, full))
+            replies = yield Run(calls, answers)
+        finally:
+            yield from _reap(pids)
+        done = iter([answer.completion(reply) for answer, reply in zip(answers, replies, strict=True)])
+        return [[next(done) for _ in children] for children in forks]
+
+    def _beam_results(
+        self, tokens: list[int], plan: Plan, reply: table.InferReply, full: bool
+    ) -> list[Completion]:
+        completions = []
+        for sequence in reply.sequences:
+            answer = self._answer(tokens, plan, full)
+            answer.feed(t.InferEvent(tokens=sequence.tokens))
+            answer.flush()
+            completions.append(answer.completion(reply, finish=sequence.finish, score=sequence.score))
+        return completions
+
+    def _one_shot(
+        self, tokens: list[int], plan: Plan, options: Options, full: bool | None = None
+    ) -> tuple[table.Infer, Answer]:
+        call = self._infer(tokens, max_tokens=plan.max_tokens, sampling=plan.sampling, beams=plan.beams)
+        full = bool(options.get("return_full_text")) if full is None else full
+        return call, self._answer(tokens, plan, full)
+
+    def _answer(self, tokens: list[int], plan: Plan, full: bool) -> Answer:
+        prefix = self.tokenizer.decode(tokens) if full else ""
+        return Answer(self.tokenizer, tokens, plan.stop, prefix)
+
+    def _infer(
+        self,
+        tokens: Sequence[int],
+        *,
+        max_tokens: int,
+        sampling: t.Sampling,
+        beams: t.Beams | None = None,
+    ) -> table.Infer:
+        return table.Infer(
+            model=self.model,
+            tokens=t.pack_tokens(tokens),
+            max_tokens=max_tokens,
+            sampling=sampling,
+            beams=beams,
+            sched_class=self.sched_class,
+            nice=self.nice,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def _spawn(self, *, label: str = "", detached: bool = False) -> table.SpawnModel:
+        return table.SpawnModel(
+            self.model,
+            sched_class=self.sched_class,
+            nice=self.nice,
+            device=self.device,
+            dtype=self.dtype,
+            label=label,
+            detached=detached,
+        )
+
+    def __enter__(self) -> LLM:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        facts = [
+            f"context {self.context_length}",
+            f"vocabulary {self.tokenizer.vocab_size}",
+            "chat" if self.tokenizer.template else "no chat template",
+            f"{self.sched_class} nice {self.nice}",
+            *([f"on {self.device}"] if self.device else []),
+        ]
+        return f"<LLM {self.model} ({', '.join(facts)}) at {self.client.address}>"
+
+
+def _shaped(
+    results: list[list[Completion]], prompt: str | Prompts, n: int
+) -> Completion | list[Completion] | list[list[Completion]]:
+    if isinstance(prompt, str):
+        return results[0] if n > 1 else results[0][0]
+    return results if n > 1 else [one for (one,) in results]
+
+
+def _complete(calls: list[table.Infer], answers: list[Answer]) -> Flow[list[Completion]]:
+    replies = yield Run(calls, answers)
+    return [answer.completion(reply) for answer, reply in zip(answers, replies, strict=True)]
+
+
+def _reap(pids: Sequence[int]) -> Flow[None]:
+    """Kills and reaps processes, whatever state they are in."""
+    for pid in pids:
+        for call in (table.Kill(pid, t.Signal.KILL), table.Wait(pid)):
+            try:
+                yield Do(call)
+            except errors.LLMasOSError:
+                pass  # it has ended, or the session did and took it along
+
+
+def _context_length(client: Client, model: str) -> int:
+    """Tokens a context of the model can hold. Raises UnsupportedModel when the model does not say."""
+    length = client.call(table.Stat(f"/models/{model}")).details.get("context_length")
+    if not isinstance(length, int) or length <= 0:
+        raise errors.UnsupportedModel(f"{model} does not say how long its context is", hint="pull it again")
+    return length
+
+
+__all__ = ["LLM", "Completion", "Process", "TextStream"]

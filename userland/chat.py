@@ -1,0 +1,210 @@
+"""Chat templates: messages become the text a model was trained on.
+
+A template is somebody else's program: it runs in jinja2's immutable sandbox, without attributes that
+change anything, with its products and its output bounded. What people write in messages must not become
+control tokens, however the template cuts, strips or joins it: before rendering, the first and last two
+characters of every special token are replaced in all strings of the messages by private characters; after
+rendering these mark the untrusted text, which is encoded as plain text (`Tokenizer.encode_parts`).
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.exceptions
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+from llmasos.syscalls import errors
+
+from .tokenizer import Part, Tokenizer
+
+Message = Mapping[str, str]
+
+# Bounds of a rendering, in characters.
+_OUTPUT_FACTOR = 4
+_OUTPUT_FLOOR = 64 * 1024
+_LONGEST_PRODUCT = 1024 * 1024
+
+# Planes 15 and 16 of Unicode are private use; people's own characters from there are shielded too.
+_PRIVATE_FIRST = 0xF0000
+_PRIVATE_LAST = 0x10FFFD
+_PRIVATE = re.compile(f"[{chr(_PRIVATE_FIRST)}-{chr(0x10FFFF)}]")
+
+
+def as_messages(messages: str | Sequence[Message]) -> list[dict[str, str]]:
+    """Checked messages; a lone string is what the user says. Raises InvalidArgument naming the place."""
+    if isinstance(messages, str):
+        return [{"role": "user", "content": messages}]
+    checked = []
+    for place, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise errors.InvalidArgument(
+                f"message {place} needs a role and a content", field=f"messages[{place}]"
+            )
+        for key, value in message.items():
+            if not isinstance(key, str) or not isinstance(value, str):
+                raise errors.InvalidArgument(
+                    f"message {place}: {key} must be a string", field=f"messages[{place}].{key}"
+                )
+        checked.append(dict(message))
+    if not checked:
+        raise errors.InvalidArgument("no messages", field="messages")
+    return checked
+
+
+def encode_chat(
+    tokenizer: Tokenizer,
+    messages: str | Sequence[Message],
+    *,
+    model: str = "",
+    answer: bool = True,
+) -> list[int]:
+    """Token ids of a conversation, ready for the model's answer if `answer`.
+
+    Raises UnsupportedModel when the model has no chat template, InvalidArgument when the template refuses
+    the messages (for example their order).
+    """
+    return tokenizer.encode_parts(render(tokenizer, messages, model=model, answer=answer))
+
+
+def render(
+    tokenizer: Tokenizer, messages: str | Sequence[Message], *, model: str = "", answer: bool = True
+) -> list[Part]:
+    """The conversation as the template writes it: its own words trusted, the messages' not."""
+    checked = as_messages(messages)
+    if not tokenizer.template:
+        raise errors.UnsupportedModel(
+            f"{model or 'the model'} has no chat template: it was not trained to chat",
+            hint="use generate(), or an instruct model such as smollm2",
+        )
+    shield = _Shield(tokenizer.special.values())
+    shielded = [{key: shield.cover(value) for key, value in message.items()} for message in checked]
+    size = sum(len(value) for message in checked for value in message.values())
+    variables = {
+        "messages": shielded,
+        "add_generation_prompt": answer,
+        "tools": None,
+        "documents": None,
+        **{name: tokenizer.token(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")},
+    }
+    limit = _OUTPUT_FACTOR * (size + len(tokenizer.template)) + _OUTPUT_FLOOR
+    return shield.uncover(_run(tokenizer.template, variables, limit))
+
+
+def _run(source: str, variables: dict[str, Any], limit: int) -> str:
+    chunks: list[str] = []
+    length = 0
+    try:
+        for chunk in _compiled(source).generate(variables):
+            length += len(chunk)
+            if length > limit:
+                raise errors.InvalidArgument(f"the chat template writes more than {limit} characters")
+            chunks.append(chunk)
+    except (jinja2.TemplateError, TypeError, ValueError, OverflowError, RecursionError) as problem:
+        # A template's own complaints are about the messages; their text is not repeated here.
+        raise errors.InvalidArgument(
+            f"the chat template does not take these messages: {type(problem).__name__}: {problem}",
+            field="messages",
+        ) from None
+    return "".join(chunks)
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(source: str) -> jinja2.Template:
+    environment = _Sandbox(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = _strftime_now
+    try:
+        return environment.from_string(source)
+    except jinja2.TemplateSyntaxError as problem:
+        raise errors.UnsupportedModel(f"the model's chat template is not valid: {problem}") from None
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """The sandbox stops escapes; this also stops `"a" * 10**9`."""
+
+    intercepted_binops = frozenset({"*", "**"})
+
+    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        if operator == "**" and not (_small(left) and _small(right)):
+            raise jinja2.exceptions.SecurityError("a power of big numbers in a chat template")
+        for many, times in ((left, right), (right, left)):
+            long = isinstance(many, (str, bytes, list, tuple)) and isinstance(times, int)
+            if long and len(many) * times > _LONGEST_PRODUCT:
+                raise jinja2.exceptions.SecurityError("too long a product in a chat template")
+        return super().call_binop(context, operator, left, right)
+
+
+def _small(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= 1000
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}` marks the assistant's words for training: here only its body."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.datetime.now().strftime(form)
+
+
+class _Shield:
+    """Replaces what could become part of a special token by single private characters, and back."""
+
+    def __init__(self, specials: Iterable[str]) -> None:
+        edges = {edge for special in specials if special for edge in (special[:2], special[-2:])}
+        longest_first = sorted(edges, key=len, reverse=True)
+        self._pattern = re.compile("|".join([*map(re.escape, longest_first), _PRIVATE.pattern]))
+        self._marks: dict[str, str] = {}
+
+    def cover(self, text: str) -> str:
+        return self._pattern.sub(lambda match: self._mark(match.group()), text)
+
+    def uncover(self, text: str) -> list[Part]:
+        """Text with the marks turned back: each is an untrusted part, the rest trusted."""
+        covered = {mark: fragment for fragment, mark in self._marks.items()}
+        parts: list[Part] = []
+        for piece in re.split(f"({_PRIVATE.pattern})", text):
+            if piece:
+                parts.append(Part(covered.get(piece, piece), piece not in covered))
+        return parts
+
+    def _mark(self, fragment: str) -> str:
+        if (mark := self._marks.get(fragment)) is None:
+            code = _PRIVATE_FIRST + len(self._marks)
+            if code > _PRIVATE_LAST:
+                raise errors.InvalidArgument("too many private Unicode characters", field="messages")
+            mark = self._marks[fragment] = chr(code)
+        return mark

@@ -1,0 +1,102 @@
+"""Generated text, and how it is put together from what a stream of `infer` brings. No I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from llmasos.syscalls import table
+from llmasos.syscalls import types as t
+
+from .tokenizer import Detokenizer, StopStrings, Tokenizer
+
+
+class TokenScore(NamedTuple):
+    """A token of an answer with its natural-log probability and the likeliest alternatives there."""
+
+    text: str
+    id: int
+    logprob: float
+    top: list[tuple[str, float]]
+
+
+class Completion(str):
+    """Generated text: a str that also knows how it came about.
+
+    As a str it is the answer, after the prompt if return_full_text is on.
+    """
+
+    text: str
+    """The answer without the prompt."""
+    tokens: list[int]
+    """Generated ids, with the stop token if there was one."""
+    finish: t.Finish
+    """Why it ended; a stop string is STOP."""
+    logprobs: list[TokenScore] | None
+    """Parallel to `tokens` when they were asked for."""
+    score: float | None
+    """Beam search's length-normalised score."""
+    prompt_tokens: int
+    """Length of the context before the answer."""
+    cached_tokens: int
+    """Of the tokens that `infer` was given, how many were shared with an earlier prompt."""
+    seed: int
+
+
+class Answer:
+    """One answer while it comes. `context` are the ids before it, `prefix` text to begin the result with."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, context: Sequence[int], stop: Sequence[str] = (), prefix: str = ""
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer, context)
+        self._stops = StopStrings(stop)
+        self._prefix = prefix
+        self._context_tokens = len(context)
+        self._scores: list[t.Chosen] = []
+        self.tokens: list[int] = []
+        self.text = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has come: the generation should be cancelled."""
+        return self._stops.stopped
+
+    def feed(self, event: t.InferEvent) -> str:
+        """Takes tokens in and returns the text that is certain now."""
+        if self.stopped:
+            return ""
+        self.tokens += event.tokens
+        self._scores += event.logprobs
+        return self._grow(self._stops.feed(self._detokenizer.feed(event.tokens)))
+
+    def flush(self) -> str:
+        """The text held back, once the stream has ended."""
+        if self.stopped:
+            return ""
+        last = self._stops.feed(self._detokenizer.flush())
+        return self._grow(last + self._stops.flush())
+
+    def completion(
+        self, reply: table.InferReply, *, finish: t.Finish | None = None, score: float | None = None
+    ) -> Completion:
+        """The whole, after `flush`."""
+        done = Completion(self._prefix + self.text)
+        done.text, done.tokens, done.score = self.text, self.tokens, score
+        done.finish = t.Finish.STOP if self.stopped else finish or reply.finish
+        done.logprobs = self._token_scores() if self._scores else None
+        done.prompt_tokens, done.cached_tokens = self._context_tokens, reply.cached_tokens
+        done.seed = reply.seed
+        return done
+
+    def _grow(self, piece: str) -> str:
+        self.text += piece
+        return piece
+
+    def _token_scores(self) -> list[TokenScore]:
+        shown = self._tokenizer.shown
+        return [
+            TokenScore(shown(id_), id_, chosen.logprob, [(shown(o.token), o.logprob) for o in chosen.top])
+            for id_, chosen in zip(self.tokens, self._scores, strict=False)
+        ]

@@ -1,0 +1,107 @@
+"""Sequences of syscalls written once and run by the sync and the async client alike.
+
+A flow is a generator: it yields steps, is sent their answers, and returns a result. An error of a step is
+thrown into it, so a flow cleans up with try/except and further steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+from llmasos.syscalls import table
+
+from .aio import AsyncClient
+from .client import Client
+from .completion import Answer
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Do:
+    """Make one syscall; the answer is its reply."""
+
+    call: table.Call
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Run several `infer`s at once, each feeding its Answer; the answer is their replies."""
+
+    calls: Sequence[table.Infer]
+    answers: Sequence[Answer]
+
+
+Flow = Generator[Do | Run, Any, Result]
+
+
+def drive(client: Client, flow: Flow[Result]) -> Result:
+    """Runs a flow to its end. Ctrl-C cancels the running step in the kernel and lets the flow clean up."""
+    try:
+        step = next(flow)
+        while True:
+            try:
+                answer = client.call(cast(Any, step.call)) if isinstance(step, Do) else _run(client, step)
+            except BaseException as problem:
+                step = flow.throw(problem)
+            else:
+                step = flow.send(answer)
+    except StopIteration as end:
+        return cast(Result, end.value)
+
+
+async def adrive(client: AsyncClient, flow: Flow[Result]) -> Result:
+    """`drive` for asyncio; a cancelled task cancels in the kernel too."""
+    try:
+        step = next(flow)
+        while True:
+            try:
+                if isinstance(step, Do):
+                    answer = await client.call(cast(Any, step.call))
+                else:
+                    answer = await _arun(client, step)
+            except BaseException as problem:
+                step = flow.throw(problem)
+            else:
+                step = flow.send(answer)
+    except StopIteration as end:
+        return cast(Result, end.value)
+
+
+def _run(client: Client, step: Run) -> list[table.InferReply]:
+    streams = client.gather(step.calls)
+    for index, event in streams:
+        answer = step.answers[index]
+        answer.feed(event)
+        if answer.stopped:
+            streams.cancel(index)
+    for answer in step.answers:
+        answer.flush()
+    return cast(list[table.InferReply], streams.replies)
+
+
+async def _arun(client: AsyncClient, step: Run) -> list[table.InferReply]:
+    tasks = [
+        asyncio.create_task(_feed(client, call, answer))
+        for call, answer in zip(step.calls, step.answers, strict=True)
+    ]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+async def _feed(client: AsyncClient, call: table.Infer, answer: Answer) -> table.InferReply:
+    async with client.stream(call) as stream:
+        async for event in stream:
+            answer.feed(event)
+            if answer.stopped:
+                stream.cancel()
+    answer.flush()
+    return stream.reply

@@ -1,0 +1,259 @@
+"""Text to token ids and back, from the model's own files.
+
+Three things live here: Tokenizer (text to ids and ids to text), Detokenizer (ids of a stream to text,
+never half a character) and StopStrings (holds text back while it may be the start of a stop string).
+
+User text can never become a control token: special tokens are recognised only in trusted text, which
+comes from chat templates and not from people.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+from llmasos.syscalls import errors
+
+from .client import Client
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+TEMPLATE_FILE = "chat_template.jinja"
+_BROKEN = "\ufffd"
+# An unfinished UTF-8 character is at most three bytes, each shown as one replacement character.
+_MOST_BROKEN = 3
+_WINDOW = 8
+_LONGEST_WINDOW = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of a prompt. Special tokens count only in `trusted` text."""
+
+    text: str
+    trusted: bool
+
+
+class Tokenizer:
+    """A model's tokenizer, with what its configuration says about special tokens and generation.
+
+    `generation` is generation_config.json, `template` the chat template ("": none), `eos_ids` the tokens
+    that end an answer.
+    """
+
+    def __init__(self, files: Mapping[str, bytes]) -> None:
+        text = files["tokenizer.json"].decode()
+        self._plain = tokenizers.Tokenizer.from_str(text)
+        self._plain.encode_special_tokens = True  # their text is ordinary text here
+        self._trusting = tokenizers.Tokenizer.from_str(text)
+        for tokenizer in (self._plain, self._trusting):
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+        self.config: dict[str, Any] = json.loads(files["tokenizer_config.json"])
+        self.generation: dict[str, Any] = json.loads(files["generation_config.json"])
+        self.template = files.get(TEMPLATE_FILE, b"").decode()
+        added = self._plain.get_added_tokens_decoder()
+        self.special: dict[int, str] = {id_: token.content for id_, token in added.items() if token.special}
+        # An unknown character is no control token, though its id is listed among the special ones.
+        self._control = self.special.keys() - {self._plain.token_to_id(self.token("unk_token"))}
+        self._special_ids = {content: id_ for id_, content in self.special.items()}
+        self._special_pattern = _any_of(self.special.values())
+        self.bos_id = self._id_of("bos_token")
+        self.eos_ids = self._eos()
+        self._prefix = self._sequence_start()
+
+    @classmethod
+    def load(cls, client: Client, model: str) -> Tokenizer:
+        """Reads the tokenizer of a model in the model filesystem. Raises NoSuchModel, UnsupportedModel."""
+        folder = f"/models/{model}"
+        names = {entry.path.rpartition("/")[2] for entry in client.ls(folder)}
+        if missing := set(FILES) - names:
+            raise errors.UnsupportedModel(
+                f"{model} has no {', '.join(sorted(missing))}", hint="pull it again"
+            )
+        wanted = [name for name in (*FILES, TEMPLATE_FILE) if name in names]
+        return cls({name: client.read_file(f"{folder}/{name}") for name in wanted})
+
+    @property
+    def vocab_size(self) -> int:
+        return self._plain.get_vocab_size()
+
+    def token(self, name: str) -> str:
+        """The text of a special token of the configuration ("bos_token", "eos_token", …), or ""."""
+        value = self.config.get(name) or ""
+        return str(value.get("content", "")) if isinstance(value, dict) else str(value)
+
+    def encode(self, text: str, *, start: bool = True) -> list[int]:
+        """Ids of a person's text. `start`: it begins a context, so a BOS goes before it if the model has
+        one. Never holds a special token that is written in the text."""
+        return [*self._prefix, *self._encode_plain(text)] if start else self._encode_plain(text)
+
+    def encode_parts(self, parts: Sequence[Part]) -> list[int]:
+        """Ids of a rendered template: special tokens of trusted parts count, those of others are text.
+
+        Equals Hugging Face's encoding of the whole text whenever no untrusted part spells a special token.
+        """
+        expected = [
+            id_
+            for part in parts
+            if part.trusted
+            for match in self._special_pattern.finditer(part.text)
+            if (id_ := self._special_ids[match.group()]) in self._control
+        ]
+        whole = "".join(part.text for part in parts)
+        ids: list[int] = self._trusting.encode(whole, add_special_tokens=False).ids
+        if [id_ for id_ in ids if id_ in self._control] == expected:
+            return ids
+        return self._encode_runs(parts)
+
+    def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
+        """Text of ids, without special tokens unless `special`."""
+        return str(self._plain.decode(ids, skip_special_tokens=not special))
+
+    def shown(self, id_: int) -> str:
+        """One token's own text, for lists of scores; a special token by its name."""
+        return self.special.get(id_) or self.decode([id_], special=True)
+
+    def _encode_runs(self, parts: Sequence[Part]) -> list[int]:
+        """Text between the trusted special tokens is encoded with no special token recognised."""
+        ids: list[int] = []
+        run = ""
+        for part in parts:
+            if not part.trusted:
+                run += part.text
+                continue
+            at = 0
+            for match in self._special_pattern.finditer(part.text):
+                ids += self._encode_plain(run + part.text[at : match.start()])
+                ids.append(self._special_ids[match.group()])
+                run, at = "", match.end()
+            run += part.text[at:]
+        return ids + self._encode_plain(run)
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if not text:
+            return []
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        if self._control.isdisjoint(ids):
+            return ids
+        return self._encode_broken(text)
+
+    def _encode_broken(self, text: str) -> list[int]:
+        """Some vocabularies (unigram ones) hold special tokens as ordinary pieces: cut them in two."""
+        ids: list[int] = []
+        at = 0
+        for match in self._special_pattern.finditer(text):
+            cut = match.start() + 1
+            ids += self._plain.encode(text[at:cut], add_special_tokens=False).ids
+            at = cut
+        ids += self._plain.encode(text[at:], add_special_tokens=False).ids
+        return [id_ for id_ in ids if id_ not in self._control]
+
+    def _id_of(self, name: str) -> int | None:
+        token = self.token(name)
+        found = self._plain.token_to_id(token) if token else None
+        if found is None:
+            found = self.generation.get(name.replace("_token", "_token_id"))
+        return found if isinstance(found, int) else None
+
+    def _eos(self) -> list[int]:
+        ids = self.generation.get("eos_token_id")
+        if ids is None:
+            ids = self._id_of("eos_token")
+        return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+    def _sequence_start(self) -> list[int]:
+        """What stands before a text: BOS if the configuration says so; if it does not say, what the
+        tokenizer's own post-processor puts there."""
+        wanted = self.config.get("add_bos_token")
+        if wanted is None:
+            ids: list[int] = self._trusting.encode("", add_special_tokens=True).ids
+            return ids[:1] if self.bos_id is not None and ids[:1] == [self.bos_id] else []
+        return [self.bos_id] if wanted and self.bos_id is not None else []
+
+
+class Detokenizer:
+    """Text of a growing sequence of ids, given out as soon as no later id can change it.
+
+    `context` are the ids before it: a leading space is kept or dropped as in the text of the whole.
+    Cost of a token is bounded: only the last ids are decoded again.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._ids = list(context[-_WINDOW:])
+        self._given = len(_settled(tokenizer.decode(self._ids)))
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """The text that is settled now and was not before."""
+        self._ids += ids
+        text = self._tokenizer.decode(self._ids)
+        settled = _settled(text)
+        piece = settled[self._given :]
+        self._given = max(self._given, len(settled))
+        if len(self._ids) > _LONGEST_WINDOW and settled == text:
+            self._shorten()
+        return piece
+
+    def flush(self) -> str:
+        """What is left at the end; an unfinished character becomes U+FFFD."""
+        text = self._tokenizer.decode(self._ids)
+        piece = text[self._given :]
+        self._given = len(text)
+        return piece
+
+    def _shorten(self) -> None:
+        tail = self._ids[-_WINDOW:]
+        if text := self._tokenizer.decode(tail):  # special tokens alone say nothing about spaces
+            self._ids, self._given = tail, len(text)
+
+
+class StopStrings:
+    """Passes text on until one of the stop strings, which may be spread over several pieces."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = [stop for stop in stops if stop]
+        self._held = ""
+        self.stopped = False
+
+    def feed(self, piece: str) -> str:
+        """Text that certainly comes before a stop string. Nothing more after `stopped`."""
+        if self.stopped:
+            return ""
+        if not self._stops:
+            return piece
+        text = self._held + piece
+        if found := [at for stop in self._stops if (at := text.find(stop)) >= 0]:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max(_overlap(text, stop) for stop in self._stops)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """What was held back, when the text ends."""
+        held, self._held = self._held, ""
+        return held
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if text.endswith(stop[:length]):
+            return length
+    return 0
+
+
+def _settled(text: str) -> str:
+    """`text` without what may still be an unfinished character at its end."""
+    bare = text.rstrip(_BROKEN)
+    return text[: max(len(bare), len(text) - _MOST_BROKEN)]
+
+
+def _any_of(contents: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the strings, the longest first; nothing when there are none."""
+    ordered = sorted((c for c in contents if c), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered)) if ordered else r"(?!)")
