@@ -18,7 +18,7 @@ def fetch(place: str, stage: Staging) -> Origin:
     path = Path(place).expanduser().absolute()
     origin = f"file:{path}"
     try:
-        if not path.is_dir():
+        if not stat.S_ISDIR(path.stat().st_mode):
             if path.suffix != ".gguf":
                 raise RefusedFile(f"{path.name} is no .gguf file", hint="give a folder or a .gguf file")
             _copy(path, GGUF, stage)

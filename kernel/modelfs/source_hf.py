@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import huggingface_hub as hub
 from huggingface_hub import constants, errors
+from huggingface_hub.utils import disable_progress_bars
 from llmasos.syscalls.errors import PullFailed, RefusedFile
 
 from . import layout
@@ -37,7 +38,7 @@ def fetch(place: str, stage: Staging) -> Origin:
     """
     wanted = parse_repository(place)
     stage.progress.show("resolve", wanted.repo)
-    hub.utils.disable_progress_bars()
+    disable_progress_bars()
     listing = _ask(wanted, lambda: _list(wanted))
     fetcher = _Fetcher(wanted, listing, stage)
     top = [name for name in listing.sizes if "/" not in name]
@@ -158,15 +159,14 @@ def _ask(wanted: Repository, question: Callable[[], _T]) -> _T:
         raise PullFailed(f"{where} has no file {wanted.file}") from None
     except errors.OfflineModeIsEnabled:
         raise PullFailed(f"{where} is not in the cache", hint="unset HF_HUB_OFFLINE to fetch it") from None
-    except OSError as problem:
-        if problem.errno is not None and problem.filename is not None:
-            raise  # a local file: the disk is full, say
-        raise PullFailed(f"{where}: {type(problem).__name__}", hint=_network_hint()) from None
     except Exception as problem:
-        if type(problem).__module__.partition(".")[0] in ("httpx", "httpcore", "requests", "huggingface_hub"):
-            text = str(problem).partition("\n")[0][:200]
-            raise PullFailed(f"{where}: {type(problem).__name__}: {text}", hint=_network_hint()) from None
-        raise
+        if isinstance(problem, MemoryError) or (
+            isinstance(problem, OSError) and problem.filename is not None
+        ):
+            raise  # not the Hub's fault: the disk is full, say
+        # Which HTTP library the errors come from changes with huggingface_hub's version.
+        text = str(problem).partition("\n")[0][:200]
+        raise PullFailed(f"{where}: {type(problem).__name__}: {text}", hint=_network_hint()) from None
 
 
 def _network_hint() -> str:
