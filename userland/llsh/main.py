@@ -1,0 +1,179 @@
+"""`llsh`: the entry point, the tree of commands, and how a command ends.
+
+One place makes exit codes of outcomes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Nothing heavier
+than Typer is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from llmasos.syscalls import address, errors
+from typer.core import TyperGroup
+
+from . import background, chat, files, guide, models, processes, run, system, top
+from .shell import Shell, shell_of
+
+if TYPE_CHECKING:
+    from typer.core import TyperCommand
+
+FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+_PURPOSE = """\
+The shell of LLMasOS: language models as processes.
+
+With a command: does that. Without one: an interactive shell with the same words."""
+
+
+class Words(TyperGroup):
+    """The group of all commands, which shows them by purpose."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        formatter.write("\n" + guide.overview(summaries()) + "\n" + guide.EXAMPLES)
+
+
+app = typer.Typer(
+    cls=Words,
+    help=_PURPOSE,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for group in (run, chat, processes, top, background, models, files, system):
+    app.add_typer(group.app)
+
+
+@app.callback(invoke_without_command=True)
+def llsh(
+    context: typer.Context,
+    line: Annotated[
+        str | None,
+        typer.Option("-c", "--command", metavar="LINE", help="Run a line: commands with ; && & and #."),
+    ] = None,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    shell = shell_of(context)
+    if context.invoked_subcommand is not None:
+        return
+    if version:
+        from importlib.metadata import version as installed_version
+
+        shell.terminal.line(f"llsh {installed_version('llmasos')}")
+        return
+    from . import script
+
+    if line is not None:
+        raise typer.Exit(script.run_text(line, shell, dispatch))
+    if not shell.stdin.isatty():
+        raise typer.Exit(script.run_text(shell.stdin.read(), shell, dispatch))
+    from .interactive import interact
+
+    raise typer.Exit(interact(shell, dispatch, command_tree()))
+
+
+@app.command("help", epilog="\b\nExamples:\n  llsh help\n  llsh help run")
+def help_(
+    context: typer.Context,
+    command: Annotated[str, typer.Argument(metavar="COMMAND", help="The command to explain.")] = "",
+) -> None:
+    """Explain llsh or one of its commands."""
+    shell = shell_of(context)
+    if command:
+        known = command_tree()
+        if command not in known:
+            raise UnknownCommand(command)
+        raise typer.Exit(dispatch([command, "--help"], shell))
+    shell.terminal.write(guide.overview(summaries()))
+
+
+class UnknownCommand(Exception):
+    """A first word that is no command."""
+
+
+@functools.cache
+def _root() -> Any:
+    return typer.main.get_command(app)
+
+
+def command_tree() -> dict[str, TyperCommand]:
+    """All commands by name."""
+    return dict(_root().commands)
+
+
+def summaries() -> dict[str, str]:
+    """One line a command."""
+    return {name: command.get_short_help_str(limit=64) for name, command in command_tree().items()}
+
+
+def dispatch(words: list[str], shell: Shell) -> int:
+    """Runs one command in `shell` and returns its exit code. Every error ends here, as two lines at most."""
+    terminal = shell.terminal
+    try:
+        if words and not words[0].startswith("-") and words[0] not in command_tree():
+            raise UnknownCommand(words[0])
+        result = _root().main(args=words, prog_name="llsh", standalone_mode=False, obj=shell)
+        return result if isinstance(result, int) else 0
+    except UnknownCommand as unknown:
+        near = guide.did_you_mean(str(unknown), command_tree())
+        terminal.fail(f"no command {str(unknown)!r}", near or "`llsh help` lists the commands")
+        return USAGE
+    except typer.TyperException as problem:
+        context = getattr(problem, "ctx", None)
+        terminal.fail(
+            problem.format_message().removeprefix("Invalid value: "), _usage(context) if context else ""
+        )
+        return USAGE
+    except errors.LLMasOSError as problem:
+        terminal.fail_with(problem)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except (typer.Abort, EOFError):
+        return FAILED
+    except BrokenPipeError:
+        raise
+    except Exception as bug:
+        terminal.fail(f"{type(bug).__name__}: {bug}", f"this is a bug in llsh; {_record(bug)}")
+        return FAILED
+
+
+def _usage(context: Any) -> str:
+    usage = " ".join(context.get_usage().removeprefix("Usage: ").split())
+    return f"{usage}; `llsh help {context.info_name}` explains" if context.parent else usage
+
+
+def _record(bug: Exception) -> str:
+    """Keeps the traceback out of the way but not out of reach."""
+    import traceback
+
+    path = address.home_folder() / "llsh-bug.txt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(traceback.format_exception(bug)))
+    except OSError:
+        return "its traceback could not be written"
+    return f"its traceback is in {path}"
+
+
+def main() -> int:
+    """Entry point of `llsh`."""
+    shell = Shell()
+    try:
+        code = dispatch(sys.argv[1:], shell)
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except BrokenPipeError:
+        code = FAILED
+        sys.stdout = Path("/dev/null").open("w")  # noqa: SIM115  the interpreter flushes it at its end
+    finally:
+        shell.close()
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

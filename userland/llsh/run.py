@@ -1,0 +1,99 @@
+"""`run`: one prompt, one answer."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from llmasos.syscalls import types as t
+
+from . import completion
+from .answer import DEFAULT_TOKENS, Answer, Settings, timings
+from .argument import Class, Json, Nice, examples
+from .conversation import opened
+from .shell import shell_of
+
+app = typer.Typer()
+
+Target = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL|PID",
+        help="A model (pulled if it is not there), or a process to go on with.",
+        autocompletion=completion.models,
+    ),
+]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens of an answer.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        "--temperature", min=0, max=100, help="0 always takes the likeliest token.", show_default=False
+    ),
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        "--top-p", min=0.0001, max=1, help="Only the likeliest tokens up to this sum.", show_default=False
+    ),
+]
+Seed = Annotated[
+    int | None, typer.Option("--seed", min=0, help="The same seed, the same answer.", show_default=False)
+]
+
+
+@app.command(
+    epilog=examples(
+        'llsh run smollm2 "What is the capital of France?"',
+        'git diff | llsh run smollm2 "Write a commit message for this:"',
+        "llsh run smollm2 --temperature 0.8 --seed 7 Tell me a joke",
+        'llsh run gpt2 --raw "Once upon a time"',
+        "llsh run smollm2 --json Hi | jq -r .text",
+        "llsh run smollm2                # no prompt on a terminal: a chat",
+    )
+)
+def run(
+    context: typer.Context,
+    model: Target,
+    prompt: Annotated[
+        list[str] | None, typer.Argument(metavar="PROMPT", help="What to ask; stdin is added to it.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without the chat template.")] = False,
+    max_tokens: MaxTokens = DEFAULT_TOKENS,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    seed: Seed = None,
+    nice: Nice = 0,
+    sched_class: Class = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Timings at the end, on stderr.")] = False,
+    json: Json = False,
+) -> None:
+    """Ask a model and print its answer as it comes.
+
+    Starts the daemon and pulls the model if need be. The prompt goes through the model's chat template if
+    it has one. Text on stdin is added after the prompt. Without a prompt on a terminal it is a chat.
+    """
+    shell = shell_of(context)
+    settings = Settings(max_tokens, temperature, top_p, seed)
+    piped = "" if shell.stdin.isatty() else shell.stdin.read()
+    text = "\n\n".join(part for part in (" ".join(prompt or []), piped.rstrip("\n")) if part)
+    if not text:
+        if not shell.stdin.isatty() or json or not shell.terminal.is_tty:
+            raise typer.BadParameter("no prompt: give one, or pipe text in")
+        from .chat import converse
+
+        return converse(shell, model, settings, sched_class, nice, verbose)
+    with opened(shell, model, sched_class, nice) as talk:
+        answer = Answer(shell.terminal, show=not json)
+        with talk.raw(text, settings) if raw or not talk.has_template else talk.ask(text, settings) as pieces:
+            reply = answer.stream(pieces, "thinking")
+        info = answer.info(talk.model, reply)
+    if json:
+        shell.terminal.document(info)
+    if verbose:
+        shell.terminal.say(timings(info))
+    if info.finish is t.Finish.LENGTH and shell.terminal.is_tty:
+        shell.terminal.say(f"(stopped after {info.generated_tokens} tokens; --max-tokens allows more)")
+    if info.finish is t.Finish.KILLED:
+        shell.terminal.fail(f"process {info.pid} was killed")
+        raise typer.Exit(1)
+    return None
