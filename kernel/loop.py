@@ -94,7 +94,8 @@ class Kernel:
             return
         for entry in list(gone.open.values()):
             entry.cancel()
-        self.processes.session_gone(session)
+        if ended := self.processes.session_gone(session):
+            self.log.info(f"client {gone.subject.pid} of {gone.subject.path} left, {ended} processes ended")
 
     def worker_attached(self, worker: int, attach: base.Attach) -> None:
         device = self.devices.get(attach.device)

@@ -225,8 +225,9 @@ class ProcessTable:
                 child.parent = INIT
         self._remove(process)
 
-    def session_gone(self, session: bytes) -> None:
-        """Ends and removes what a vanished client leaves."""
+    def session_gone(self, session: bytes) -> int:
+        """Ends and removes what a vanished client leaves; returns how many processes that were."""
+        before = len(self)
         for pid, (waiting, _) in list(self._waiters.items()):
             if waiting == session:
                 del self._waiters[pid]
@@ -238,6 +239,7 @@ class ProcessTable:
                     self.end(process, Exit(129, "its client vanished"))
                 if process.pid in self._rows:
                     self.reap(process)
+        return before - len(self)
 
     def _farewell(self, process: Process) -> WaitReply:
         assert process.exit is not None
