@@ -191,7 +191,7 @@ class ModelFS:
 
     def unlink(self, name: str, pinned: set[str]) -> int:
         """Removes a model's name and the blobs that neither another name nor `pinned` (digests of blobs)
-        needs. Returns the bytes freed. Raises InvalidArgument, NoSuchModel, Corrupt (see `gc`)."""
+        needs. Returns the bytes freed. Raises InvalidArgument, NoSuchModel."""
         model = parse_name(name)
         path = self._manifest_path(model)
         try:
@@ -207,17 +207,20 @@ class ModelFS:
         bytes freed.
 
         Does nothing while an import runs: its blobs have no manifest yet. So the kernel calls this at boot
-        and whenever an importer has ended. Raises Corrupt when a manifest is damaged, because nobody can
-        say then which blobs it needs.
+        and whenever an importer has ended. While a manifest is damaged (`ls` and `fsck` say so), nobody can
+        tell which blobs it needs, so all of them stay and only tmp/ is swept.
         """
         with self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
             if not alone:
                 return 0
-            needed = set(pinned)
-            for model in self._models():
-                with contextlib.suppress(FileNotFoundError):
-                    needed |= self._load(model).digests
             freed = self._sweep_tmp()
+            needed = set(pinned)
+            try:
+                for model in self._models():
+                    with contextlib.suppress(FileNotFoundError):
+                        needed |= self._load(model).digests
+            except Corrupt:
+                return freed
             for path in self.blobs.iterdir():
                 if path.name.replace("-", ":", 1) not in needed:
                     freed += path.lstat().st_size
