@@ -1,0 +1,282 @@
+"""Tiny random models of every family with a reference, and a small kernel to drive a driver with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from llmasos.drivers import base, null
+from llmasos.drivers.simulated import SimulatedDriver
+from llmasos.drivers.torch.executor import TorchDriver
+from llmasos.syscalls import types as t
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+
+VOCAB = 97
+_SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.25,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCAB,
+        n_positions=256,
+        n_embd=64,
+        n_layer=3,
+        n_head=4,
+        initializer_range=0.25,
+        scale_attn_by_inverse_layer_idx=True,
+        eos_token_id=None,
+        bos_token_id=None,
+    ),
+    "llama": lambda: transformers.LlamaConfig(**_SMALL, attention_bias=True, mlp_bias=True),
+    "llama-tied": lambda: transformers.LlamaConfig(
+        **_SMALL,
+        tie_word_embeddings=True,
+        rope_parameters={
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ),
+    "mistral": lambda: transformers.MistralConfig(**_SMALL, sliding_window=11),
+    "qwen2": lambda: transformers.Qwen2Config(
+        **_SMALL, use_sliding_window=True, sliding_window=9, max_window_layers=1
+    ),
+    "qwen3": lambda: transformers.Qwen3Config(**_SMALL, head_dim=24),
+    "smollm3": lambda: transformers.SmolLM3Config(**_SMALL, no_rope_layer_interval=2),
+}
+
+
+def file_of(path: Path) -> base.File:
+    data = path.read_bytes()
+    return base.File(str(path), f"sha256:{hashlib.sha256(data).hexdigest()}", len(data))
+
+
+def index_of(path: Path) -> dict[str, Any]:
+    """The tensors.json of a safetensors file."""
+    raw = path.read_bytes()
+    start = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + start])
+    header.pop("__metadata__", None)
+    return {
+        "tensors": {
+            name: {
+                "file": path.name,
+                "type": entry["dtype"],
+                "shape": entry["shape"],
+                "offset": 8 + start + entry["data_offsets"][0],
+                "nbytes": entry["data_offsets"][1] - entry["data_offsets"][0],
+            }
+            for name, entry in header.items()
+        }
+    }
+
+
+def files_of(folder: Path) -> dict[str, base.File]:
+    return {path.name: file_of(path) for path in folder.iterdir()}
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A random model on disk; `reference` is the dense model of transformers that wrote it."""
+
+    folder: Path
+    reference: Any
+
+    @property
+    def files(self) -> dict[str, base.File]:
+        return files_of(self.folder)
+
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """[len(tokens), vocab]"""
+        with torch.inference_mode():
+            return self.reference(torch.tensor([tokens])).logits[0].float()
+
+    def greedy(self, tokens: list[int], count: int) -> list[int]:
+        out = list(tokens)
+        for _ in range(count):
+            out.append(int(self.logits(out)[-1].argmax()))
+        return out[len(tokens) :]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
+    made: dict[str, Tiny] = {}
+
+    def make(name: str) -> Tiny:
+        if name not in made:
+            folder = tmp_path_factory.mktemp(name)
+            torch.manual_seed(7)
+            model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+            with torch.no_grad():  # zero biases and unit norms would hide a forgotten one
+                for parameter in model.parameters():
+                    if parameter.dim() == 1:
+                        parameter += 0.1 * torch.randn_like(parameter)
+            model.save_pretrained(folder)
+            (folder / "tensors.json").write_text(json.dumps(index_of(folder / "model.safetensors")))
+            made[name] = Tiny(folder, model)
+        return made[name]
+
+    return make
+
+
+@dataclass
+class Seq:
+    id: int
+    tokens: list[int]
+    prompt_length: int
+    blocks: list[int]
+    sampling: t.Sampling
+    computed: int = 0
+    pending: list[base.SeqOpen] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)
+
+
+class Kernel:
+    """Drives one loaded model as the kernel does, with blocks in random order."""
+
+    def __init__(self, driver: base.Driver, loaded: base.Loaded) -> None:
+        self.driver, self.loaded = driver, loaded
+        self.free = list(range(min(loaded.blocks, 400)))
+        random.Random(5).shuffle(self.free)
+        self._ids = iter(range(1, 10_000))
+        self._tickets = iter(range(1, 100_000))
+        self._closes: list[int] = []
+
+    def open(self, tokens: list[int], *, prompt_length: int | None = None, **sampling: Any) -> Seq:
+        sampling.setdefault("seed", 0)
+        blocks = [self.free.pop() for _ in range(-(-len(tokens) // 16))]
+        length = len(tokens) if prompt_length is None else prompt_length
+        seq = Seq(next(self._ids), list(tokens), length, blocks, t.Sampling(**sampling))
+        self._announce(seq)
+        return seq
+
+    def _announce(self, seq: Seq) -> None:
+        packed = t.pack_tokens(seq.tokens)
+        seq.pending = [base.SeqOpen(seq.id, packed, seq.prompt_length, list(seq.blocks), seq.sampling)]
+
+    def close(self, seq: Seq) -> None:
+        self._closes.append(seq.id)
+        self.free += seq.blocks
+
+    def fork(self, seq: Seq, **sampling: Any) -> Seq:
+        """Shares the full blocks, copies the tail."""
+        full = seq.computed // 16
+        twin = Seq(
+            next(self._ids),
+            list(seq.tokens),
+            seq.prompt_length,
+            seq.blocks[:full] + [self.free.pop() for _ in seq.blocks[full:]],
+            t.Sampling(**{"seed": 0, **sampling}),
+            seq.computed,
+        )
+        twin.copies = list(zip(seq.blocks[full:], twin.blocks[full:], strict=True))
+        self._announce(twin)
+        return twin
+
+    def reopen(self, seq: Seq) -> None:
+        """As after a preemption: other blocks, nothing computed."""
+        old, seq.blocks = seq.blocks, [self.free.pop() for _ in seq.blocks]
+        self.free = old + self.free
+        seq.computed = 0
+        self._announce(seq)
+
+    def step(
+        self, counts: list[tuple[Seq, int]], *, sample: bool = True, beams: int = 0
+    ) -> list[base.SeqOut]:
+        """Computes the next `count` positions of each sequence; one result each, in this order."""
+        works, opens, copies = [], [], []
+        for seq, count in counts:
+            opens += seq.pending
+            copies += seq.copies
+            seq.pending, seq.copies = [], []
+            fresh = []
+            while len(seq.blocks) * 16 < seq.computed + count:
+                fresh.append(self.free.pop())
+                seq.blocks.append(fresh[-1])
+            works.append(base.Work(seq.id, seq.computed, count, [], fresh, sample, beams))
+        batch = base.Batch(next(self._tickets), self.loaded.handle, self._closes, opens, copies, works)
+        self._closes = []
+        outputs = self.driver.collect(self.driver.submit(batch)).outputs
+        for (seq, count), out in zip(counts, outputs, strict=True):
+            if not out.error:
+                seq.computed += count
+                seq.tokens += [out.token] if out.token >= 0 else []
+        return outputs
+
+    def generate(self, seqs: list[Seq], count: int, chunk: int = 10_000) -> list[list[int]]:
+        """Prefills in chunks and generates `count` tokens for each; all in the same steps."""
+        goals = {seq.id: len(seq.tokens) + count for seq in seqs}
+        while left := [seq for seq in seqs if len(seq.tokens) < goals[seq.id]]:
+            outputs = self.step([(seq, min(chunk, len(seq.tokens) - seq.computed)) for seq in left])
+            assert not [out.error for out in outputs if out.error]
+        return [seq.tokens[-count:] for seq in seqs]
+
+
+def start(driver: base.Driver, files: dict[str, base.File], dtype: str = "float32") -> Kernel:
+    return Kernel(driver, driver.load(base.LoadSpec(1, files, dtype, 0.05)))
+
+
+@pytest.fixture
+def kernel_of(tiny: Callable[[str], Tiny]) -> Iterator[Callable[..., Kernel]]:
+    """A kernel on the CPU driver with one of the tiny models."""
+    drivers: list[TorchDriver] = []
+
+    def make(name: str, dtype: str = "float32", device: str = "cpu") -> Kernel:
+        drivers.append(TorchDriver(device))
+        return start(drivers[-1], tiny(name).files, dtype)
+
+    yield make
+    for driver in drivers:
+        driver.close()
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A driver under test and what is right: `greedy(tokens, count)` continues a context."""
+
+    kernel: Kernel
+    greedy: Callable[[list[int], int], list[int]]
+
+
+def _null_greedy(tokens: list[int], count: int) -> list[int]:
+    out = list(tokens)
+    for _ in range(count):
+        out.append(null.next_token(out, VOCAB))
+    return out[len(tokens) :]
+
+
+@pytest.fixture(params=["null", "simulated", "cpu", "cuda"])
+def subject(request: pytest.FixtureRequest, tiny: Callable[[str], Tiny]) -> Iterator[Subject]:
+    model = tiny("llama")
+    if request.param in ("null", "simulated"):
+        driver: base.Driver = null.NullDriver() if request.param == "null" else SimulatedDriver()
+        yield Subject(start(driver, model.files), _null_greedy)
+    else:
+        if request.param == "cuda" and not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        driver = TorchDriver(request.param)
+        yield Subject(start(driver, model.files), model.greedy)
+    driver.close()

@@ -1,0 +1,151 @@
+"""Each model family against transformers: token for token, and score for score, in float32."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from llmasos.drivers import base
+from llmasos.drivers.torch import rope
+from llmasos.drivers.torch.config import Config
+from llmasos.drivers.torch.executor import TorchDriver
+from llmasos.syscalls import errors
+
+from .conftest import file_of
+
+FAMILIES = ["gpt2", "llama", "llama-tied", "mistral", "qwen2", "qwen3", "smollm3"]
+VOCAB = 97
+
+
+def prompt(length: int, seed: int = 1) -> list[int]:
+    return random.Random(seed).choices(range(VOCAB), k=length)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_generate(family: str, tiny: Callable[..., Any], kernel_of: Callable[..., Any]) -> None:
+    kernel, model = kernel_of(family), tiny(family)
+    prompts = [prompt(length, seed=length) for length in (3, 16, 47)]
+    made = kernel.generate([kernel.open(tokens) for tokens in prompts], 20, chunk=9)
+    for tokens, continuation in zip(prompts, made, strict=True):
+        with torch.inference_mode():
+            whole = model.reference.generate(
+                torch.tensor([tokens]),
+                attention_mask=torch.ones(1, len(tokens), dtype=torch.int64),
+                max_new_tokens=20,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        assert whole[0, len(tokens) :].tolist() == continuation
+        assert len(set(continuation)) > 3  # a model that repeats itself would prove little
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_equal_those_of_the_dense_model(
+    family: str, tiny: Callable[..., Any], kernel_of: Callable[..., Any]
+) -> None:
+    kernel, model = kernel_of(family), tiny(family)
+    tokens = prompt(50)
+    seq = kernel.open(tokens, logprobs=5, prompt_logprobs=True)
+    scores = [score for count in (20, 1, 29) for out in kernel.step([(seq, count)]) for score in out.prompt]
+    expected = model.logits(tokens).log_softmax(-1)
+    assert len(scores) == 49
+    for position, score in enumerate(scores):
+        best = expected[position].topk(5)
+        assert score.logprob == pytest.approx(float(expected[position, tokens[position + 1]]), abs=2e-4)
+        assert [top.token for top in score.top] == best.indices.tolist()
+        assert [top.logprob for top in score.top] == pytest.approx(best.values.tolist(), abs=2e-4)
+    [out] = kernel.step([(kernel.open(tokens), 50)], beams=10)
+    best = expected[-1].topk(10)
+    assert [beam.token for beam in out.beams] == best.indices.tolist()
+    assert [beam.logprob for beam in out.beams] == pytest.approx(best.values.tolist(), abs=2e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_is_close(family: str, tiny: Callable[..., Any], kernel_of: Callable[..., Any]) -> None:
+    kernel, model = kernel_of(family, "bfloat16"), tiny(family)
+    tokens = prompt(40)
+    [out] = kernel.step([(kernel.open(tokens), 40)], beams=VOCAB)
+    found = torch.tensor([beam.logprob for beam in sorted(out.beams, key=lambda beam: beam.token)])
+    expected = model.logits(tokens)[-1].log_softmax(-1)
+    # The divergence that transformers' own bfloat16 has from its float32 is the yardstick.
+    with torch.inference_mode():
+        model.reference.bfloat16()
+        own = model.logits(tokens)[-1].log_softmax(-1)
+        model.reference.float()
+        model.reference.load_state_dict(
+            transformers.AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32).state_dict()
+        )
+
+    def divergence(other: torch.Tensor) -> float:
+        return float((expected.exp() * (expected - other)).sum())
+
+    assert divergence(found) < max(0.02, 3 * divergence(own))
+    assert kernel.loaded.dtype == "bfloat16"
+
+
+ROPES: dict[str, dict[str, Any]] = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "llama3": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 16},
+}
+
+
+@pytest.mark.parametrize("style", [4, 5])
+@pytest.mark.parametrize("kind", list(ROPES))
+def test_rotary_frequencies_are_those_of_transformers(kind: str, style: int) -> None:
+    parameters = {"rope_type": kind, "rope_theta": 5000.0, **ROPES[kind]}
+    theirs = transformers.LlamaConfig(
+        hidden_size=128, num_attention_heads=4, max_position_embeddings=256, rope_parameters=dict(parameters)
+    )
+    embedding = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
+    places = torch.arange(300)
+    cos, sin = embedding(torch.zeros(1), places[None])
+    if style == 5:
+        values = {"max_position_embeddings": 256, "rope_parameters": parameters}
+    else:
+        scaling = {"type" if k == "rope_type" else k: v for k, v in parameters.items() if k != "rope_theta"}
+        values = {"max_position_embeddings": 256, "rope_theta": 5000.0, "rope_scaling": scaling}
+    turns = rope.Rotary(Config(values).rope(10_000.0), 32, torch.device("cpu")).turns(places)[:, 0]
+    torch.testing.assert_close(turns.real, cos[0, :, :16], atol=2e-5, rtol=0)
+    torch.testing.assert_close(turns.imag, sin[0, :, :16], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "named"),
+    [
+        ("llama", {"model_type": "mamba"}, "mamba"),
+        ("llama", {"model_type": None}, "None"),
+        ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
+        ("llama", {"hidden_act": "relu6"}, "hidden_act"),
+        ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
+        ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("llama", {"hidden_size": "64"}, "hidden_size"),
+        ("llama", {"num_key_value_heads": 3}, "num_key_value_heads"),
+        ("llama", {"max_position_embeddings": None}, "max_position_embeddings"),
+        ("qwen2", {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layer_types"),
+        ("gpt2", {"n_head": 5}, "n_head"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+    ],
+)
+def test_what_is_not_computed_is_refused_by_name(
+    family: str, change: dict[str, Any], named: str, tiny: Callable[..., Any], tmp_path: Any
+) -> None:
+    model = tiny(family)
+    config = {**json.loads((model.folder / "config.json").read_text()), **change}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    files = {**model.files, "config.json": file_of(tmp_path / "config.json")}
+    with pytest.raises(errors.UnsupportedModel, match=named):
+        TorchDriver("cpu").load(base.LoadSpec(1, files, "float32", 0.05))

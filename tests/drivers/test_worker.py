@@ -1,0 +1,187 @@
+"""The worker process over a real socket."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from llmasos.drivers import base, null
+from llmasos.syscalls import errors, wire
+from llmasos.syscalls import types as t
+
+from .conftest import Tiny, file_of
+
+
+class Bus:
+    """The kernel's end of one worker's connection."""
+
+    def __init__(self, path: Path, device: str) -> None:
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._listener.bind(str(path))
+        self._listener.listen()
+        self._listener.settimeout(60)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "llmasos.drivers.worker", "--device", device, "--bus", str(path)]
+        )
+        self.connection, _ = self._listener.accept()
+        self.connection.settimeout(60)
+        self._reader, self._messages = wire.FrameReader(), []
+        self.notes: list[base.Note] = []
+
+    def send(self, message: base.ToWorker) -> None:
+        self.connection.sendall(wire.frame(msgspec.msgpack.encode(message)))
+
+    def receive(self) -> Any:
+        """The next message that is no note."""
+        while True:
+            while not self._messages:
+                data = self.connection.recv(1 << 16)
+                assert data, "the worker closed the bus"
+                self._messages += self._reader.feed(data)
+            message = base.from_worker.decode(self._messages.pop(0))
+            if not isinstance(message, base.Note):
+                return message
+            self.notes.append(message)
+
+    def close(self) -> None:
+        self.connection.close()
+        self._listener.close()
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+@pytest.fixture
+def bus_to(tmp_path: Path) -> Iterator[Callable[[str], Bus]]:
+    buses: list[Bus] = []
+
+    def connect(device: str) -> Bus:
+        buses.append(Bus(tmp_path / f"bus{len(buses)}", device))
+        return buses[-1]
+
+    yield connect
+    for bus in buses:
+        bus.close()
+
+
+def step(ticket: int, tokens: list[int], handle: int = 1) -> base.Step:
+    opened = base.SeqOpen(1, t.pack_tokens(tokens), len(tokens), [4, 2], t.Sampling(seed=0))
+    work = base.Work(1, 0, len(tokens), [], [], True, 0)
+    return base.Step(base.Batch(ticket, handle, [], [opened], [], [work]))
+
+
+@pytest.mark.parametrize("device", ["null", "null:1", "simulated"])
+def test_a_worker_attaches_computes_and_ends_with_the_bus(device: str, bus_to: Callable[[str], Bus]) -> None:
+    bus = bus_to(device)
+    attach = bus.receive()
+    assert (attach.device, attach.pid) == (device, bus.process.pid)
+    assert attach.description.driver == device.partition(":")[0]
+    bus.send(base.Load(base.LoadSpec(1, {}, "", 0.5)))
+    assert bus.receive().loaded.blocks == 4096
+    assert ["loading" in bus.notes[0].text, "loaded in" in bus.notes[1].text] == [True, True]
+    for ticket in (1, 2):  # the second is sent before the first is answered
+        bus.send(step(ticket, [3, 1, 4, 1, 5]))
+    for ticket in (1, 2):
+        done = bus.receive()
+        assert (done.result.ticket, done.result.outputs[0].token) == (
+            ticket,
+            null.next_token([3, 1, 4, 1, 5]),
+        )
+    bus.connection.close()
+    assert bus.process.wait(timeout=20) == 0
+
+
+def test_what_fails_is_answered_and_the_worker_goes_on(bus_to: Callable[[str], Bus], tmp_path: Path) -> None:
+    bus = bus_to("null")
+    bus.receive()
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"vocab_size": "many"}))
+    bus.send(base.Load(base.LoadSpec(8, {"config.json": file_of(config)}, "", 0.5)))
+    failed = bus.receive()
+    assert (failed.handle, failed.ticket) == (8, 0)
+    assert isinstance(errors.from_wire(failed.error), errors.UnsupportedModel)
+    bus.send(step(3, [1, 2], handle=8))
+    failed = bus.receive()
+    assert (failed.handle, failed.ticket) == (8, 3)
+    assert isinstance(errors.from_wire(failed.error), errors.DeviceFault)
+    bus.send(base.Load(base.LoadSpec(8, {}, "", 0.5)))
+    assert bus.receive().loaded.handle == 8
+    bus.send(base.Unload(8))
+    bus.send(step(4, [1, 2], handle=8))
+    assert "handle 8" in bus.receive().error["message"]
+
+
+def test_a_bug_in_a_driver_names_its_type_and_no_text(bus_to: Callable[[str], Bus]) -> None:
+    bus = bus_to("null")
+    bus.receive()
+    bus.send(base.Load(base.LoadSpec(1, {"config.json": base.File("\0", "", 0)}, "", 0.5)))
+    failed = bus.receive()
+    assert failed.error["code"] == errors.DeviceFault.code
+    assert "ValueError" in failed.error["message"]
+    assert "null byte" not in str(failed.error)
+
+
+def test_the_cpu_worker_computes_a_real_model(
+    bus_to: Callable[[str], Bus], tiny: Callable[[str], Tiny]
+) -> None:
+    bus, model = bus_to("cpu"), tiny("llama")
+    assert "torch" in bus.receive().description.text
+    bus.send(base.Load(base.LoadSpec(1, model.files, "float32", 0.05)))
+    bus.receive()
+    bus.send(step(1, [3, 1, 4]))
+    assert bus.receive().result.outputs[0].token == model.greedy([3, 1, 4], 1)[0]
+
+
+@pytest.mark.parametrize("arguments", [["--device", "abacus", "--bus", "/nowhere"], ["--device", "null"]])
+def test_bad_arguments_end_it_with_a_message(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "llmasos.drivers.worker", *arguments], capture_output=True, text=True
+    )
+    assert done.returncode in (1, 2)
+    assert "Traceback" not in done.stderr
+    assert done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_worker_dies_with_its_parent(tmp_path: Path) -> None:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(tmp_path / "bus"))
+    listener.listen()
+    listener.settimeout(30)
+    code = (
+        "import subprocess, sys, time; subprocess.Popen([sys.executable, '-m', 'llmasos.drivers.worker', "
+        f"'--device', 'null', '--bus', {str(tmp_path / 'bus')!r}]); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code])
+    connection, _ = listener.accept()
+    reader, pid = wire.FrameReader(), 0
+    while not pid:
+        for message in reader.feed(connection.recv(1 << 16)):
+            pid = base.from_worker.decode(message).pid  # type: ignore[union-attr]
+    parent.kill()
+    parent.wait()
+    connection.settimeout(10)
+    assert connection.recv(1 << 16) == b""
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            break
+        if Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z":
+            break
+        time.sleep(0.02)
+    else:
+        os.kill(pid, signal.SIGKILL)
+        pytest.fail("the worker outlived its parent")
+    connection.close()
+    listener.close()
