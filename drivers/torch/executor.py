@@ -6,7 +6,6 @@ order in which they were submitted, each when it is collected.
 
 from __future__ import annotations
 
-import gc
 import os
 import time
 from collections.abc import Callable
@@ -81,11 +80,8 @@ class TorchDriver:
                 f"{self._name} does not compute in {dtype!r}", hint=f"one of {', '.join(_DTYPES)}"
             )
         self.unload(spec.handle)
-        try:
-            with torch.inference_mode():
-                resident = self._twice(lambda: self._load(spec, dtype), "loading a model")
-        finally:
-            self._drop_caches()
+        with torch.inference_mode():
+            resident = self._twice(lambda: self._load(spec, dtype), "loading a model")
         self._residents[spec.handle] = resident
         return resident.loaded
 
@@ -183,7 +179,6 @@ class TorchDriver:
     def _drop_caches(self) -> None:
         for resident in self._residents.values():
             resident.pool.drop_workspace()
-        gc.collect()  # layers and their model refer to each other
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -11,6 +11,7 @@ from torch.nn import functional
 from ..attention import Plan
 from ..config import Config, Shape
 from ..linear import Linear
+from ..loader import Loader
 from ..weights import Checkpoint
 
 # Causal masks that old checkpoints carry, and the head, which is the embedding.
@@ -58,63 +59,53 @@ def _expected(config: Config, shape: Shape) -> dict[str, tuple[int, ...]]:
 class _Norm:
     """LayerNorm of the last dimension."""
 
-    def __init__(self, model: Gpt2Model, name: str) -> None:
-        self._weight, self._bias = model.vector(f"{name}.weight"), model.vector(f"{name}.bias")
-        self._epsilon = model.epsilon
+    def __init__(self, config: Config, load: Loader, name: str) -> None:
+        self._weight, self._bias = load.tensor(f"{name}.weight"), load.tensor(f"{name}.bias")
+        self._epsilon = config.number("layer_norm_epsilon", 1e-5)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.layer_norm(x, (x.shape[-1],), self._weight, self._bias, self._epsilon)
 
 
+def _linear(load: Loader, name: str) -> Linear:
+    def turn(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.t() if tensor.dim() == 2 else tensor
+
+    return load.linear(name, edit={name: turn})
+
+
 class _Layer:
-    def __init__(self, model: Gpt2Model, index: int, scale: float) -> None:
-        self._model, self._index, self._scale = model, index, scale
+    def __init__(self, config: Config, shape: Shape, load: Loader, index: int) -> None:
+        self._shape, self._index, self._scale = shape, index, _scale(config, shape, index)
+        self._activation = config.activation("activation_function", "gelu_new")
         name = f"h.{index}."
-        self._attention_norm = _Norm(model, f"{name}ln_1")
-        self._mlp_norm = _Norm(model, f"{name}ln_2")
-        self._qkv = model.linear(f"{name}attn.c_attn")
-        self._out = model.linear(f"{name}attn.c_proj")
-        self._up = model.linear(f"{name}mlp.c_fc")
-        self._down = model.linear(f"{name}mlp.c_proj")
+        self._attention_norm = _Norm(config, load, f"{name}ln_1")
+        self._mlp_norm = _Norm(config, load, f"{name}ln_2")
+        self._qkv = _linear(load, f"{name}attn.c_attn")
+        self._out = _linear(load, f"{name}attn.c_proj")
+        self._up = _linear(load, f"{name}mlp.c_fc")
+        self._down = _linear(load, f"{name}mlp.c_proj")
 
     def __call__(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        shape = self._model.shape
+        shape = self._shape
         rows = self._qkv(self._attention_norm(x)).view(len(x), 3 * shape.heads, shape.head_dim)
         found = plan.attend(self._index, rows[:, : shape.heads], rows[:, shape.heads :], self._scale)
         x = x + self._out(found)
-        return x + self._down(self._model.activation(self._up(self._mlp_norm(x))))
+        return x + self._down(self._activation(self._up(self._mlp_norm(x))))
 
 
 class Gpt2Model:
     """See models.Model."""
 
-    windows = {0}
-
-    def __init__(
-        self, config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, config: Config, load: Loader) -> None:
         self.shape = shape_of(config)
-        self.activation = config.activation("activation_function", "gelu_new")
-        self.epsilon = config.number("layer_norm_epsilon", 1e-5)
-        self.weights_bytes = 0
-        self._checkpoint, self._device, self._dtype = checkpoint, device, dtype
-        self._embedding, self._positions = self.vector("wte.weight"), self.vector("wpe.weight")
-        self._layers = [_Layer(self, i, _scale(config, self.shape, i)) for i in range(self.shape.layers)]
-        self._final_norm = _Norm(self, "ln_f")
-        self._head = Linear(self._embedding, None, device)
-        self.weights_bytes += self._head.nbytes if self._head.packed else 0
-
-    def vector(self, name: str) -> torch.Tensor:
-        tensor = self._checkpoint.read(name, self._dtype).to(self._device)
-        self.weights_bytes += tensor.nbytes
-        return tensor
-
-    def linear(self, name: str) -> Linear:
-        weight = self._checkpoint.read(f"{name}.weight", self._dtype).t().contiguous()
-        layer = Linear(weight, self._checkpoint.read(f"{name}.bias", self._dtype), self._device)
-        self.weights_bytes += layer.nbytes
-        return layer
+        self.windows = {0}
+        self._embedding, self._positions = load.tensor("wte.weight"), load.tensor("wpe.weight")
+        self._layers = [_Layer(config, self.shape, load, index) for index in range(self.shape.layers)]
+        self._final_norm = _Norm(config, load, "ln_f")
+        self._head = load.tied(self._embedding)
+        self.weights_bytes = load.nbytes
 
     def forward(self, plan: Plan) -> torch.Tensor:
         x = functional.embedding(plan.tokens, self._embedding)
@@ -136,4 +127,4 @@ def build(config: Config, checkpoint: Checkpoint, device: torch.device, dtype: t
     config.refuse_unless(add_cross_attention=False, tie_word_embeddings=True, quantization_config=None)
     checkpoint.drop_prefix("transformer.")
     checkpoint.expect(_expected(config, shape_of(config)), _IGNORED)
-    return Gpt2Model(config, checkpoint, device, dtype)
+    return Gpt2Model(config, Loader(checkpoint, device, dtype))

@@ -11,13 +11,14 @@ Queries, keys and values are one matrix, gate and up another. Checked against Hu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn import functional
 
 from ..attention import Plan
 from ..config import Activation, Config, Shape
-from ..linear import Linear
+from ..loader import Edit, Loader
 from ..rope import Rotary, interleave, rotate
 from ..weights import Checkpoint
 
@@ -148,79 +149,65 @@ def _tied(config: Config) -> bool:
     return bool(config.get("model_type") == "smollm3")
 
 
-class _Loader:
-    """Reads tensors of one checkpoint to one place."""
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """What all layers share."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
-        self.nbytes = 0
+    shape: Shape
+    epsilon: float
+    activation: Activation
 
-    def vector(self, name: str) -> torch.Tensor:
-        tensor = self.checkpoint.read(name, self.dtype).to(self.device)
-        self.nbytes += tensor.nbytes
-        return tensor
-
-    def linear(self, *names: str, turned: dict[str, int] | None = None) -> Linear:
-        """Layers of one input as one matrix; `turned` gives the heads of those that are rotated."""
-
-        def read(name: str, part: str) -> torch.Tensor:
-            tensor = self.checkpoint.read(f"{name}.{part}", self.dtype)
-            return interleave(tensor, turned[name]) if turned and name in turned else tensor
-
-        weight = torch.cat([read(name, "weight") for name in names])
-        biased = f"{names[0]}.bias" in self.checkpoint
-        bias = torch.cat([read(name, "bias") for name in names]) if biased else None
-        layer = Linear(weight, bias, self.device)
-        self.nbytes += layer.nbytes
-        return layer
+    def norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        return functional.rms_norm(x, (x.shape[-1],), weight, self.epsilon)
 
 
 class _Layer:
     """One decoder layer."""
 
-    def __init__(self, model: LlamaModel, load: _Loader, index: int, turned: bool, window: int) -> None:
-        self._model, self._index, self._turned, self._window = model, index, turned, window
-        shape, name = model.shape, f"model.layers.{index}."
+    def __init__(self, settings: _Settings, load: Loader, index: int, turned: bool, window: int) -> None:
+        self._settings, self._index, self._turned, self._window = settings, index, turned, window
+        shape, name = settings.shape, f"model.layers.{index}."
         attention, mlp = f"{name}self_attn.", f"{name}mlp."
         q, k = f"{attention}q_proj", f"{attention}k_proj"
-        heads = {q: shape.heads, k: shape.kv_heads} if turned else None
-        self._qkv = load.linear(q, k, f"{attention}v_proj", turned=heads)
+        counts = {q: shape.heads, k: shape.kv_heads}
+        edit: dict[str, Edit] = {part: partial(interleave, heads=n) for part, n in counts.items()}
+        self._qkv = load.linear(q, k, f"{attention}v_proj", edit=edit if turned else None)
         self._out = load.linear(f"{attention}o_proj")
         self._gate_up = load.linear(f"{mlp}gate_proj", f"{mlp}up_proj")
         self._down = load.linear(f"{mlp}down_proj")
-        self._attention_norm = load.vector(f"{name}input_layernorm.weight")
-        self._mlp_norm = load.vector(f"{name}post_attention_layernorm.weight")
+        self._attention_norm = load.tensor(f"{name}input_layernorm.weight")
+        self._mlp_norm = load.tensor(f"{name}post_attention_layernorm.weight")
         self._head_norm: torch.Tensor | None = None
         if f"{attention}q_norm.weight" in load.checkpoint:
-            pair = [load.vector(f"{attention}{part}_norm.weight") for part in "qk"]
+            pair = [load.tensor(f"{attention}{part}_norm.weight") for part in "qk"]
             pair = [interleave(norm, 1) for norm in pair] if turned else pair
-            counts = (shape.heads, shape.kv_heads)
-            self._head_norm = torch.cat([n.expand(c, -1) for n, c in zip(pair, counts, strict=True)])
+            wide = [norm.expand(n, -1) for norm, n in zip(pair, counts.values(), strict=True)]
+            self._head_norm = torch.cat(wide)
 
     def __call__(self, x: torch.Tensor, turns: torch.Tensor, plan: Plan) -> torch.Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        model, shape = self._model, self._model.shape
-        rows = self._qkv(model.norm(x, self._attention_norm))
+        settings, shape = self._settings, self._settings.shape
+        rows = self._qkv(settings.norm(x, self._attention_norm))
         rows = rows.view(len(x), shape.heads + 2 * shape.kv_heads, shape.head_dim)
         turning = rows[:, : shape.heads + shape.kv_heads]
         if self._head_norm is not None:
-            turning.copy_(model.norm(turning, None) * self._head_norm)
+            turning.copy_(settings.norm(turning, None) * self._head_norm)
         if self._turned:
             rotate(turning, turns)
         query, kv = rows[:, : shape.heads], rows[:, shape.heads :]
         found = plan.attend(self._index, query, kv, shape.head_dim**-0.5, self._window)
         x = x + self._out(found)
-        gate, up = self._gate_up(model.norm(x, self._mlp_norm)).chunk(2, dim=-1)
-        return x + self._down(model.activation(gate).mul_(up))
+        gate, up = self._gate_up(settings.norm(x, self._mlp_norm)).chunk(2, dim=-1)
+        return x + self._down(settings.activation(gate).mul_(up))
 
 
 class LlamaModel:
     """See models.Model."""
 
-    def __init__(self, config: Config, load: _Loader) -> None:
+    def __init__(self, config: Config, load: Loader) -> None:
         self.shape = shape_of(config)
-        self.activation: Activation = config.activation("hidden_act", "silu")
-        self._epsilon = config.number("rms_norm_eps", 1e-6)
+        activation, epsilon = config.activation("hidden_act", "silu"), config.number("rms_norm_eps", 1e-6)
+        self._settings = _Settings(self.shape, epsilon, activation)
         self._rotary = Rotary(
             config.rope(_THETA.get(config.get("model_type"), 10_000.0)), self.shape.head_dim, load.device
         )
@@ -228,28 +215,24 @@ class LlamaModel:
         windows = _windows(config, rotated)
         self.windows = set(windows)
         load.checkpoint.expect(_expected(config, self.shape, _biases(config)), _ignored(config))
-        self._embedding = load.vector("model.embed_tokens.weight")
+        self._embedding = load.tensor("model.embed_tokens.weight")
         self._layers = [
-            _Layer(self, load, i, turned, window)
+            _Layer(self._settings, load, i, turned, window)
             for i, (turned, window) in enumerate(zip(rotated, windows, strict=True))
         ]
-        self._final_norm = load.vector("model.norm.weight")
+        self._final_norm = load.tensor("model.norm.weight")
         if config.flag("tie_word_embeddings", _tied(config)):
-            self._head = Linear(self._embedding, None, load.device)
-            load.nbytes += self._head.nbytes if self._head.packed else 0
+            self._head = load.tied(self._embedding)
         else:
             self._head = load.linear("lm_head")
         self.weights_bytes = load.nbytes
-
-    def norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        return functional.rms_norm(x, (x.shape[-1],), weight, self._epsilon)
 
     def forward(self, plan: Plan) -> torch.Tensor:
         x = functional.embedding(plan.tokens, self._embedding)
         turns = self._rotary.turns(plan.positions)
         for layer in self._layers:
             x = layer(x, turns, plan)
-        return self.norm(x, self._final_norm)
+        return self._settings.norm(x, self._final_norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._head(hidden).float()
@@ -263,4 +246,4 @@ def _ignored(config: Config) -> tuple[str, ...]:
 
 def build(config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> LlamaModel:
     _refuse_variants(config)
-    return LlamaModel(config, _Loader(checkpoint, device, dtype))
+    return LlamaModel(config, Loader(checkpoint, device, dtype))
