@@ -70,10 +70,11 @@ class Infer:
         self.held.append(InferEvent(tokens=[token], logprobs=[chosen] if chosen else []))
 
     def take_prompt(self, position: int, scores: list[Chosen]) -> None:
-        """Books scores of the tokens from `position` on; a recomputed context brings some again."""
-        fresh = scores[max(0, self.scored - position) :]
+        """Books scores of the input tokens from `position` on; a recomputed context brings some again,
+        and scores of what was generated."""
+        fresh = scores[max(0, self.scored - position) : max(0, self.start - position)]
         if fresh:
-            self.scored = position + len(scores)
+            self.scored = max(self.scored, position) + len(fresh)
             self.held.append(InferEvent(prompt_logprobs=fresh))
 
     def deliver(self) -> list[tuple[int, InferEvent]]:

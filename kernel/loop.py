@@ -485,6 +485,11 @@ class Kernel:
             info, error = None, missing
         self.log.info(f"pull of {model}: {'done' if error is None else type(error).__name__}")
         self.imports.ended(job, info, error)
+        self.store.gc(self.pinned())
+
+    def pinned(self) -> set[str]:
+        """Blobs of models that are on a device: a worker may have to load them again."""
+        return {f.digest for d in self.devices.values() for pool in d.pools for f in pool.files.values()}
 
     # Admission
 

@@ -125,8 +125,7 @@ def _dispatch(
             return kernel.store.link(call.source, call.target)
         case table.Unlink():
             subject.require_admin("unlink")
-            pinned = {f.digest for d in kernel.devices.values() for p in d.pools for f in p.files.values()}
-            kernel.store.unlink(call.model, pinned)
+            kernel.store.unlink(call.model, kernel.pinned())
             return table.Done()
         case table.Pull():
             _refuse_new_work(kernel)

@@ -1,0 +1,405 @@
+"""The sans-IO kernel in virtual time: events in, effects out, the null driver in the same process."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from llmasos.drivers import base
+from llmasos.drivers.null import NullDriver, next_token
+from llmasos.kernel.config import Config
+from llmasos.kernel.loop import Exited, Kernel, KillWorker, Send, ToWorker
+from llmasos.kernel.modelfs.names import parse_name
+from llmasos.kernel.modelfs.store import Manifest, ManifestFile, ModelFS
+from llmasos.kernel.tenants import Subject
+from llmasos.syscalls import errors, table, wire
+from llmasos.syscalls import types as t
+
+ROOT = Subject("root", 0, 1, True)
+
+
+class World:
+    """A kernel, its clients and its workers; `now` is the clock."""
+
+    def __init__(self, home: Path, **settings: object) -> None:
+        self.now = 0.0
+        self.store = ModelFS(home)
+        self.kernel = Kernel(Config(**settings), self.store, ["null"], lambda: self.now, seed=1)  # type: ignore[arg-type]
+        self.drivers: dict[int, NullDriver] = {}
+        self.inbox: dict[bytes, list[wire.FromKernel]] = {}
+        self.killed: list[int] = []
+        self.exited = False
+        self.next_id = 0
+        self.refuse_load: errors.LLMasOSError | None = None
+
+    def model(self, name: str, **config: object) -> None:
+        data = json.dumps({"model_type": "null", "llmasos_null_blocks": 256, **config}).encode()
+        digest, size = self.store.put_bytes(data)
+        files = [ManifestFile("config.json", digest, size)]
+        manifest = Manifest(1, "test", "null", 0, "", 4096, "", time.time(), files)
+        self.store.commit(parse_name(name), manifest)
+
+    def attach(self, worker: int = 1, device: str = "null") -> None:
+        self.drivers[worker] = NullDriver()
+        self.kernel.worker_message(worker, base.Attach(device, 100 + worker, self.drivers[worker].describe()))
+
+    def die(self, worker: int = 1) -> None:
+        del self.drivers[worker]
+        self.kernel.worker_gone(worker)
+
+    def send(
+        self, call: table.Call, session: bytes = b"\0a", credits_: int = 64, subject: Subject = ROOT
+    ) -> int:
+        """Makes a call; returns its id."""
+        if session not in self.inbox:
+            self.inbox[session] = []
+            hello = table.Hello(table.VERSION, table.table_hash())
+            self.kernel.message(session, subject, wire.encode_request(10**6, hello, 0))
+        self.next_id += 1
+        self.kernel.message(session, subject, wire.encode_request(self.next_id, call, credits_))
+        return self.next_id
+
+    def turn(self, steps: int = 1) -> None:
+        """Lets the kernel act; workers answer up to `steps` messages each."""
+        for _ in range(steps):
+            self.kernel.tick()
+            self.now += 0.01
+            for effect in self.kernel.take_effects():
+                match effect:
+                    case Send(session, frames):
+                        self.inbox.setdefault(session, []).append(wire.decode_answer(frames))
+                    case ToWorker(worker, message) if worker in self.drivers:
+                        self.answer(worker, message)
+                    case KillWorker(pid):
+                        self.killed.append(pid)
+                    case Exited():
+                        self.exited = True
+
+    def answer(self, worker: int, message: base.ToWorker) -> None:
+        driver = self.drivers[worker]
+        match message:
+            case base.Load(spec) if self.refuse_load is not None:
+                failed = base.Failed(spec.handle, 0, errors.to_wire(self.refuse_load))
+                self.kernel.worker_message(worker, failed)
+            case base.Load(spec):
+                self.kernel.worker_message(worker, base.LoadDone(driver.load(spec), 0, 0.1))
+            case base.Unload(handle):
+                driver.unload(handle)
+            case base.Step(batch):
+                result = driver.collect(driver.submit(batch))
+                self.kernel.worker_message(worker, base.StepDone(result))
+
+    def answers(self, id_: int, session: bytes = b"\0a") -> list[wire.FromKernel]:
+        return [answer for answer in self.inbox[session] if answer.id == id_]
+
+    def result(self, id_: int, session: bytes = b"\0a") -> wire.FromKernel:
+        """The one final answer."""
+        final = [a for a in self.answers(id_, session) if a.kind != wire.Kind.ITEM]
+        assert len(final) == 1, f"{len(final)} final answers"
+        assert self.answers(id_, session)[-1] is final[0], "an item after the final answer"
+        return final[0]
+
+    def error(self, id_: int, session: bytes = b"\0a") -> type[errors.LLMasOSError]:
+        final = self.result(id_, session)
+        assert final.kind == wire.Kind.ERROR
+        return type(errors.from_wire(final.body))
+
+    def tokens(self, id_: int) -> list[int]:
+        items = [a for a in self.answers(id_) if a.kind == wire.Kind.ITEM]
+        assert [a.seq for a in items] == list(range(len(items)))
+        return [token for a in items for token in a.body["tokens"]]
+
+    def spawn(self, model: str = "tiny") -> int:
+        id_ = self.send(table.SpawnModel(model=model))
+        self.turn(3)
+        return int(self.result(id_).body["pid"])
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    made = World(tmp_path)
+    made.model("tiny")
+    yield made
+    for device in made.kernel.devices.values():
+        for pool in device.pools:
+            pool.memory.check([p.table for p in pool.processes])
+
+
+def infer(tokens: list[int], **arguments: object) -> table.Infer:
+    return table.Infer(tokens=t.pack_tokens(tokens), **arguments)  # type: ignore[arg-type]
+
+
+def reference(tokens: list[int], count: int) -> list[int]:
+    made: list[int] = []
+    for _ in range(count):
+        made.append(next_token([*tokens, *made]))
+    return made
+
+
+def test_work_that_came_before_the_worker_waits_for_it(world: World) -> None:
+    id_ = world.send(infer([1, 2], model="tiny", max_tokens=5))
+    world.turn(3)
+    assert not world.answers(id_)
+    (row,) = world.kernel.processes
+    assert (row.state, row.waiting_for) == (t.State.NEW, "model tiny:latest on null")
+    world.attach()
+    world.turn(20)
+    assert world.tokens(id_) == reference([1, 2], 5)
+    assert world.result(id_).kind == wire.Kind.REPLY
+    assert len(world.kernel.processes) == 0
+
+
+def test_a_device_that_never_comes_is_told_after_two_minutes(world: World) -> None:
+    id_ = world.send(table.SpawnModel(model="tiny"))
+    world.now = 121.0
+    world.turn()
+    assert world.error(id_) is errors.DeviceUnavailable
+    assert len(world.kernel.processes) == 0
+
+
+def test_a_model_that_cannot_be_loaded_fails_its_callers_not_the_device(world: World) -> None:
+    world.attach()
+    world.refuse_load = errors.UnsupportedModel("no such architecture")
+    spawn, one_shot = world.send(table.SpawnModel(model="tiny")), world.send(infer([1], model="tiny"))
+    world.turn(3)
+    assert world.error(spawn) is world.error(one_shot) is errors.UnsupportedModel
+    assert len(world.kernel.processes) == 0
+    world.refuse_load = None
+    assert world.spawn() > 0
+
+
+def test_idle_models_make_room_for_a_new_one(world: World) -> None:
+    world.attach()
+    done = world.send(infer([1], model="tiny", max_tokens=1))
+    world.turn(5)
+    world.result(done)
+    world.model("other", max_position_embeddings=128)
+    world.refuse_load = errors.NeverFits("no memory")
+    id_ = world.send(table.SpawnModel(model="other"))
+    world.turn(1)
+    world.refuse_load = None
+    world.turn(3)
+    assert world.result(id_).kind == wire.Kind.REPLY
+    assert [pool.model for pool in world.kernel.devices["null"].pools] == ["other:latest"]
+
+
+def test_a_driver_death_is_a_pause_and_a_second_one_is_an_error(world: World) -> None:
+    world.attach()
+    id_ = world.send(infer([1, 2, 3], model="tiny", max_tokens=30))
+    world.turn(8)
+    assert 0 < len(world.tokens(id_)) < 30
+    world.kernel.tick()  # a step is on the device
+    world.die()
+    world.attach(2)
+    world.turn(40)
+    assert world.tokens(id_) == reference([1, 2, 3], 30)
+    again = world.send(infer([1, 2, 3], model="tiny", max_tokens=30))
+    for worker in (2, 3):
+        world.turn(4)
+        world.kernel.tick()
+        world.die(worker)
+        world.attach(worker + 1)
+    world.turn(2)
+    assert world.error(again) is errors.DeviceFault
+    assert world.spawn() > 0
+
+
+def test_a_worker_that_answers_what_was_not_asked_is_killed(world: World) -> None:
+    world.attach()
+    world.spawn()
+    world.send(infer([1], model="tiny"))
+    world.kernel.tick()
+    world.kernel.worker_message(1, base.StepDone(base.StepResult(10**6, [], 0.0)))
+    world.kernel.worker_message(7, base.Attach("toaster", 55, NullDriver().describe()))
+    world.turn()
+    assert world.killed == [101, 55]
+
+
+def test_nothing_is_served_before_hello_or_with_another_table(world: World) -> None:
+    world.inbox[b"\0x"] = []
+    world.kernel.message(b"\0x", ROOT, wire.encode_request(1, table.Ps(), 0))
+    world.kernel.message(b"\0x", ROOT, wire.encode_request(2, table.Hello(table.VERSION, "0" * 16), 0))
+    world.kernel.message(b"\0x", ROOT, wire.encode_request(3, table.Ps(), 0))
+    world.turn()
+    assert world.error(1, b"\0x") is errors.NotGreeted
+    assert world.error(2, b"\0x") is errors.VersionMismatch
+    assert world.error(3, b"\0x") is errors.NotGreeted
+
+
+def test_cancel_keeps_the_context_and_answers_once(world: World) -> None:
+    world.attach()
+    pid = world.spawn()
+    id_ = world.send(infer([1, 2], pid=pid, max_tokens=100))
+    world.turn(6)
+    world.kernel.message(b"\0a", ROOT, wire.encode_cancel(id_))
+    world.kernel.message(b"\0a", ROOT, wire.encode_cancel(id_))
+    world.turn(2)
+    final = world.result(id_)
+    assert final.body["finish"] == "cancelled"
+    made = world.tokens(id_)
+    assert made == reference([1, 2], len(made))
+    more = world.send(infer([5], pid=pid, max_tokens=4))
+    world.turn(10)
+    assert world.tokens(more) == reference([1, 2, *made, 5], 4)
+
+
+def test_a_busy_process_refuses_a_second_infer_fork_and_truncate(world: World) -> None:
+    world.attach()
+    pid = world.spawn()
+    world.send(infer([1], pid=pid, max_tokens=1000))
+    ids = [world.send(call) for call in (infer([2], pid=pid), table.Fork(pid), table.Truncate(pid, 0))]
+    world.turn(2)
+    assert {world.error(id_) for id_ in ids} == {errors.ProcessBusy}
+
+
+def test_a_zombie_answers_only_wait(world: World) -> None:
+    world.attach()
+    pid = world.spawn()
+    world.send(table.Kill(pid))
+    ids = [world.send(call) for call in (infer([2], pid=pid), table.Fork(pid), table.Truncate(pid, 0))]
+    wait = world.send(table.Wait(pid))
+    world.turn(2)
+    assert {world.error(id_) for id_ in ids} == {errors.ProcessEnded}
+    assert world.result(wait).body["exit_code"] == 143
+
+
+def test_draining_refuses_new_work_lets_the_old_end_and_exits(world: World) -> None:
+    world.attach()
+    id_ = world.send(infer([1], model="tiny", max_tokens=20))
+    world.turn(5)
+    world.send(table.Shutdown(drain_s=60))
+    late = world.send(infer([1], model="tiny"))
+    world.turn(1)
+    assert world.error(late) is errors.ShuttingDown
+    assert not world.exited
+    world.turn(30)
+    assert world.exited
+    assert world.result(id_).body["finish"] == "length"
+
+
+def test_limits_are_told_and_hold(tmp_path: Path) -> None:
+    world = World(tmp_path, max_processes_per_owner=2, max_requests=3, max_sessions=2)
+    world.model("tiny")
+    world.attach()
+    world.spawn()
+    pid = world.spawn()
+    third = world.send(table.SpawnModel(model="tiny"))
+    forks = world.send(table.Fork(pid))
+    world.turn(2)
+    assert world.error(third) is world.error(forks) is errors.TooManyProcesses
+    waits = [world.send(table.Wait(pid if n == 0 else pid - 1)) for n in range(2)]
+    world.send(table.Dmesg(follow=True))
+    over = world.send(table.Whoami())
+    world.turn()
+    assert world.error(over) is errors.QueueFull
+    assert not world.answers(waits[0])
+    world.send(table.Whoami(), session=b"\0b")
+    refused = world.send(table.Whoami(), session=b"\0c")
+    world.turn()
+    assert world.error(refused, b"\0c") is errors.NotGreeted
+
+
+def test_a_subtenant_cannot_raise_itself_over_others(world: World) -> None:
+    world.attach()
+    alice = ROOT.narrowed("alice")
+    ids = [
+        world.send(call, session=b"\0n", subject=alice)
+        for call in (
+            table.SpawnModel(model="tiny", nice=-1),
+            table.SpawnModel(model="tiny", sched_class=t.SchedClass.REALTIME),
+            table.Unlink("tiny"),
+            table.Dmesg(),
+        )
+    ]
+    world.turn(2)
+    assert {world.error(id_, b"\0n") for id_ in ids} == {errors.PermissionDenied}
+
+
+def test_dmesg_follows_within_its_credits(world: World) -> None:
+    id_ = world.send(table.Dmesg(follow=True), credits_=2)
+    for n in range(5):
+        world.kernel.log.info(f"line {n}")
+    world.turn()
+    assert [a.body["text"] for a in world.answers(id_)] == ["line 0", "line 1"]
+    world.kernel.message(b"\0a", ROOT, wire.encode_credit(id_, 64))
+    world.turn()
+    assert [a.body["text"] for a in world.answers(id_)] == [f"line {n}" for n in range(5)]
+    world.kernel.message(b"\0a", ROOT, wire.encode_cancel(id_))
+    world.turn()
+    assert world.result(id_).kind == wire.Kind.REPLY
+
+
+def test_two_pulls_of_one_model_are_one_import_and_the_last_to_leave_stops_it(world: World) -> None:
+    first, second = world.send(table.Pull("new")), world.send(table.Pull("new"))
+    (job,) = world.kernel.imports.to_start
+    world.kernel.import_progress(job.id, t.PullEvent("download", "x", 1, 2))
+    world.kernel.message(b"\0a", ROOT, wire.encode_cancel(first))
+    world.turn()
+    assert world.error(first) is errors.PullFailed
+    assert world.kernel.imports.to_stop == []
+    world.model("new")
+    world.kernel.import_ended(job.id, None)
+    world.turn()
+    assert world.result(second).body["path"] == "/models/new:latest"
+    third = world.send(table.Pull("newer"))
+    world.kernel.message(b"\0a", ROOT, wire.encode_cancel(third))
+    assert len(world.kernel.imports.to_stop) == 1
+
+
+def test_detached_processes_outlive_their_client_and_others_do_not(world: World) -> None:
+    world.attach()
+    kept = world.send(table.SpawnModel(model="tiny", detached=True))
+    world.send(table.SpawnModel(model="tiny"))
+    world.turn(3)
+    world.kernel.disconnected(b"\0a")
+    assert [p.pid for p in world.kernel.processes] == [world.result(kept).body["pid"]]
+
+
+def test_batch_work_yields_to_interactive_within_a_step(world: World) -> None:
+    world.attach()
+    driver = world.drivers[1]
+    one_at_a_time = base.Description(**{**_fields(driver.describe()), "max_sequences": 1})
+    world.kernel.devices["null"].description = one_at_a_time
+    batch = world.send(infer([1], model="tiny", max_tokens=500, sched_class=t.SchedClass.BATCH))
+    world.turn(10)
+    made = len(world.tokens(batch))
+    chat = world.send(infer([2], model="tiny", max_tokens=20))
+    world.turn(22)
+    assert world.result(chat).kind == wire.Kind.REPLY
+    assert len(world.tokens(batch)) - made <= 2
+
+
+def _fields(description: base.Description) -> dict[str, object]:
+    return {name: getattr(description, name) for name in description.__struct_fields__}
+
+
+def test_queued_work_shows_its_place(world: World) -> None:
+    world.attach()
+    for n in range(3):
+        world.send(infer([n], model="tiny", max_tokens=100, nice=n))
+    ps = world.send(table.Ps())
+    world.turn(1)
+    places = [row["queue_place"] for row in world.result(ps).body["processes"]]
+    assert places in ([0, 0, 0], [1, 2, 3])
+
+
+def test_prompt_scores_come_once_even_when_recomputed(world: World) -> None:
+    world.attach()
+    prompt = list(range(1, 60))
+    id_ = world.send(
+        infer(prompt, model="tiny", max_tokens=3, sampling=t.Sampling(prompt_logprobs=True, logprobs=2))
+    )
+    world.turn(3)
+    world.kernel.tick()
+    world.die()
+    world.attach(2)
+    world.turn(20)
+    items = [a.body for a in world.answers(id_) if a.kind == wire.Kind.ITEM]
+    scores = [score for item in items for score in item["prompt_logprobs"]]
+    assert len(scores) == len(prompt)
+    assert scores[0][0] != scores[0][0], "the first token has nothing to be scored by"
+    made = [score for item in items for score in item["logprobs"]]
+    assert [len(score[1]) for score in made] == [2, 2, 2]
