@@ -2,8 +2,9 @@
 
 Small models write tool calls badly but choose well between few: so the agent's process is forked once a
 candidate action, each child scores its candidate's words in the context and exits, the parent waits for
-all of them, and the likeliest is taken. (A candidate's score is measured against its score for an empty
-question, so a word that is likely anyway does not always win: contextual calibration, Zhao et al. 2021.)
+all of them, and the likeliest is taken. (A candidate's score is measured against its score for a question
+without content, so a word that is likely anyway does not always win: contextual calibration, Zhao et al.
+2021, arXiv 2102.09690.)
 Then only the tool's arguments and the final answer are generated.
 
     @tool(example=("What is 6 times 7?", "6*7"))
@@ -193,7 +194,7 @@ class Agent:
     def _blank_scores(self) -> dict[str, float]:
         (process,) = self._base.fork(1)
         with process:
-            process.append("Question: \n")
+            process.append("Question: N/A\n")
             return self._score(process, [*self._tools, ANSWER])[0]
 
     def __enter__(self) -> Agent:

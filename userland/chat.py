@@ -108,8 +108,9 @@ def _run(source: str, variables: dict[str, Any], limit: int) -> str:
             if length > limit:
                 raise errors.InvalidArgument(f"the chat template writes more than {limit} characters")
             chunks.append(chunk)
-    except (jinja2.TemplateError, TypeError, ValueError, OverflowError, RecursionError) as problem:
-        # A template's own complaints are about the messages; their text is not repeated here.
+    except errors.LLMasOSError:
+        raise
+    except Exception as problem:  # whatever somebody else's program raises is about these messages
         raise errors.InvalidArgument(
             f"the chat template does not take these messages: {type(problem).__name__}: {problem}",
             field="messages",

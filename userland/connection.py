@@ -248,10 +248,11 @@ class Connection:
         self._session.online()
 
     def _drop_socket(self) -> None:
-        if self._socket is not None:
+        if self._socket is not None and self._monitor is not None:
             self._poller.unregister(self._socket)
             self._poller.unregister(self._monitor)
             self._socket.disable_monitor()
+            self._monitor.close(linger=0)
             self._socket.close(linger=LINGER_MS if self._closed else 0)
         self._socket = self._monitor = None
         self._retry_at = time.monotonic() + RETRY_S
@@ -312,7 +313,7 @@ class Connection:
                     self._dispatch(self._refuse(error))
                 case Broken(error):
                     self._drop_socket()
-                    self._dispatch(self._session.offline())
+                    self._dispatch(self._session.offline(error.message))
 
 
 def _path_missing(address: str) -> bool:

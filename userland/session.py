@@ -164,7 +164,7 @@ class Session:
         hello = table.Hello(table.VERSION, table.table_hash(), self.label)
         self._out = [wire.encode_request(self._hello_id, hello, 0)]
 
-    def offline(self) -> list[Event]:
+    def offline(self, reason: str = "the connection to the kernel broke") -> list[Event]:
         """The connection is gone. Fails what was sent and must not be sent twice."""
         self.phase = Phase.OFFLINE
         self._out = []
@@ -180,7 +180,7 @@ class Session:
                 Failed(
                     id_,
                     errors.ConnectionLost(
-                        f"the connection to the kernel broke while {pending.call.name} was under way",
+                        f"{reason} while {pending.call.name} was under way",
                         hint="it may or may not have been done; see `llsh ps` and `llsh dmesg`",
                     ),
                 )

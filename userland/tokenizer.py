@@ -23,8 +23,10 @@ from .client import Client
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 TEMPLATE_FILE = "chat_template.jinja"
 _BROKEN = "\ufffd"
-# An unfinished UTF-8 character is at most three bytes, each shown as one replacement character.
+# An unfinished UTF-8 character is at most three bytes, each shown as one replacement character. Tokenizers
+# with a byte fallback show a whole run of byte tokens so until its last character is finished.
 _MOST_BROKEN = 3
+_MOST_BROKEN_RUN = 64
 _WINDOW = 8
 _LONGEST_WINDOW = 32
 
@@ -61,6 +63,8 @@ class Tokenizer:
         self._control = self.special.keys() - {self._plain.token_to_id(self.token("unk_token"))}
         self._special_ids = {content: id_ for id_, content in self.special.items()}
         self._special_pattern = _any_of(self.special.values())
+        bytes_ = (self._plain.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+        self.byte_ids = frozenset(id_ for id_ in bytes_ if id_ is not None)
         self.bos_id = self._id_of("bos_token")
         self.eos_ids = self._eos()
         self._prefix = self._sequence_start()
@@ -184,14 +188,15 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._ids = list(context[-_WINDOW:])
-        self._given = len(_settled(tokenizer.decode(self._ids)))
+        self._hold = _MOST_BROKEN_RUN if tokenizer.byte_ids else _MOST_BROKEN
+        self._ids = self._tail(context)
+        self._given = len(self._settled(tokenizer.decode(self._ids)))
 
     def feed(self, ids: Iterable[int]) -> str:
         """The text that is settled now and was not before."""
         self._ids += ids
         text = self._tokenizer.decode(self._ids)
-        settled = _settled(text)
+        settled = self._settled(text)
         piece = settled[self._given :]
         self._given = max(self._given, len(settled))
         if len(self._ids) > _LONGEST_WINDOW and settled == text:
@@ -205,10 +210,21 @@ class Detokenizer:
         self._given = len(text)
         return piece
 
+    def _settled(self, text: str) -> str:
+        """`text` without what may still be an unfinished character at its end."""
+        return text[: max(len(text.rstrip(_BROKEN)), len(text) - self._hold)]
+
     def _shorten(self) -> None:
-        tail = self._ids[-_WINDOW:]
+        tail = self._tail(self._ids)
         if text := self._tokenizer.decode(tail):  # special tokens alone say nothing about spaces
             self._ids, self._given = tail, len(text)
+
+    def _tail(self, ids: Sequence[int]) -> list[int]:
+        """The last few ids, beginning outside a run of byte tokens, which is decoded as one."""
+        start = max(0, len(ids) - _WINDOW)
+        while start > 0 and ids[start] in self._tokenizer.byte_ids and len(ids) - start < _MOST_BROKEN_RUN:
+            start -= 1
+        return list(ids[start:])
 
 
 class StopStrings:
@@ -245,12 +261,6 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:length]):
             return length
     return 0
-
-
-def _settled(text: str) -> str:
-    """`text` without what may still be an unfinished character at its end."""
-    bare = text.rstrip(_BROKEN)
-    return text[: max(len(bare), len(text) - _MOST_BROKEN)]
 
 
 def _any_of(contents: Iterable[str]) -> re.Pattern[str]:

@@ -1,0 +1,160 @@
+"""Text to tokens and back: no control tokens from people, no half characters, stop strings never shown."""
+
+from __future__ import annotations
+
+import pytest
+import tokenizers
+from hypothesis import example, given
+from hypothesis import strategies as st
+from llmasos.syscalls import errors
+from llmasos.userland.client import Client
+from llmasos.userland.tokenizer import Detokenizer, Part, StopStrings, Tokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+ENGLISH = st.text(
+    st.sampled_from("abcdefghijklmnopqrstuvwxyz <>|/_") | st.characters(exclude_categories=["Cs"])
+)
+SPICY = st.lists(
+    st.sampled_from(["<|im_end|>", "<|im_start|>", "<s>", "</s>", "<|im_", "end|>", "<", ">", "s"]) | ENGLISH
+).map("".join)
+
+
+@pytest.fixture(scope="module")
+def byte_level(bytes_model: dict[str, bytes]) -> Tokenizer:
+    return Tokenizer(bytes_model)
+
+
+@pytest.fixture(scope="module")
+def spm(spm_model: dict[str, bytes]) -> Tokenizer:
+    return Tokenizer(spm_model)
+
+
+@pytest.fixture(scope="module")
+def unigram(bytes_model: dict[str, bytes]) -> Tokenizer:
+    """Its vocabulary holds the special tokens as ordinary pieces, which Viterbi would love to use."""
+    pieces = [("<unk>", -10.0), ("<s>", 0.0), ("</s>", 0.0), *((chr(i), -5.0) for i in range(32, 127))]
+    made = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=0))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    made.add_special_tokens(["<unk>", "<s>", "</s>"])
+    config = b'{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": false}'
+    return Tokenizer(
+        {**bytes_model, "tokenizer.json": made.to_str().encode(), "tokenizer_config.json": config}
+    )
+
+
+@given(text=SPICY)
+@example(text="</s>")
+@example(text="<s></s><s>")
+def test_no_control_token_comes_from_a_persons_text(
+    byte_level: Tokenizer, spm: Tokenizer, unigram: Tokenizer, text: str
+) -> None:
+    assert not {256, 257, 258} & set(byte_level.encode(text))
+    assert not {0, 1, 2} & set(spm.encode(text, start=False))
+    assert not {1, 2} & set(unigram.encode(text))
+    assert byte_level.decode(byte_level.encode(text)) == text
+
+
+def test_bos_is_added_where_the_configuration_says_so(byte_level: Tokenizer, spm: Tokenizer) -> None:
+    assert spm.encode("the")[0] == 1 == spm.bos_id
+    assert spm.encode("the", start=False)[0] != 1
+    assert byte_level.encode("") == []
+    assert byte_level.eos_ids == [258]
+    assert spm.eos_ids == [2]
+
+
+@given(parts=st.lists(st.tuples(SPICY, st.booleans())))
+def test_special_tokens_come_from_trusted_parts_alone(
+    byte_level: Tokenizer, parts: list[tuple[str, bool]]
+) -> None:
+    ids = byte_level.encode_parts([Part(text, trusted) for text, trusted in parts])
+    wanted = [
+        id_
+        for text, trusted in parts
+        if trusted
+        for id_ in byte_level._trusting.encode(text).ids
+        if id_ > 255
+    ]
+    assert [id_ for id_ in ids if id_ > 255] == wanted
+    assert byte_level.decode(ids, special=True) == "".join(text for text, _ in parts)
+
+
+def test_benign_parts_are_encoded_as_one_text(spm: Tokenizer) -> None:
+    parts = [Part("<s>th", True), Part("e in", False), Part("</s>", True)]
+    assert spm.encode_parts(parts) == spm._trusting.encode("<s>the in</s>", add_special_tokens=False).ids
+
+
+@given(text=ENGLISH, cuts=st.lists(st.integers(1, 5)), tail=st.integers(0, 30))
+def test_pieces_add_up_to_the_text_of_the_whole(
+    byte_level: Tokenizer, spm: Tokenizer, text: str, cuts: list[int], tail: int
+) -> None:
+    for tokenizer in (byte_level, spm):
+        ids = tokenizer.encode(text)
+        context, rest = ids[:tail], ids[tail:]
+        detokenizer = Detokenizer(tokenizer, context)
+        pieces, at = [], 0
+        while at < len(rest):
+            step = cuts[at % len(cuts)] if cuts else 1
+            pieces.append(detokenizer.feed(rest[at : at + step]))
+            at += step
+        assert not any("\ufffd" in piece for piece in pieces[:-1]) or "\ufffd" in text
+        before = tokenizer.decode(context).rstrip("\ufffd")
+        assert before + "".join(pieces) + detokenizer.flush() == tokenizer.decode(ids)
+
+
+@given(ids=st.lists(st.integers(0, 258), max_size=80))
+def test_any_bytes_come_out_as_the_whole_would(byte_level: Tokenizer, ids: list[int]) -> None:
+    detokenizer = Detokenizer(byte_level)
+    text = "".join(detokenizer.feed([id_]) for id_ in ids) + detokenizer.flush()
+    assert text == byte_level.decode(ids)
+
+
+def test_half_a_character_waits(byte_level: Tokenizer) -> None:
+    ids = byte_level.encode("é€😀")
+    detokenizer = Detokenizer(byte_level)
+    assert [detokenizer.feed([id_]) for id_ in ids] == ["", "é", "", "", "€", "", "", "", "😀"]
+    detokenizer.feed(ids[:1])
+    assert detokenizer.flush() == "\ufffd"
+
+
+def test_a_leading_space_is_kept_after_a_context(spm: Tokenizer) -> None:
+    the = spm.encode("the", start=False)
+    assert Detokenizer(spm).feed(the) == "the"
+    assert Detokenizer(spm, the).feed(the) == " the"
+
+
+def cut_at_first(text: str, stops: list[str]) -> str:
+    places = [text.find(stop) for stop in stops if stop in text]
+    return text[: min(places)] if places else text
+
+
+@given(
+    text=st.text("ab\n", max_size=40),
+    stops=st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3),
+    size=st.integers(1, 5),
+)
+def test_stop_strings_cut_wherever_the_pieces_end(text: str, stops: list[str], size: int) -> None:
+    filter_ = StopStrings(stops)
+    seen = ""
+    for at in range(0, len(text), size):
+        seen += filter_.feed(text[at : at + size])
+        assert cut_at_first(text, stops).startswith(seen)  # nothing shown is ever taken back
+    seen += "" if filter_.stopped else filter_.flush()
+    assert filter_.stopped == any(stop in text for stop in stops)
+    if len(stops) == 1 or not filter_.stopped:
+        assert seen == cut_at_first(text, stops)
+
+
+def test_text_is_held_back_only_while_it_may_be_a_stop() -> None:
+    stops = StopStrings(["\nUser:"])
+    assert stops.feed("Hello\nUs") == "Hello"
+    assert stops.feed("ually so\n") == "\nUsually so"
+    assert stops.feed("User: and more") == ""
+    assert stops.stopped
+
+
+def test_a_model_without_a_tokenizer_says_what_is_missing(kernel: object) -> None:
+    kernel.models["bare:latest"] = {"config.json": b"{}"}  # type: ignore[attr-defined]
+    missing = pytest.raises(errors.UnsupportedModel, match=r"tokenizer\.json")
+    with Client(kernel.address) as client, missing:  # type: ignore[attr-defined]
+        Tokenizer.load(client, "bare:latest")
