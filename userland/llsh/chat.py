@@ -23,6 +23,9 @@ from .terminal import Terminal
 
 app = typer.Typer()
 
+# A greedy conversation soon repeats itself; models that know better say so in their configuration.
+CHAT_TEMPERATURE = 0.7
+
 HINT = "(Ctrl-D or /bye leaves, /? helps)"
 
 
@@ -51,7 +54,7 @@ def chat(
 
     One process keeps the conversation: only what is new is computed. \"\"\" begins and ends a message of
     many lines, Ctrl-C stops the answer only, /? tells the rest. Without a terminal every line of stdin is a
-    message.
+    message. The temperature is the model's own, or 0.7.
     """
     settings = Settings(max_tokens, temperature, top_p, seed)
     converse(shell_of(context), model, settings, sched_class, nice, verbose, system=system, json=json)
@@ -76,6 +79,8 @@ def converse(
                 hint=f'`llsh run {target} --raw "Once upon a time"` continues a text',
             )
         talk.system = system
+        if settings.temperature is None and not talk.llm.tokenizer.generation.get("do_sample"):
+            settings.temperature = CHAT_TEMPERATURE
         person = shell.stdin.isatty() and shell.terminal.is_tty
         slash = Slash(shell.terminal, talk, settings, verbose)
         if person:

@@ -19,6 +19,11 @@ def pids(incomplete: str) -> list[str]:
     return [number for path in _ls("/proc") if (number := path.rsplit("/", 1)[-1]).startswith(incomplete)]
 
 
+def paths(incomplete: str) -> list[str]:
+    """Entries of the model filesystem in the folder that `incomplete` names so far."""
+    return [path for path in _ls(incomplete.rpartition("/")[0] or "/") if path.startswith(incomplete)]
+
+
 def _ls(path: str) -> list[str]:
     from llmasos.userland.client import Client
     from llmasos.userland.daemon import is_listening

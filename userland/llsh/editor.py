@@ -56,7 +56,12 @@ def command_words(tree: dict[str, TyperCommand]) -> Complete:
     """Completes a line of the shell: commands, their options, models, pids and job numbers."""
     from . import completion
 
-    known = {"MODEL": completion.models, "PID": completion.pids, "DST": completion.models}
+    known = {
+        "MODEL": completion.models,
+        "PID": completion.pids,
+        "DST": completion.models,
+        "PATH": completion.paths,
+    }
 
     def complete(before: list[str], word: str) -> Iterator[str]:
         words = _last_command(before)

@@ -8,7 +8,7 @@ import typer
 from llmasos.syscalls import table
 from llmasos.syscalls import types as t
 
-from . import quantity
+from . import completion, quantity
 from .argument import Json, examples
 from .models import listing
 from .shell import shell_of
@@ -20,7 +20,12 @@ app = typer.Typer()
 @app.command(epilog=examples("llsh ls", "llsh ls /models/smollm2:latest", "llsh ls /proc"))
 def ls(
     context: typer.Context,
-    path: Annotated[str, typer.Argument(metavar="PATH", help="/, /models, /models/NAME:TAG or /proc.")] = "/",
+    path: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATH", help="/, /models, /models/NAME:TAG or /proc.", autocompletion=completion.paths
+        ),
+    ] = "/",
     json: Json = False,
 ) -> None:
     """Look into the model filesystem.
@@ -38,7 +43,10 @@ def ls(
 @app.command(epilog=examples("llsh cat /models/smollm2:latest/config.json"))
 def cat(
     context: typer.Context,
-    path: Annotated[str, typer.Argument(metavar="PATH", help="A file that `llsh ls` shows.")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="A file that `llsh ls` shows.", autocompletion=completion.paths),
+    ],
     json: Json = False,
 ) -> None:
     """Print a file of the model filesystem.

@@ -42,5 +42,5 @@ def overview(summaries: dict[str, str], interactive: bool = False) -> str:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A hint with the nearest known words, or ""."""
-    near = difflib.get_close_matches(word.lower(), list(known), n=3, cutoff=0.6)
+    near = difflib.get_close_matches(word.lower(), list(known), n=3, cutoff=0.5)
     return f"did you mean {' or '.join(near)}?" if near else ""

@@ -86,7 +86,11 @@ def help_(
         known = command_tree()
         if command not in known:
             raise UnknownCommand(command)
-        raise typer.Exit(dispatch([command, "--help"], shell))
+        explained = known[command].make_context(
+            command, [], parent=context.find_root(), resilient_parsing=True
+        )
+        shell.terminal.line(explained.get_help())
+        return
     shell.terminal.write(guide.overview(summaries()))
 
 

@@ -43,9 +43,13 @@ def ago(seconds: float) -> str:
         (60, "minute"),
     ):
         if seconds >= length:
-            number = int(seconds // length)
-            return f"{number} {unit}{'s' if number > 1 else ''} ago"
+            return f"{number(int(seconds // length), unit)} ago"
     return "just now"
+
+
+def number(count: int, noun: str) -> str:
+    """A count with its noun: "1 process", "3 processes"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
 
 
 def rate(per_second: float) -> str:

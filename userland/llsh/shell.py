@@ -61,8 +61,10 @@ class Shell:
     def started(self) -> Client:
         """The kernel's connection, after starting the daemon if none runs."""
         if self._client is None:
-            from llmasos.userland.daemon import ensure_daemon
+            from llmasos.userland.daemon import ensure_daemon, is_listening
 
+            if is_listening(address.socket_address()):
+                return self.client()
             with self.terminal.spinner("starting llmasosd"):
                 self._client = ensure_daemon()
         return self._client

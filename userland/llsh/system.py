@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from typing import Annotated
 
 import typer
-from llmasos.syscalls import table
+from llmasos.syscalls import errors, table
 
 from . import quantity
 from .argument import Json, examples
@@ -14,6 +16,9 @@ from .shell import shell_of
 from .table import Column, Table
 
 app = typer.Typer()
+
+# How long the daemon may take to end after its drain.
+PATIENCE_S = 10.0
 
 
 @app.command(epilog=examples("llsh lsdev", "llsh lsdev --json"))
@@ -92,8 +97,18 @@ def shutdown(
 
     New work is refused at once; answers that are under way get a few seconds.
     """
+    from llmasos.userland.daemon import is_listening
+
     shell = shell_of(context)
+    client = shell.client()
+    where = client.address
+    until = time.monotonic() + drain + PATIENCE_S
     with shell.terminal.spinner("stopping llmasosd"):
-        shell.client().call(table.Shutdown(drain))
-    shell.close()
+        with contextlib.suppress(errors.ConnectionLost):  # it may be gone before its answer is
+            client.call(table.Shutdown(drain))
+        shell.close()
+        while where.startswith("ipc://") and is_listening(where):
+            if time.monotonic() > until:
+                raise errors.TimedOut("llmasosd still answers", hint="`llsh dmesg` tells what it does")
+            time.sleep(0.02)
     shell.emit({"stopped": True}, json, "llmasosd has stopped")

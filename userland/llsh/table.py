@@ -43,8 +43,9 @@ class Table:
     def plain(self) -> str:
         """Every column in full, one line a row; the last column is not padded."""
         widths = self._widths()
+        titles = [column.title for column in self.columns]
         lines = []
-        for row in [[column.title for column in self.columns], *self.rows]:
+        for row in [*([titles] if any(titles) else []), *self.rows]:
             cells = [
                 _pad(cell, width, column.right)
                 for cell, width, column in zip(row, widths, self.columns, strict=True)
@@ -59,6 +60,7 @@ class Table:
 
         widths = self._fit(width)
         table = RichTable(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold")
+        table.show_header = any(column.title for column in self.columns)
         for index, cells in widths.items():
             column = self.columns[index]
             table.add_column(

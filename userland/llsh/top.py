@@ -43,7 +43,8 @@ class Snapshot:
         running = sum(process.state is t.State.RUNNING for process in self.processes)
         speed = sum(process.tokens_per_s for process in self.processes)
         lines = [
-            f"llmasos {time.strftime('%H:%M:%S')}   {len(self.processes)} processes, {running} running"
+            f"llmasos {time.strftime('%H:%M:%S')}   {quantity.number(len(self.processes), 'process')},"
+            f" {running} running"
             f"   {speed:.1f} tokens/s"
         ]
         for device in self.devices:
@@ -54,7 +55,8 @@ class Snapshot:
                 share = 100 * used / pool.blocks_total if pool.blocks_total else 0.0
                 lines.append(
                     f"  {pool.model.removesuffix(':latest')} {pool.dtype}"
-                    f"  KV {used}/{pool.blocks_total} blocks ({share:.0f} %)  {pool.processes} processes"
+                    f"  KV {used}/{pool.blocks_total} blocks ({share:.0f} %)"
+                    f"  {quantity.number(pool.processes, 'process')}"
                 )
         return lines
 

@@ -1,0 +1,350 @@
+"""Every command, its exit code and its JSON, on a real daemon."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+from llmasos.syscalls import errors, table
+from llmasos.syscalls import types as t
+from llmasos.userland.llsh import guide
+from llmasos.userland.llsh.main import command_tree
+
+PROCESS = set(t.ProcessInfo.__struct_fields__)
+FILE = set(t.FileInfo.__struct_fields__)
+
+
+@pytest.fixture
+def pid(client):
+    """A process with a few tokens."""
+    made = client.call(table.SpawnModel(model="tiny", label="mine")).pid
+    client.stream(table.Infer(made, tokens=t.pack_tokens([1, 2, 3]), max_tokens=5)).result()
+    yield made
+    try:
+        client.kill(made, "KILL")
+    except errors.LLMasOSError:
+        pass
+
+
+def state(client, pid: int) -> str:
+    return client.call(table.StatProcess(pid)).state
+
+
+def test_ps_shows_the_processes(llsh, pid):
+    header, row = llsh("ps").splitlines()
+    assert header.split()[:4] == ["PID", "OWNER", "MODEL", "CLASS"]
+    assert row.split()[0] == str(pid)
+    assert {"tiny", "interactive", "waiting:owner", "8", "mine"} <= set(row.split())
+    (document,) = llsh.json("ps")
+    assert set(document) == PROCESS
+    assert (document["pid"], document["context"]) == (pid, 8)
+
+
+def test_ps_hides_the_ended_ones_unless_asked(llsh, client, pid):
+    client.kill(pid)
+    assert llsh.json("ps") == []
+    assert [row["state"] for row in llsh.json("ps", "-a")] == ["zombie"]
+
+
+@pytest.mark.parametrize(
+    "words", [["kill"], ["kill", "-9"], ["kill", "-KILL"], ["kill", "-s", "sigterm"], ["kill", "--signal=15"]]
+)
+def test_kill_ends_a_process(llsh, client, pid, words):
+    llsh(*words, str(pid))
+    assert (llsh.code, llsh.out, llsh.err) == (0, "", "")
+    assert state(client, pid) == "zombie"
+
+
+def test_kill_tells_which_pids_it_could_not_reach_and_does_the_others(llsh, client, pid):
+    llsh("kill", "99999", str(pid))
+    assert llsh.code == 1
+    assert llsh.err.startswith("llsh: no process 99999\nhint: ")
+    assert state(client, pid) == "zombie"
+
+
+def test_stop_and_cont(llsh, client, pid):
+    assert llsh.json("stop", str(pid)) == [{"pid": pid, "signal": "STOP"}]
+    assert state(client, pid) == "stopped"
+    llsh("kill", "-CONT", str(pid))
+    assert state(client, pid) == "waiting"
+    llsh("kill", "-19", str(pid))
+    llsh("cont", str(pid))
+    assert state(client, pid) == "waiting"
+
+
+@pytest.mark.parametrize(
+    ("words", "nice", "sched_class"),
+    [
+        (["{}", "7"], 7, "interactive"),
+        (["{}", "-5"], -5, "interactive"),
+        (["-n", "3", "{}"], 3, "interactive"),
+        (["-n", "-3", "{}"], -3, "interactive"),
+        (["{}", "--class", "batch"], 0, "batch"),
+        (["{}", "19", "--class", "idle"], 19, "idle"),
+    ],
+)
+def test_nice_changes_the_priority(llsh, pid, words, nice, sched_class):
+    document = llsh.json("nice", *[word.format(pid) for word in words])
+    assert (document["nice"], document["sched_class"]) == (nice, sched_class)
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["x", "5"], ["1"], ["1", "2", "3"], ["1", "2", "-n", "3"], ["1", "much"]]
+)
+def test_nice_refuses_what_it_does_not_understand(llsh, words):
+    llsh("nice", *words)
+    assert llsh.code == 2
+    assert llsh.err.startswith("llsh: ")
+    assert "llsh nice" in llsh.err
+
+
+def test_forks_stay_until_killed_and_can_be_waited_for(llsh, client, pid):
+    pids = llsh.json("fork", str(pid), "-n", "2")["pids"]
+    assert len(pids) == 2
+    assert {row["pid"] for row in llsh.json("ps")} == {pid, *pids}
+    llsh("kill", *map(str, pids))
+    out = llsh("wait", *map(str, pids), "--timeout", "5")
+    assert llsh.code == 1  # killed is not a good end
+    assert out.startswith(f"{pids[0]}: signal TERM")
+    assert {row["pid"] for row in llsh.json("ps", "-a")} == {pid}
+
+
+def test_spawn_prints_a_pid_that_run_goes_on_with(llsh):
+    pid = llsh("spawn", "tiny", "--class", "batch", "--nice", "5", "--name", "nightly").strip()
+    (row,) = llsh.json("ps")
+    assert (str(row["pid"]), row["sched_class"], row["nice"], row["name"]) == (pid, "batch", 5, "nightly")
+    first = llsh.json("run", pid, "hello", "--max-tokens", "4")
+    second = llsh.json("run", pid, "again", "--max-tokens", "4")
+    assert first["pid"] == second["pid"] == int(pid)
+    assert second["context"] > first["context"]
+    llsh("kill", pid)
+    llsh("wait", pid)
+    assert llsh.json("ps", "-a") == []
+
+
+def test_wait_gives_up_after_its_timeout(llsh, pid):
+    llsh("wait", str(pid), "--timeout", "0.05")
+    assert llsh.code == 1
+
+
+def test_top_prints_one_screen_without_a_terminal(llsh, pid):
+    out = llsh("top")
+    assert "1 process," in out
+    assert "null  ready" in out
+    assert f"{pid}" in out
+    assert set(llsh.json("top")) == {"devices", "processes"}
+
+
+def test_models_are_listed_shown_copied_and_removed(llsh):
+    assert llsh("list").splitlines()[0].split() == ["NAME", "ID", "SIZE", "MODIFIED"]
+    assert {entry["path"] for entry in llsh.json("list")} == {
+        "/models/plain:latest",
+        "/models/slow:latest",
+        "/models/tiny:latest",
+    }
+    shown = llsh("show", "tiny")
+    assert "135M" in shown
+    assert "apache-2.0" in shown
+    assert "tokenizer.json" in shown
+    assert set(llsh.json("show", "tiny")) == {"model", "files"}
+    assert "<|im_start|>" in llsh("show", "tiny", "--template")
+    assert set(llsh.json("cp", "tiny", "mine:old")) == FILE
+    assert "mine:old" in llsh("list")
+    assert llsh.json("rm", "mine:old") == ["mine:old"]
+    assert "mine" not in llsh("list")
+    llsh("rm", "mine:old", "nosuch")
+    assert llsh.code == 1
+    assert llsh.err.count("llsh: ") == 2
+
+
+def test_pull_streams_lines_with_json_and_says_the_name_without(llsh, tmp_path):
+    llsh("pull", "nosuch")
+    assert llsh.code == 1
+    assert llsh.err.startswith("llsh: ")
+    llsh("pull", "mine", str(tmp_path))
+    assert llsh.code == 1  # an empty folder is no model
+    assert llsh.out == ""
+
+
+def test_files(llsh):
+    assert {"models/", "proc/"} <= set(llsh("ls").split())
+    assert all(set(entry) == FILE for entry in llsh.json("ls", "/models/tiny:latest"))
+    assert json.loads(llsh("cat", "/models/tiny:latest/config.json"))["model_type"] == "null"
+    document = llsh.json("cat", "models/tiny:latest/config.json")
+    assert set(document) == {"path", "text"}
+    llsh("cat", "/models/nosuch/config.json")
+    assert llsh.code == 1
+    assert {"home", "pools"} <= set(llsh.json("df"))
+    assert "DISK FREE" in llsh("df")
+
+
+def test_machine(llsh):
+    assert [device["name"] for device in llsh.json("lsdev")] == ["null"]
+    assert "null" in llsh("lsdev")
+    assert set(llsh.json("whoami")) == {"subject", "uid", "pid", "admin"}
+    assert llsh("whoami").split()[0] == llsh.json("whoami")["subject"]
+    lines = llsh("dmesg", "--json").splitlines()
+    assert all({"seq", "time", "level", "text"} == set(json.loads(line)) for line in lines)
+    assert "llmasosd boots" in llsh("dmesg")
+
+
+def test_jobs_of_one_command_are_none(llsh):
+    assert llsh.json("jobs") == []
+    llsh("fg")
+    assert llsh.code == 2
+    llsh("wait")
+    assert llsh.code == 0
+
+
+def test_run_answers_and_json_holds_the_account(llsh):
+    document = llsh.json("run", "tiny", "hello", "there", "--max-tokens", "6")
+    assert document["generated_tokens"] == 6
+    assert document["finish"] == "length"
+    assert document["model"] == "tiny:latest"
+    assert document["text"] == llsh("run", "tiny", "hello there", "--max-tokens", "6").rstrip("\n")
+    assert llsh.err == ""
+    assert llsh.json("ps", "-a") == []
+
+
+def test_run_joins_prompt_and_stdin(llsh):
+    def asked(*words: str, stdin: str = "") -> int:
+        return llsh.json("run", "tiny", *words, "--max-tokens", "1", stdin=stdin)["prompt_tokens"]
+
+    assert asked("w1 w2 w3") == asked("w1", stdin="w2 w3\n") == asked(stdin="w1 w2 w3")
+    assert asked("w1 w2 w3") == asked("w1", "w2", "w3")
+
+
+def test_run_uses_the_template_unless_raw_or_without_one(llsh):
+    def tokens(model: str, *options: str) -> int:
+        return llsh.json("run", model, "w1 w2", "--max-tokens", "1", *options)["prompt_tokens"]
+
+    assert tokens("tiny") == 7
+    assert tokens("tiny", "--raw") == 2
+    assert tokens("plain") == 2
+
+
+def test_a_seed_repeats_an_answer(llsh):
+    def answer(*options: str) -> str:
+        return llsh("run", "tiny", "hello", "--max-tokens", "8", *options)
+
+    assert answer("--seed", "1") == answer("--seed", "1") != answer("--seed", "2")
+    assert answer("--temperature", "0") == answer()
+
+
+def test_an_answer_is_never_longer_than_the_context(llsh):
+    document = llsh.json("run", "tiny", "hello", "--max-tokens", "100000")
+    assert document["context"] == 512
+
+
+def test_verbose_tells_the_timings_on_stderr(llsh):
+    llsh("run", "tiny", "hello", "--max-tokens", "4", "--verbose")
+    assert "tokens/s" in llsh.err
+    assert "first token" in llsh.err
+    assert "tokens/s" not in llsh.out
+
+
+def test_a_killed_answer_is_a_failure(llsh, client):
+    from threading import Thread
+
+    def killer() -> None:
+        until = time.monotonic() + 5
+        while time.monotonic() < until:
+            if rows := [row for row in client.ps() if row.generated > 2]:
+                client.kill(rows[0].pid)
+                return
+            time.sleep(0.02)
+
+    thread = Thread(target=killer)
+    thread.start()
+    llsh("run", "slow", "hello", "--max-tokens", "400")
+    thread.join()
+    assert llsh.code == 1
+    assert llsh.out.split()
+    assert "was killed" in llsh.err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["run"],
+        ["run", "tiny"],
+        ["run", "tiny", "hi", "--nonsense"],
+        ["run", "tiny", "hi", "--temperature", "hot"],
+        ["run", "tiny", "hi", "--nice", "99"],
+        ["run", "tiny", "hi", "--class", "noble"],
+        ["kill"],
+        ["kill", "abc"],
+        ["kill", "-HUP", "1"],
+        ["kill", "%3"],
+        ["fork", "1", "-n", "0"],
+        ["help", "nosuch"],
+        ["nosuch"],
+    ],
+)
+def test_wrong_usage_is_2_with_a_message_and_a_hint(llsh, words):
+    llsh(*words)
+    assert llsh.code == 2
+    assert llsh.out == ""
+    first, *rest = llsh.err.splitlines()
+    assert first.startswith("llsh: ")
+    assert rest[0].startswith("hint: ")
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"), [("pz", "ps"), ("klil", "kill"), ("lst", "list"), ("chta", "chat")]
+)
+def test_near_misses_are_recognised(llsh, typo, meant):
+    llsh(typo)
+    assert f"did you mean {meant}" in llsh.err or f" {meant}" in llsh.err.split("did you mean")[1]
+
+
+def test_help_teaches_every_command_with_examples(llsh, capsys):
+    everything = llsh("help")
+    assert {name for names in guide.SECTIONS.values() for name in names} == set(command_tree())
+    for name in command_tree():
+        assert f"\n  {name} " in everything
+        text = llsh("help", name)
+        assert llsh.code == 0
+        assert "Examples:" in text
+        llsh(name, "--help")
+        assert capsys.readouterr().out == text
+
+
+def test_lines_of_commands(llsh, pid):
+    out = llsh("-c", "whoami; nosuch && whoami; # a comment\nps --json")
+    assert llsh.code == 0
+    assert len(out.splitlines()) == 2
+    assert json.loads(out.splitlines()[1])[0]["pid"] == pid
+    llsh("-c", "whoami; nosuch")
+    assert llsh.code == 2
+    llsh("-c", "run 'tiny")
+    assert llsh.code == 2
+    assert "no closing '" in llsh.err
+
+
+def test_a_line_can_come_from_stdin(llsh):
+    assert llsh(stdin="whoami\nwhoami\n").count("\n") == 2
+
+
+def test_jobs_run_beside_and_are_waited_for(llsh):
+    line = "run tiny hello --max-tokens 3 & run tiny hello --max-tokens 3 & jobs --json; wait; jobs --json"
+    out = llsh("-c", line)
+    assert llsh.code == 0, llsh.err
+    jobs, *answers, left = out.splitlines()
+    assert [job["job"] for job in json.loads(jobs)] == [1, 2]
+    assert answers[0] == answers[1]
+    assert left == "[]"
+    llsh("-c", "run nosuch hello & wait && whoami")
+    assert llsh.code == 1
+
+
+def test_a_bug_is_two_lines_and_a_file(llsh, monkeypatch, client):
+    def broken(self, *args, **kwargs):
+        raise ZeroDivisionError("oh")
+
+    monkeypatch.setattr(type(client), "ps", broken)
+    llsh("ps")
+    assert llsh.code == 1
+    assert llsh.err.startswith("llsh: ZeroDivisionError: oh\nhint: this is a bug")
+    assert "Traceback" not in llsh.err

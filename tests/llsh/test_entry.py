@@ -1,0 +1,107 @@
+"""`llsh` as a program: exit codes, streams, what it imports."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+LLSH = [sys.executable, "-m", "llmasos.userland.llsh.main"]
+
+
+def run(*words: str, stdin: str = "", **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*LLSH, *words], input=stdin, capture_output=True, text=True, timeout=30, env={**os.environ, **env}
+    )
+
+
+@pytest.mark.parametrize(
+    "words", [["ps"], ["top"], ["kill", "1"], ["list"], ["shutdown"], ["run", "12", "hi"]]
+)
+def test_without_a_daemon_commands_say_so_and_start_none(tmp_path, words):
+    done = run(*words, LLMASOS_HOME=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[0] == "llsh: the daemon is not running"
+    assert "llmasosd" in done.stderr.splitlines()[1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_help_and_usage_need_no_daemon(tmp_path):
+    helped = run("--help", LLMASOS_HOME=str(tmp_path))
+    assert (helped.returncode, helped.stderr) == (0, "")
+    assert "llsh run smollm2" in helped.stdout
+    wrong = run("ps", "--nonsense", LLMASOS_HOME=str(tmp_path))
+    assert wrong.returncode == 2
+    assert run("--version").stdout.startswith("llsh 0.")
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys, io\n"
+        "from llmasos.userland.llsh.main import dispatch\n"
+        "from llmasos.userland.llsh.shell import Shell\n"
+        "from llmasos.userland.llsh.terminal import Terminal\n"
+        "dispatch(['help'], Shell(Terminal(io.StringIO(), io.StringIO())))\n"
+        "heavy = 'torch transformers tokenizers prompt_toolkit zmq jinja2 numpy rich'.split()\n"
+        "print(sorted(set(heavy) & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.stdout == "[]\n", done.stderr
+
+
+def test_prompts_come_from_a_pipe_and_answers_go_to_one(home):
+    done = run("run", "tiny", "--max-tokens", "5", stdin="w1 w2\n")
+    assert done.returncode == 0
+    assert len(done.stdout.split()) == 5
+    assert done.stderr == ""
+
+
+def test_a_reader_that_leaves_is_no_drama(home):
+    writer = subprocess.Popen(
+        [*LLSH, "run", "tiny", "hello"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+    )
+    assert writer.stdout is not None
+    assert writer.stderr is not None
+    writer.stdout.close()
+    writer.wait(20)
+    assert writer.stderr.read() == b""
+    writer.stderr.close()
+
+
+def test_ctrl_c_is_130_and_the_process_is_gone(home, client):
+    child = subprocess.Popen(
+        [*LLSH, "run", "slow", "hello"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+    )
+    assert child.stdout is not None
+    assert child.stderr is not None
+    assert child.stdout.read(3)
+    child.send_signal(signal.SIGINT)
+    assert child.wait(10) == 130
+    assert b"Traceback" not in child.stderr.read()
+    child.stdout.close()
+    child.stderr.close()
+    until = time.monotonic() + 5
+    while client.ps():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def test_shells_complete_models_of_the_daemon(home):
+    done = run(
+        _LLSH_COMPLETE="complete_bash",
+        COMP_WORDS="llsh run t",
+        COMP_CWORD="2",
+        _TYPER_COMPLETE_ARGS="llsh run t",
+    )
+    assert done.stdout.split() == ["tiny"]
