@@ -298,21 +298,22 @@ class Kernel:
         description = device.description
         assert description is not None
         assert device.worker is not None
-        queue = queue[: description.max_sequences]
+        step_tokens = self.config.step_tokens or description.step_tokens
+        queue = queue[: min(description.max_sequences, step_tokens)]
         for process in queue:
             self._match_prefix(process)
-        shares: list[scheduler.Share] = []
         copies: list[tuple[int, int]] = []
-        planned: set[int] = set()
-        evicted: set[int] = set()
-        for share in scheduler.plan(queue, self.config.step_tokens or description.step_tokens, len(queue)):
-            if share.process.pid in evicted:
-                continue
-            room = self._reserve(share.process, share.count, planned, evicted)
-            if room is not None:
-                shares.append(share)
-                copies += room
-                planned.add(share.process.pid)
+        settled: set[int] = set()  # in the step already, or pushed out of it
+
+        def reserve(process: Process, count: int) -> bool:
+            room = None if process.pid in settled else self._reserve(process, count, settled)
+            if room is None:
+                return False
+            copies.extend(room)
+            settled.add(process.pid)
+            return True
+
+        shares = scheduler.plan(queue, step_tokens, reserve)
         if not shares:
             return
         ticket = next(self._numbers)
@@ -332,23 +333,21 @@ class Kernel:
         if infer.first_token is None:
             infer.cached = max(0, process.computed - infer.first_input)
 
-    def _reserve(
-        self, process: Process, count: int, planned: set[int], evicted: set[int]
-    ) -> list[tuple[int, int]] | None:
-        """Room for `count` more tokens of `process`, taking it from others if need be; the copies to make."""
+    def _reserve(self, process: Process, count: int, settled: set[int]) -> list[tuple[int, int]] | None:
+        """Room for `count` more tokens of `process`, taken from others if need be; the copies to make."""
         memory = process.pool.memory
         while True:
             room = memory.reserve(process.table, process.computed, process.computed + count)
             if room is not None:
                 process.mirror.stale |= bool(room.copies)
                 return room.copies
-            victim = scheduler.victim(process.pool.processes, process, planned)
+            victim = scheduler.victim(process.pool.processes, process, settled)
             if victim is None:
                 return None
             memory.release(victim.table)
             victim.computed = 0
             victim.mirror.stale = True
-            evicted.add(victim.pid)
+            settled.add(victim.pid)
 
     def _step_done(self, device: Device, flight: Flight, result: base.StepResult) -> None:
         if result.ticket != flight.ticket or len(result.outputs) != len(flight.shares):

@@ -115,10 +115,11 @@ class Process:
             return "reader" if self.infer is not None and self.infer.blocked else "owner"
         return "wait" if self.state is State.ZOMBIE else ""
 
-    def rank(self) -> tuple[int, int, int]:
+    def rank(self) -> tuple[int, int, int, int]:
         """Claim to memory: who ranks lower (bigger tuple) gives way. Age decides among equals, so that
-        two processes never push each other out in turn."""
-        return (CLASSES.index(self.sched_class), self.nice, self.pid)
+        two processes never push each other out in turn; beams stand together, with their leader."""
+        head = self.beam_of or self
+        return (CLASSES.index(head.sched_class), head.nice, head.pid, self.pid)
 
     def info(self, now: float, queue_place: int) -> ProcessInfo:
         return ProcessInfo(

@@ -8,7 +8,7 @@ Linux's CFS).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from .process import CLASSES, Process
@@ -36,21 +36,21 @@ def order(processes: Iterable[Process], now: float, aging_s: float) -> list[Proc
     return sorted((p for p in processes if p.runnable), key=key)
 
 
-def plan(queue: list[Process], step_tokens: int, max_sequences: int) -> list[Share]:
-    """Divides a step of at most `step_tokens` tokens among the first `max_sequences` of `queue`.
+def plan(queue: list[Process], step_tokens: int, reserve: Callable[[Process, int], bool]) -> list[Share]:
+    """Divides a step of at most `step_tokens` tokens among `queue`, which is no longer than that.
 
-    Those that lack one token (they are generating) are all served; the rest of the budget is handed out in
-    order. A process may get less than it lacks, or nothing.
+    `reserve` makes room for so many more tokens of a process, or says that there is none; then the process
+    gets nothing and its tokens go to others. Those that lack one token (they are generating) are all
+    served; the rest of the budget is handed out in order.
     """
-    chosen = queue[:max_sequences]
-    lacking = {p.pid: p.goal - p.computed for p in chosen}
-    budget = step_tokens - sum(1 for p in chosen if lacking[p.pid] == 1)
+    generating = {p.pid for p in queue if p.goal - p.computed == 1}
+    budget = step_tokens - len(generating)
     shares = []
-    for process in chosen:
-        if lacking[process.pid] == 1:
-            shares.append(Share(process, 1))
-        elif budget > 0:
-            count = min(lacking[process.pid], budget)
+    for process in queue:
+        if process.pid in generating:
+            budget += 1
+        count = min(process.goal - process.computed, budget if process.pid not in generating else 1)
+        if count > 0 and reserve(process, count):
             budget -= count
             shares.append(Share(process, count))
     return shares
@@ -75,10 +75,13 @@ def enter(process: Process, others: Iterable[Process], now: float) -> None:
 
 def victim(holders: Iterable[Process], claimant: Process, planned: set[int]) -> Process | None:
     """Whose blocks `claimant` may take: of those that hold blocks, are not in the step being planned and
-    rank below it, first the ones that wait for their owner, then the lowest rank. None: nobody."""
+    rank below it or wait for somebody, first the waiting ones, then the lowest rank. None: nobody."""
 
-    def weakness(p: Process) -> tuple[bool, tuple[int, int, int]]:
-        return (p.infer is None or p.stopped, p.rank())
+    def waits(p: Process) -> bool:
+        return p.infer is None or p.stopped or p.infer.blocked
+
+    def weakness(p: Process) -> tuple[bool, tuple[int, int, int, int]]:
+        return (waits(p), p.rank())
 
     candidates = [
         p
@@ -87,7 +90,7 @@ def victim(holders: Iterable[Process], claimant: Process, planned: set[int]) -> 
         and p.pid not in planned
         and not p.running
         and p is not claimant
-        and (p.infer is None or p.stopped or p.rank() > claimant.rank() or _waits_for(p, claimant))
+        and (waits(p) or p.rank() > claimant.rank() or _waits_for(p, claimant))
     ]
     return max(candidates, key=weakness, default=None)
 
