@@ -10,53 +10,25 @@ import heapq
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from llmasos.drivers import base
 from llmasos.syscalls import errors
 from llmasos.syscalls.types import Finish, PullEvent
 
-from . import scheduler, trap
+from . import residency, scheduler, trap
 from .beams import Step
 from .config import Config
 from .devices import Device, Flight, Pool, build
 from .dmesg import Log, Readers
+from .effects import Effect, Exited, KillWorker, ToWorker
 from .imports import Imports
 from .infer import Infer
-from .memory import Memory, blocks_for
+from .memory import blocks_for
 from .modelfs.store import ModelFS
-from .process import Exit, Process
+from .process import Process
 from .proctable import ProcessTable
-from .sessions import Send, Sessions
+from .sessions import Sessions
 from .tenants import Subject
-
-__all__ = ["Exited", "Kernel", "KillWorker", "Send", "ToWorker"]
-
-ATTACH_TIMEOUT_S = 120.0
-"""How long a model may wait for its device's worker before its callers are told."""
-
-
-@dataclass(frozen=True, slots=True)
-class ToWorker:
-    """Effect: a message for the worker behind a bus connection."""
-
-    worker: int
-    message: base.ToWorker
-
-
-@dataclass(frozen=True, slots=True)
-class KillWorker:
-    """Effect: a worker that broke the protocol is killed (the supervisor starts another)."""
-
-    pid: int
-
-
-@dataclass(frozen=True, slots=True)
-class Exited:
-    """Effect: the kernel is done; the process ends with code 0."""
-
-
-Effect = Send | ToWorker | KillWorker | Exited
 
 
 class Kernel:
@@ -77,9 +49,9 @@ class Kernel:
         self.readers = Readers(self.log, self.sessions)
         self.imports = Imports(self.sessions)
         self.draining = False
-        self._effects: list[Effect] = []
+        self.effects: list[Effect] = []
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
-        self._numbers = itertools.count(1)
+        self.numbers = itertools.count(1)
 
     # Events
 
@@ -101,7 +73,7 @@ class Kernel:
         device = self.devices.get(attach.device)
         if device is None or device.worker is not None:
             self.log.warn(f"worker {attach.pid} for {attach.device!r} refused: unknown or already driven")
-            self._effects.append(KillWorker(attach.pid))
+            self.effects.append(KillWorker(attach.pid))
             return
         device.worker, device.worker_pid = worker, attach.pid
         device.description = attach.description
@@ -114,11 +86,11 @@ class Kernel:
             case base.Attach():
                 self.worker_attached(worker, message)
             case base.LoadDone() if device and device.loading:
-                self._load_done(device, device.loading, message)
+                residency.load_done(self, device, device.loading, message)
             case base.StepDone() if device and device.flight:
                 self._step_done(device, device.flight, message.result)
             case base.Failed() if device and device.loading and message.handle:
-                self._load_failed(device, device.loading, errors.from_wire(dict(message.error)))
+                residency.load_failed(self, device, device.loading, errors.from_wire(dict(message.error)))
             case base.Failed() if device and device.flight:
                 self._step_failed(device, device.flight, errors.from_wire(dict(message.error)))
             case base.Note() if device:
@@ -143,11 +115,13 @@ class Kernel:
             if process.infer is infer:
                 infer.crashes += 1
                 if infer.crashes >= self.config.crash_limit:
-                    self._fail(process, errors.DeviceFault(f"the driver died {infer.crashes} times on this"))
+                    self.fail(process, errors.DeviceFault(f"the driver died {infer.crashes} times on this"))
         if loading:
             loading.deaths += 1
             if loading.deaths >= self.config.crash_limit:
-                self._give_up(device, loading, errors.DeviceFault(f"the driver died loading {loading.model}"))
+                residency.give_up(
+                    self, device, loading, errors.DeviceFault(f"the driver died loading {loading.model}")
+                )
 
     def tick(self) -> None:
         """Runs what is due and starts what can start. Call after every batch of events."""
@@ -161,7 +135,7 @@ class Kernel:
     # Effects
 
     def take_effects(self) -> list[Effect]:
-        effects, self._effects = self._effects, []
+        effects, self.effects = self.effects, []
         sends, self.sessions.outbox = self.sessions.outbox, []
         return [*sends, *effects]
 
@@ -170,7 +144,7 @@ class Kernel:
         return self._timers[0][0] if self._timers else None
 
     def at(self, when: float, call: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (when, next(self._numbers), call))
+        heapq.heappush(self._timers, (when, next(self.numbers), call))
 
     def drain(self, seconds: float) -> None:
         """Refuses new work; exits when no infer runs, or after `seconds`."""
@@ -183,99 +157,8 @@ class Kernel:
         for process in list(self.processes):
             if process.beam_of is None:
                 self.processes.end_infer(process, Finish.KILLED)
-        if not any(isinstance(effect, Exited) for effect in self._effects):
-            self._effects.append(Exited())
-
-    # Models
-
-    def pool_for(self, model: str, device_name: str, dtype: str) -> Pool:
-        """The pool for a model, resident, loading, or new. Raises NoSuchModel, NoSuchDevice."""
-        manifest = self.store.resolve(model)
-        device = self._device_for(device_name)
-        for pool in device.pools:
-            same_dtype = pool.dtype == dtype or (pool.loaded is not None and pool.loaded.dtype == dtype)
-            if pool.digest == manifest.digest and same_dtype:
-                return pool
-        files = self.store.driver_files(manifest)
-        pool = Pool(
-            next(self._numbers),
-            manifest.name,
-            manifest.digest,
-            dtype,
-            device.name,
-            files,
-            wanted_since=self.now(),
-        )
-        device.pools.append(pool)
-        self.at(self.now() + ATTACH_TIMEOUT_S, lambda: self._attach_overdue(device, pool))
-        return pool
-
-    def _device_for(self, name: str) -> Device:
-        if not name:
-            up = [d for d in self.devices.values() if d.worker is not None] or list(self.devices.values())
-            # Accelerators are named after the cpu in the list, and preferred.
-            return up[-1]
-        if name not in self.devices:
-            raise errors.NoSuchDevice(f"no device {name!r}", hint=f"there are: {', '.join(self.devices)}")
-        return self.devices[name]
-
-    def _attach_overdue(self, device: Device, pool: Pool) -> None:
-        if device.worker is None and pool.waiters and pool in device.pools:
-            overdue = self.now() - pool.wanted_since
-            if overdue < ATTACH_TIMEOUT_S:
-                self.at(self.now() + ATTACH_TIMEOUT_S - overdue, lambda: self._attach_overdue(device, pool))
-                return
-            gone = errors.DeviceUnavailable(f"{device.name} has no worker", hint="see `llsh dmesg`")
-            self._give_up(device, pool, gone)
-
-    def _load(self, device: Device, pool: Pool) -> None:
-        assert device.worker is not None
-        device.loading = pool
-        spec = base.LoadSpec(pool.handle, pool.files, pool.dtype, self.config.kv_fraction)
-        self._effects.append(ToWorker(device.worker, base.Load(spec)))
-
-    def _load_done(self, device: Device, pool: Pool, done: base.LoadDone) -> None:
-        device.loading = None
-        device.memory_free = done.memory_free
-        pool.loaded = done.loaded
-        pool.memory = Memory(done.loaded.blocks)
-        pool.last_used = self.now()
-        self.log.info(
-            f"{device.name}: {pool.model} ({done.loaded.dtype}) loaded in {done.seconds:.2f} s, "
-            f"{done.loaded.blocks} blocks of {done.loaded.block_bytes} bytes"
-        )
-        self._tell(pool, None)
-
-    def _load_failed(self, device: Device, pool: Pool, error: errors.LLMasOSError) -> None:
-        device.loading = None
-        idle = [p for p in device.pools if p.ready and not p.processes]
-        if isinstance(error, errors.NeverFits | errors.DeviceFault) and idle and not pool.retried:
-            pool.retried = True
-            for other in idle:
-                self._unload(device, other)
-            return
-        self._give_up(device, pool, error)
-
-    def _unload(self, device: Device, pool: Pool) -> None:
-        assert device.worker is not None
-        device.pools.remove(pool)
-        self._effects.append(ToWorker(device.worker, base.Unload(pool.handle)))
-        self.log.info(f"{device.name}: {pool.model} unloaded to make room")
-
-    def _give_up(self, device: Device, pool: Pool, error: errors.LLMasOSError) -> None:
-        self.log.warn(f"{device.name}: {pool.model} cannot be loaded: {error}")
-        if pool in device.pools:
-            device.pools.remove(pool)
-        for process in [p for p in pool.processes if p.beam_of is None]:
-            self._fail(process, error)
-            if process.exit is None and process in pool.processes:
-                self.processes.end(process, Exit(1, f"its model cannot be loaded: {type(error).__name__}"))
-        self._tell(pool, error)
-
-    def _tell(self, pool: Pool, error: errors.LLMasOSError | None) -> None:
-        waiters, pool.waiters = pool.waiters, []
-        for ready in waiters:
-            ready(error)
+        if not any(isinstance(effect, Exited) for effect in self.effects):
+            self.effects.append(Exited())
 
     # Steps
 
@@ -285,7 +168,7 @@ class Kernel:
             return
         for pool in device.pools:
             if not pool.ready and (pool.waiters or pool.processes):
-                self._load(device, pool)
+                residency.load(self, device, pool)
                 return
         resident = itertools.chain.from_iterable(pool.processes for pool in device.pools if pool.ready)
         queue = scheduler.order(resident, self.now(), self.config.aging_s)
@@ -316,12 +199,12 @@ class Kernel:
         shares = scheduler.plan(queue, step_tokens, reserve)
         if not shares:
             return
-        ticket = next(self._numbers)
+        ticket = next(self.numbers)
         infers = [(s.process, s.process.infer, s.count) for s in shares]
         device.flight = Flight(ticket, pool, [(p, i, n) for p, i, n in infers if i is not None])
         pool.last_used = self.now()
         batch = build(pool, shares, copies, ticket)
-        self._effects.append(ToWorker(device.worker, base.Step(batch)))
+        self.effects.append(ToWorker(device.worker, base.Step(batch)))
 
     def _match_prefix(self, process: Process) -> None:
         infer = process.infer
@@ -352,7 +235,7 @@ class Kernel:
     def _step_done(self, device: Device, flight: Flight, result: base.StepResult) -> None:
         if result.ticket != flight.ticket or len(result.outputs) != len(flight.shares):
             self.log.warn(f"{device.name}: answer to a step that was not asked")
-            self._effects.append(KillWorker(device.worker_pid))
+            self.effects.append(KillWorker(device.worker_pid))
             return
         device.flight = None
         device.step_seconds.append(result.seconds)
@@ -366,7 +249,7 @@ class Kernel:
                 process.mirror.stale = True
                 continue
             if out.error:
-                self._fail(process.beam_of or process, errors.DeviceFault(out.error))
+                self.fail(process.beam_of or process, errors.DeviceFault(out.error))
                 continue
             infer.take_prompt(process.computed + 1, out.prompt)
             process.computed += count
@@ -410,7 +293,7 @@ class Kernel:
         if infer.finish is not None and not infer.held:
             self.processes.end_infer(process, infer.finish)
 
-    def _fail(self, process: Process, error: errors.LLMasOSError) -> None:
+    def fail(self, process: Process, error: errors.LLMasOSError) -> None:
         self.processes.fail_infer(process.beam_of or process, error)
 
     def _step_failed(self, device: Device, flight: Flight, error: errors.LLMasOSError) -> None:
@@ -421,7 +304,7 @@ class Kernel:
             process.running = False
             process.mirror.stale = True
             if process.infer is infer:
-                self._fail(process, error)
+                self.fail(process, error)
 
     # Beams
 

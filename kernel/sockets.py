@@ -26,8 +26,10 @@ from llmasos.syscalls import errors, wire
 from llmasos.syscalls.types import PullEvent
 from zmq.utils.monitor import recv_monitor_message
 
+from .effects import Exited, KillWorker, ToWorker
 from .imports import Job
-from .loop import Exited, Kernel, KillWorker, Send, ToWorker
+from .loop import Kernel
+from .sessions import Send
 from .tenants import Subject
 
 # A client that has not read this many messages is not reading at all: credits keep streams far below.

@@ -14,7 +14,7 @@ import msgspec
 from llmasos.syscalls import errors, table, wire
 from llmasos.syscalls import types as t
 
-from . import files, scheduler
+from . import files, residency, scheduler
 from .beams import BeamSearch
 from .devices import Pool, Ready
 from .infer import Infer
@@ -177,7 +177,7 @@ def _new_process(
     _refuse_new_work(kernel)
     session.subject.require_priority(call.sched_class, call.nice)
     kernel.processes.room_for(session.subject.path, 1)
-    pool = kernel.pool_for(model, call.device, call.dtype)
+    pool = residency.pool_for(kernel, model, call.device, call.dtype)
     label = call.label if isinstance(call, table.SpawnModel) else "infer"
     return kernel.processes.spawn(
         session.subject.path,

@@ -11,9 +11,11 @@ import pytest
 from llmasos.drivers import base
 from llmasos.drivers.null import NullDriver, next_token
 from llmasos.kernel.config import Config
-from llmasos.kernel.loop import Exited, Kernel, KillWorker, Send, ToWorker
+from llmasos.kernel.effects import Exited, KillWorker, ToWorker
+from llmasos.kernel.loop import Kernel
 from llmasos.kernel.modelfs.names import parse_name
 from llmasos.kernel.modelfs.store import Manifest, ManifestFile, ModelFS
+from llmasos.kernel.sessions import Send
 from llmasos.kernel.tenants import Subject
 from llmasos.syscalls import errors, table, wire
 from llmasos.syscalls import types as t

@@ -1,0 +1,129 @@
+"""Which model is resident on which device: loading, making room, giving up.
+
+A pool is asked for by `pool_for`, loaded by the loop when the device is free, and stays resident until
+another model needs its room. Callers wait in `pool.waiters` and are told once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmasos.drivers import base
+from llmasos.syscalls import errors
+
+from .devices import Device, Pool
+from .effects import ToWorker
+from .memory import Memory
+from .process import Exit
+
+if TYPE_CHECKING:
+    from .loop import Kernel
+
+ATTACH_TIMEOUT_S = 120.0
+"""How long a model may wait for its device's worker before its callers are told."""
+
+
+def pool_for(kernel: Kernel, model: str, device_name: str, dtype: str) -> Pool:
+    """The pool for a model, resident, loading, or new. Raises NoSuchModel, NoSuchDevice."""
+    manifest = kernel.store.resolve(model)
+    device = device_for(kernel, device_name)
+    if not dtype and device.description is not None:
+        dtype = device.description.default_dtype
+    for pool in device.pools:
+        same_dtype = pool.dtype == dtype or (pool.loaded is not None and pool.loaded.dtype == dtype)
+        if pool.digest == manifest.digest and same_dtype:
+            return pool
+    files = kernel.store.driver_files(manifest)
+    pool = Pool(
+        next(kernel.numbers),
+        manifest.name,
+        manifest.digest,
+        dtype,
+        device.name,
+        files,
+        wanted_since=kernel.now(),
+    )
+    device.pools.append(pool)
+    kernel.at(kernel.now() + ATTACH_TIMEOUT_S, lambda: attach_overdue(kernel, device, pool))
+    return pool
+
+
+def device_for(kernel: Kernel, name: str) -> Device:
+    """The named device, or the best one that is up. Raises NoSuchDevice."""
+    if not name:
+        up = [d for d in kernel.devices.values() if d.worker is not None] or list(kernel.devices.values())
+        # Accelerators are named after the cpu in the list, and preferred.
+        return up[-1]
+    if name not in kernel.devices:
+        raise errors.NoSuchDevice(f"no device {name!r}", hint=f"there are: {', '.join(kernel.devices)}")
+    return kernel.devices[name]
+
+
+def attach_overdue(kernel: Kernel, device: Device, pool: Pool) -> None:
+    """Tells those who wait for a device that has no worker that it does not come."""
+    if device.worker is None and pool.waiters and pool in device.pools:
+        overdue = kernel.now() - pool.wanted_since
+        if overdue < ATTACH_TIMEOUT_S:
+            kernel.at(kernel.now() + ATTACH_TIMEOUT_S - overdue, lambda: attach_overdue(kernel, device, pool))
+            return
+        gone = errors.DeviceUnavailable(f"{device.name} has no worker", hint="see `llsh dmesg`")
+        give_up(kernel, device, pool, gone)
+
+
+def load(kernel: Kernel, device: Device, pool: Pool) -> None:
+    """Asks the worker to make the pool resident."""
+    assert device.worker is not None
+    device.loading = pool
+    spec = base.LoadSpec(pool.handle, pool.files, pool.dtype, kernel.config.kv_fraction)
+    kernel.effects.append(ToWorker(device.worker, base.Load(spec)))
+
+
+def load_done(kernel: Kernel, device: Device, pool: Pool, done: base.LoadDone) -> None:
+    """The pool is resident: its processes may run."""
+    device.loading = None
+    device.memory_free = done.memory_free
+    pool.loaded = done.loaded
+    pool.memory = Memory(done.loaded.blocks)
+    pool.last_used = kernel.now()
+    kernel.log.info(
+        f"{device.name}: {pool.model} ({done.loaded.dtype}) loaded in {done.seconds:.2f} s, "
+        f"{done.loaded.blocks} blocks of {done.loaded.block_bytes} bytes"
+    )
+    tell(pool, None)
+
+
+def load_failed(kernel: Kernel, device: Device, pool: Pool, error: errors.LLMasOSError) -> None:
+    """Makes room by unloading idle models and tries once more; then gives up."""
+    device.loading = None
+    idle = [p for p in device.pools if p.ready and not p.processes]
+    if isinstance(error, errors.NeverFits | errors.DeviceFault) and idle and not pool.retried:
+        pool.retried = True
+        for other in idle:
+            unload(kernel, device, other)
+        return
+    give_up(kernel, device, pool, error)
+
+
+def unload(kernel: Kernel, device: Device, pool: Pool) -> None:
+    assert device.worker is not None
+    device.pools.remove(pool)
+    kernel.effects.append(ToWorker(device.worker, base.Unload(pool.handle)))
+    kernel.log.info(f"{device.name}: {pool.model} unloaded to make room")
+
+
+def give_up(kernel: Kernel, device: Device, pool: Pool, error: errors.LLMasOSError) -> None:
+    """The pool cannot be had: everybody who wanted it is told why."""
+    kernel.log.warn(f"{device.name}: {pool.model} cannot be loaded: {error}")
+    if pool in device.pools:
+        device.pools.remove(pool)
+    for process in [p for p in pool.processes if p.beam_of is None]:
+        kernel.fail(process, error)
+        if process.exit is None and process in pool.processes:
+            kernel.processes.end(process, Exit(1, f"its model cannot be loaded: {type(error).__name__}"))
+    tell(pool, error)
+
+
+def tell(pool: Pool, error: errors.LLMasOSError | None) -> None:
+    waiters, pool.waiters = pool.waiters, []
+    for ready in waiters:
+        ready(error)
