@@ -18,7 +18,7 @@ from llmasos import LLM, Client, errors
 from llmasos.syscalls import table
 from llmasos.syscalls.address import socket_address
 from llmasos.userland.daemon import ensure_daemon, is_listening
-from llmasos.userland.models import ensure_model
+from llmasos.userland.models import ensure_model, has_model, reference
 from llmasos.userland.text_stream import TextStream
 
 MODEL = "smollm2"
@@ -61,6 +61,8 @@ def boot(client: Client, ours: bool) -> None:
 
 def fetch(client: Client) -> None:
     heading("2. Models are files: content-addressed, verified, fetched once", f"$ llsh pull {MODEL}")
+    if not has_model(client, reference(MODEL)):
+        print("About 100 MB, once.")
     ensure_model(client, MODEL)
     llsh("list")
 
@@ -89,7 +91,7 @@ def conversation(client: Client) -> None:
 
 def tenants(client: Client) -> None:
     heading(
-        "5. Three tenants at once: who talks goes first, the rest shares what is left",
+        "5. Three tenants at once: when the device is short, interactive goes first, idle last",
         "".join(
             f'>>> LLM.from_pretrained("{MODEL}", label="{name}", sched_class="{sched_class}").chat(…)\n'
             for name, sched_class in TENANTS.items()
@@ -98,7 +100,7 @@ def tenants(client: Client) -> None:
     running = {name: Tenant(name, sched_class) for name, sched_class in TENANTS.items()}
     try:
         wait_until(lambda: all(tenant.pieces or tenant.error for tenant in running.values()))
-        time.sleep(3)
+        time.sleep(2)
         print("While they write:\n")
         llsh("ps")
         print("\nCarol's process is killed; the others do not notice.\n")
@@ -137,7 +139,7 @@ class Tenant:
 
     def _write(self) -> None:
         try:
-            stream: TextStream = self.process.chat(STORY, max_new_tokens=96, do_sample=True, seed=1)
+            stream: TextStream = self.process.chat(STORY, max_new_tokens=64, do_sample=True, seed=1)
             with stream:
                 for _ in stream:
                     self.pieces += 1
@@ -152,13 +154,13 @@ class Tenant:
 def forks(client: Client) -> None:
     heading(
         "6. Processes fork: one context, three ways to go on, its memory shared",
-        '>>> process = llm.process("My favourite season is"); process.fork(3)',
+        '>>> LLM.from_pretrained("smollm2").process("The old sailor …").fork(3)',
     )
     llm = LLM.from_pretrained(MODEL, client=client)
     with llm.process("The old sailor opened the door, looked at the sea and said:") as parent:
         for seed, child in enumerate(parent.fork(3), start=1):
             with child:
-                text = child.generate("", max_new_tokens=20, do_sample=True, temperature=0.8, seed=seed)
+                text = child.generate("", max_new_tokens=16, do_sample=True, temperature=0.8, seed=seed)
                 print(f"pid {child.pid}: … {' '.join(text.text.split())}")
 
 

@@ -91,27 +91,26 @@ def converse(
 def _loop(shell: Shell, talk: Conversation, slash: Slash, read: Callable[[], str], json: bool) -> None:
     while True:
         try:
-            text = read()
-        except EOFError:
+            _obey(shell.terminal, talk, slash, read(), json)
+        except (EOFError, Leave):
             return
         except KeyboardInterrupt:
             shell.terminal.say(HINT)
-            continue
-        if not text.strip():
-            continue
-        try:
-            if text.startswith("/"):
-                slash.obey(text)
-            else:
-                _turn(shell.terminal, talk, slash, text, json)
-        except Leave:
-            return
-        except KeyboardInterrupt:
-            continue
-        except (errors.Unavailable, errors.NoSuchProcess):
-            raise
-        except errors.LLMasOSError as problem:
-            shell.terminal.fail_with(problem)
+
+
+def _obey(terminal: Terminal, talk: Conversation, slash: Slash, text: str, json: bool) -> None:
+    """Does what one line asks. Errors that another line can mend are told, others raised."""
+    try:
+        if text.startswith("/"):
+            slash.obey(text)
+        elif text.strip():
+            _turn(terminal, talk, slash, text, json)
+    except (errors.Unavailable, errors.NoSuchProcess):
+        raise
+    except errors.ContextOverflow as problem:
+        terminal.fail(problem.message, "/clear forgets what was said")
+    except errors.LLMasOSError as problem:
+        terminal.fail_with(problem)
 
 
 def _turn(terminal: Terminal, talk: Conversation, slash: Slash, text: str, json: bool) -> None:

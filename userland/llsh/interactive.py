@@ -25,25 +25,23 @@ def interact(shell: Shell, runner: Runner, tree: dict[str, TyperCommand]) -> int
     shell.terminal.line(BANNER)
     editor = Editor("llsh", command_words(tree))
     while True:
-        _report(shell)
         try:
+            _report(shell)
             text = editor.read("llsh> ")
+            if text.strip() in LEAVE:
+                return 0
+            _obey(text, shell, runner)
         except KeyboardInterrupt:
             continue
         except EOFError:
-            break
-        if text.strip() in LEAVE:
-            break
-        try:
-            commands = parse(text)
-        except BadLine as problem:
-            shell.terminal.fail(str(problem), "quote text that holds quotes, ; or &")
-            continue
-        try:
-            run_commands(commands, shell, runner)
-        except KeyboardInterrupt:
-            continue
-    return 0
+            return 0
+
+
+def _obey(text: str, shell: Shell, runner: Runner) -> None:
+    try:
+        run_commands(parse(text), shell, runner)
+    except BadLine as problem:
+        shell.terminal.fail(str(problem), "quote text that holds quotes, ; or &")
 
 
 def _report(shell: Shell) -> None:
