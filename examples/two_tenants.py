@@ -27,7 +27,7 @@ _OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
 }
 
 
-@tool(example=Example("How much is 12 times 7?", ("12 * 7",), "84", "12 times 7 is 84."))
+@tool(example=Example("How much is 12 times 7?", ("12 * 7",), "84", "The result is 84."))
 def calculator(expression: str) -> float:
     """Works out sums, products and other arithmetic."""
     return _value(ast.parse(expression.strip(), mode="eval").body)
@@ -45,9 +45,7 @@ def _value(node: ast.AST) -> float:
     raise ValueError("only numbers and + - * / %")
 
 
-@tool(
-    example=Example("How many letters are in the word tree?", ("tree",), "4", "The word tree has 4 letters.")
-)
+@tool(example=Example("How many letters are in the word tree?", ("tree",), "4", "It has 4 letters."))
 def count_letters(word: str) -> int:
     """Counts the letters of a word."""
     return sum(letter.isalpha() for letter in word)
@@ -56,7 +54,7 @@ def count_letters(word: str) -> int:
 CAPITALS = {"france": "Paris", "japan": "Tokyo", "kenya": "Nairobi", "peru": "Lima", "norway": "Oslo"}
 
 
-@tool(example=Example("What is the capital of Japan?", ("Japan",), "Tokyo", "The capital of Japan is Tokyo."))
+@tool(example=Example("What is the capital of Japan?", ("Japan",), "Tokyo", "It is Tokyo."))
 def capital_of(country: str) -> str:
     """Looks up the capital city of a country."""
     return CAPITALS.get(country.strip().strip(".?").lower(), "not in the list")

@@ -9,6 +9,7 @@ comes from chat templates and not from people.
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,10 +24,8 @@ from .client import Client
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 TEMPLATE_FILE = "chat_template.jinja"
 _BROKEN = "\ufffd"
-# An unfinished UTF-8 character is at most three bytes, each shown as one replacement character. Tokenizers
-# with a byte fallback show a whole run of byte tokens so until its last character is finished.
+# An unfinished UTF-8 character is at most three bytes, each shown as one replacement character.
 _MOST_BROKEN = 3
-_MOST_BROKEN_RUN = 64
 _WINDOW = 8
 _LONGEST_WINDOW = 32
 
@@ -63,8 +62,8 @@ class Tokenizer:
         self._control = self.special.keys() - {self._plain.token_to_id(self.token("unk_token"))}
         self._special_ids = {content: id_ for id_, content in self.special.items()}
         self._special_pattern = _any_of(self.special.values())
-        bytes_ = (self._plain.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
-        self.byte_ids = frozenset(id_ for id_ in bytes_ if id_ is not None)
+        bytes_ = {self._plain.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
+        self.byte_of = {id_: byte for id_, byte in bytes_.items() if id_ is not None}
         self.bos_id = self._id_of("bos_token")
         self.eos_ids = self._eos()
         self._prefix = self._sequence_start()
@@ -184,47 +183,56 @@ class Detokenizer:
 
     `context` are the ids before it: a leading space is kept or dropped as in the text of the whole.
     Cost of a token is bounded: only the last ids are decoded again.
+
+    Tokenizers with a byte fallback decode a run of byte tokens as one and spoil all of it while its last
+    character is unfinished: such bytes are put together here, and the letter A stands in for each.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._hold = _MOST_BROKEN_RUN if tokenizer.byte_ids else _MOST_BROKEN
-        self._ids = self._tail(context)
-        self._given = len(self._settled(tokenizer.decode(self._ids)))
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stand_in = next((id_ for id_, byte in tokenizer.byte_of.items() if byte == ord("A")), -1)
+        self._ids: list[int] = []
+        self._given = 0
+        self.feed(context[-_WINDOW:])
 
     def feed(self, ids: Iterable[int]) -> str:
         """The text that is settled now and was not before."""
-        self._ids += ids
-        text = self._tokenizer.decode(self._ids)
-        settled = self._settled(text)
-        piece = settled[self._given :]
-        self._given = max(self._given, len(settled))
-        if len(self._ids) > _LONGEST_WINDOW and settled == text:
-            self._shorten()
-        return piece
+        return "".join(map(self._take, ids))
 
     def flush(self) -> str:
         """What is left at the end; an unfinished character becomes U+FFFD."""
+        return self._rest() + self._utf8.decode(b"", final=True)
+
+    def _take(self, id_: int) -> str:
+        if (byte := self._tokenizer.byte_of.get(id_)) is not None:
+            piece = self._rest() + self._utf8.decode(bytes([byte]))
+            self._ids.append(self._stand_in)
+            self._given += 1
+            self._shorten()
+            return piece
+        unfinished = self._utf8.decode(b"", final=True)
+        self._ids.append(id_)
+        text = self._tokenizer.decode(self._ids)
+        settled = text[: max(len(text.rstrip(_BROKEN)), len(text) - _MOST_BROKEN)]
+        piece = settled[self._given :]
+        self._given = max(self._given, len(settled))
+        if settled == text:
+            self._shorten()
+        return unfinished + piece
+
+    def _rest(self) -> str:
         text = self._tokenizer.decode(self._ids)
         piece = text[self._given :]
-        self._given = len(text)
+        self._given = max(self._given, len(text))
         return piece
 
-    def _settled(self, text: str) -> str:
-        """`text` without what may still be an unfinished character at its end."""
-        return text[: max(len(text.rstrip(_BROKEN)), len(text) - self._hold)]
-
     def _shorten(self) -> None:
-        tail = self._tail(self._ids)
+        if len(self._ids) <= _LONGEST_WINDOW:
+            return
+        tail = self._ids[-_WINDOW:]
         if text := self._tokenizer.decode(tail):  # special tokens alone say nothing about spaces
             self._ids, self._given = tail, len(text)
-
-    def _tail(self, ids: Sequence[int]) -> list[int]:
-        """The last few ids, beginning outside a run of byte tokens, which is decoded as one."""
-        start = max(0, len(ids) - _WINDOW)
-        while start > 0 and ids[start] in self._tokenizer.byte_ids and len(ids) - start < _MOST_BROKEN_RUN:
-            start -= 1
-        return list(ids[start:])
 
 
 class StopStrings:

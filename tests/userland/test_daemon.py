@@ -1,0 +1,32 @@
+"""Finding or starting the daemon. The real one is started by tests/boot."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llmasos.syscalls import errors
+from llmasos.userland import daemon
+
+
+def test_a_running_daemon_is_used(kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(daemon, "COMMAND", ["/nonexistent"])
+    with daemon.ensure_daemon(kernel.address) as client:
+        assert client.hello.subject == "me"
+
+
+def test_a_daemon_that_fails_shows_its_log(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMASOS_HOME", str(folder / "home"))
+    monkeypatch.setattr(daemon, "COMMAND", [sys.executable, "-c", "print('no room on the disk'); exit(3)"])
+    with pytest.raises(errors.DaemonUnreachable, match=r"status 3(.|\n)*no room on the disk") as caught:
+        daemon.ensure_daemon(f"ipc://{folder}/none.sock")
+    assert "llmasosd.log" in caught.value.hint
+
+
+def test_a_daemon_that_hangs_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMASOS_HOME", str(folder / "home"))
+    monkeypatch.setattr(daemon, "COMMAND", [sys.executable, "-c", "import time; time.sleep(2)"])
+    with pytest.raises(errors.DaemonUnreachable, match=r"did not answer in 0\.3 s"):
+        daemon.ensure_daemon(f"ipc://{folder}/none.sock", timeout_s=0.3)
