@@ -13,8 +13,8 @@ from llmasos.syscalls import types as t
 from .terminal import Terminal
 
 if TYPE_CHECKING:
-    from llmasos.userland.generation import Options
-    from llmasos.userland.llm import TextStream
+    from ..generation import Options
+    from ..llm import TextStream
 
 DEFAULT_TOKENS = 512
 

@@ -25,8 +25,8 @@ def paths(incomplete: str) -> list[str]:
 
 
 def _ls(path: str) -> list[str]:
-    from llmasos.userland.client import Client
-    from llmasos.userland.daemon import is_listening
+    from ..client import Client
+    from ..daemon import is_listening
 
     where = address.socket_address()
     if not is_listening(where):

@@ -18,10 +18,10 @@ from .models import installed
 from .shell import Shell
 
 if TYPE_CHECKING:
-    from llmasos.userland.llm import LLM
-    from llmasos.userland.process import Process
-    from llmasos.userland.text_stream import TextStream
-    from llmasos.userland.tokenizer import Tokenizer
+    from ..llm import LLM
+    from ..process import Process
+    from ..text_stream import TextStream
+    from ..tokenizer import Tokenizer
 
 
 class Conversation:
@@ -56,7 +56,7 @@ class Conversation:
 
         Raises UnsupportedModel without a chat template, ContextOverflow.
         """
-        from llmasos.userland.chat import encode_chat
+        from ..chat import encode_chat
 
         said = {"role": "user", "content": text}
         if self.inherited:
@@ -84,8 +84,8 @@ class Conversation:
         self.inherited = False
 
     def _append(self, tokens: Sequence[int], settings: Settings) -> TextStream:
-        from llmasos.userland.completion import Answer
-        from llmasos.userland.text_stream import TextStream
+        from ..completion import Answer
+        from ..text_stream import TextStream
 
         context = [*self.process.tokens, *tokens]
         plan = self.llm.plan(settings.options(self.llm.context_length - len(context)), len(context))
@@ -98,7 +98,7 @@ def next_turn(tokenizer: Tokenizer, held: Sequence[int], said: dict[str, str]) -
 
     They are found by rendering the message behind a sample exchange and cutting the sample off.
     """
-    from llmasos.userland.chat import encode_chat
+    from ..chat import encode_chat
 
     if not held:
         return encode_chat(tokenizer, [said])
@@ -123,8 +123,8 @@ def _after_last_answer(tokens: list[int], tokenizer: Tokenizer) -> list[int]:
 def opened(shell: Shell, target: str, sched_class: t.SchedClass | None, nice: int) -> Iterator[Conversation]:
     """A conversation with `target`: a model, whose new process ends with the block, or the process with
     that pid, which stays. Starts the daemon and pulls the model if need be."""
-    from llmasos.userland.llm import LLM
-    from llmasos.userland.process import Process
+    from ..llm import LLM
+    from ..process import Process
 
     client = shell.client() if target.isdecimal() else shell.started()
     if target.isdecimal():

@@ -18,7 +18,7 @@ from .shell import Shell, shell_of
 from .table import Column, Table
 
 if TYPE_CHECKING:
-    from llmasos.userland.client import Client
+    from ..client import Client
 
 app = typer.Typer()
 
@@ -30,7 +30,7 @@ def installed(shell: Shell, client: Client, model: str) -> str:
 
     A bar shows the progress on stderr when that is a terminal.
     """
-    from llmasos.userland.models import ensure_model
+    from ..models import ensure_model
 
     return ensure_model(client, model, progress=shell.terminal.err.isatty())
 
@@ -61,8 +61,8 @@ def pull(
     A pull that was broken off goes on where it ended. With --json every step is a line; the last one is
     the model.
     """
-    from llmasos.userland.models import PullBar, Reference, reference
-    from llmasos.userland.models import pull as fetch
+    from ..models import PullBar, Reference, reference
+    from ..models import pull as fetch
 
     shell = shell_of(context)
     wanted = Reference(full_name(model), _source(source)) if source else reference(model)

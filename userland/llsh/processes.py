@@ -228,7 +228,7 @@ def _nice_value(word: str) -> int:
 
 
 def _to_signal(name: str) -> t.Signal:
-    from llmasos.userland.client import to_signal
+    from ..client import to_signal
 
     if name in NUMBERS:
         return NUMBERS[name]

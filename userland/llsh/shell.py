@@ -15,8 +15,7 @@ from llmasos.syscalls import address, errors
 from .terminal import Terminal
 
 if TYPE_CHECKING:
-    from llmasos.userland.client import Client
-
+    from ..client import Client
     from .job import Jobs
 
 
@@ -46,8 +45,8 @@ class Shell:
     def client(self) -> Client:
         """The kernel's connection. Raises DaemonUnreachable when no daemon runs: never starts one."""
         if self._client is None:
-            from llmasos.userland.client import Client
-            from llmasos.userland.daemon import is_listening
+            from ..client import Client
+            from ..daemon import is_listening
 
             where = address.socket_address()
             if not is_listening(where):
@@ -61,7 +60,7 @@ class Shell:
     def started(self) -> Client:
         """The kernel's connection, after starting the daemon if none runs."""
         if self._client is None:
-            from llmasos.userland.daemon import ensure_daemon, is_listening
+            from ..daemon import ensure_daemon, is_listening
 
             if is_listening(address.socket_address()):
                 return self.client()

@@ -97,7 +97,7 @@ def shutdown(
 
     New work is refused at once; answers that are under way get a few seconds.
     """
-    from llmasos.userland.daemon import is_listening
+    from ..daemon import is_listening
 
     shell = shell_of(context)
     client = shell.client()

@@ -21,8 +21,9 @@ from .shell import shell_of
 from .terminal import Terminal
 
 if TYPE_CHECKING:
-    from llmasos.userland.client import Client
     from rich.console import RenderableType
+
+    from ..client import Client
 
 app = typer.Typer()
 
