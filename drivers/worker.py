@@ -40,6 +40,11 @@ def make_driver(device: str) -> base.Driver:
     kind = device.partition(":")[0]
     if kind not in DRIVERS:
         raise errors.NoSuchDevice(f"no driver for device {device!r}", hint=f"one of {', '.join(DRIVERS)}")
+    if kind == "cpu":
+        # Read when torch loads its OpenMP. Threads that spin at barriers make a decode step of SmolLM2 ten
+        # times slower (40 ms -> 400 to 1200 ms) as soon as other processes want the cores; threads that
+        # sleep cost half as much again on an idle machine, and never more (docs/decisions.md).
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     module, name = DRIVERS[kind]
     driver = getattr(importlib.import_module(module), name)
     return cast(base.Driver, driver(device) if kind in ("cpu", "cuda") else driver())
