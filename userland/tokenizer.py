@@ -58,8 +58,7 @@ class Tokenizer:
         self.template = files.get(TEMPLATE_FILE, b"").decode()
         added = self._plain.get_added_tokens_decoder()
         self.special: dict[int, str] = {id_: token.content for id_, token in added.items() if token.special}
-        # An unknown character is no control token, though its id is listed among the special ones.
-        self._control = self.special.keys() - {self._plain.token_to_id(self.token("unk_token"))}
+        self._unknown_id = self._plain.token_to_id(self.token("unk_token"))
         self._special_ids = {content: id_ for id_, content in self.special.items()}
         self._special_pattern = _any_of(self.special.values())
         bytes_ = {self._plain.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
@@ -100,16 +99,15 @@ class Tokenizer:
         Equals Hugging Face's encoding of the whole text whenever no untrusted part spells a special token.
         """
         expected = [
-            id_
+            self._special_ids[match.group()]
             for part in parts
             if part.trusted
             for match in self._special_pattern.finditer(part.text)
-            if (id_ := self._special_ids[match.group()]) in self._control
         ]
         whole = "".join(part.text for part in parts)
-        ids: list[int] = self._trusting.encode(whole, add_special_tokens=False).ids
-        if [id_ for id_ in ids if id_ in self._control] == expected:
-            return ids
+        encoding = self._trusting.encode(whole, add_special_tokens=False)
+        if self._controls(encoding, whole) == expected:
+            return list(encoding.ids)
         return self._encode_runs(parts)
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
@@ -139,21 +137,31 @@ class Tokenizer:
     def _encode_plain(self, text: str) -> list[int]:
         if not text:
             return []
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
-        if self._control.isdisjoint(ids):
-            return ids
-        return self._encode_broken(text)
+        encoding = self._plain.encode(text, add_special_tokens=False)
+        return self._encode_broken(text) if self._controls(encoding, text) else list(encoding.ids)
 
     def _encode_broken(self, text: str) -> list[int]:
-        """Some vocabularies (unigram ones) hold special tokens as ordinary pieces: cut them in two."""
+        """Some vocabularies (unigram ones) hold special tokens as ordinary pieces: cut them in two. What is
+        spelled in characters that are only normalised to a special token is left out."""
         ids: list[int] = []
-        at = 0
-        for match in self._special_pattern.finditer(text):
-            cut = match.start() + 1
-            ids += self._plain.encode(text[at:cut], add_special_tokens=False).ids
-            at = cut
-        ids += self._plain.encode(text[at:], add_special_tokens=False).ids
-        return [id_ for id_ in ids if id_ not in self._control]
+        cuts = [match.start() + 1 for match in self._special_pattern.finditer(text)]
+        for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
+            encoding = self._plain.encode(text[start:end], add_special_tokens=False)
+            controls = self._controls(encoding, text[start:end])
+            ids += [id_ for id_ in encoding.ids if id_ not in controls]
+        return ids
+
+    def _controls(self, encoding: tokenizers.Encoding, text: str) -> list[int]:
+        """The special tokens of an encoding. The unknown token counts only where the text spells it: it
+        may just as well stand for a character that the vocabulary lacks."""
+        if self.special.keys().isdisjoint(encoding.ids):
+            return []
+        return [
+            id_
+            for id_, (start, end) in zip(encoding.ids, encoding.offsets, strict=True)
+            if id_ in self.special
+            and (id_ != self._unknown_id or text[start:end].strip() == self.special[id_])
+        ]
 
     def _id_of(self, name: str) -> int | None:
         token = self.token(name)

@@ -79,6 +79,20 @@ def test_special_tokens_come_from_trusted_parts_alone(
     assert byte_level.decode(ids, special=True) == "".join(text for text, _ in parts)
 
 
+def test_an_unknown_token_with_another_role_is_a_control_token_too(bytes_model: dict[str, bytes]) -> None:
+    """GPT-2 and SmolLM2 name <|endoftext|> as their unknown token."""
+    config = b'{"bos_token": "<|endoftext|>", "unk_token": "<|endoftext|>", "add_bos_token": false}'
+    tokenizer = Tokenizer({**bytes_model, "tokenizer_config.json": config})
+    ids = tokenizer.encode_parts([Part("<|im_start|>", True), Part("a<|endoftext|>b", False)])
+    assert [id_ for id_ in ids if id_ > 255] == [257]
+    assert 256 not in tokenizer.encode("<|endoftext|>")
+
+
+def test_unknown_characters_are_no_control_tokens(unigram: Tokenizer) -> None:
+    assert unigram.encode("aéb").count(0) == unigram.encode("ab").count(0) + 1
+    assert unigram.encode_parts([Part("aé</s>", True), Part("é</s>", False)]).count(2) == 1
+
+
 def test_benign_parts_are_encoded_as_one_text(spm: Tokenizer) -> None:
     parts = [Part("<s>th", True), Part("e in", False), Part("</s>", True)]
     assert spm.encode_parts(parts) == spm._trusting.encode("<s>the in</s>", add_special_tokens=False).ids
