@@ -29,11 +29,11 @@ def pool_for(kernel: Kernel, model: str, device_name: str, dtype: str) -> Pool:
     device = device_for(kernel, device_name)
     if not dtype and device.description is not None:
         dtype = device.description.default_dtype
+    files = kernel.store.driver_files(manifest)
     for pool in device.pools:
         same_dtype = pool.dtype == dtype or (pool.loaded is not None and pool.loaded.dtype == dtype)
-        if pool.digest == manifest.digest and same_dtype:
+        if pool.files == files and same_dtype:  # whatever its names are, and however often it was pulled
             return pool
-    files = kernel.store.driver_files(manifest)
     pool = Pool(
         next(kernel.numbers),
         manifest.name,

@@ -32,6 +32,7 @@ RETRY_S = 0.05
 HEARTBEAT_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 30_000
 LINGER_MS = 200
+FLUSH_MS = 20
 
 _GONE = (
     zmq.EVENT_DISCONNECTED
@@ -234,7 +235,8 @@ class Connection:
     def _open_socket(self) -> None:
         socket = self._context.socket(zmq.DEALER)
         socket.linger = LINGER_MS
-        socket.setsockopt(zmq.RECONNECT_IVL, -1)  # this file reconnects, with a fresh socket
+        # This file reconnects, with a fresh socket. Not -1: libzmq then drops what had arrived before a break.
+        socket.setsockopt(zmq.RECONNECT_IVL, 3_600_000)
         socket.setsockopt(zmq.MAXMSGSIZE, max(wire.MAX_REPLY, wire.MAX_PAYLOAD))
         socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
@@ -290,7 +292,10 @@ class Connection:
         """The monitor only reports that the connection is gone or never came to be."""
         assert self._monitor is not None
         parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
-        self._receive()  # what arrived before the break counts
+        if self._socket is not None and self._session.waiting:
+            # What arrived before the break counts, and libzmq tells of the break before it hands that over.
+            self._socket.poll(FLUSH_MS)
+            self._receive()
         self._drop_socket()
         self._dispatch(self._session.offline())
         if not self.greeted.done() and _path_missing(self.address):

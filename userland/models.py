@@ -100,9 +100,9 @@ class PullBar:
         self._tasks: dict[str, int] = {}
 
     def show(self, event: t.PullEvent) -> None:
-        label = f"{event.phase} {event.file}".strip() or self._title
+        label = f"{event.phase} {event.file or self._title}"
         if (task := self._tasks.get(label)) is None:
-            task = self._tasks[label] = self._progress.add_task(label)
+            task = self._tasks[label] = self._progress.add_task(label, total=None)
         self._progress.update(task, completed=event.done, total=event.total or None)  # type: ignore[arg-type]
 
     def __enter__(self) -> PullBar:

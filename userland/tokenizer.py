@@ -258,9 +258,10 @@ class StopStrings:
         if not self._stops:
             return piece
         text = self._held + piece
-        if found := [at for stop in self._stops if (at := text.find(stop)) >= 0]:
+        # The one that is complete first counts, however the text was cut into pieces.
+        if found := [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            return text[: min(found)[1]]
         keep = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
