@@ -14,7 +14,7 @@ test: check
 check: .venv/developing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy syscalls kernel userland __init__.py
+	$(BIN)/mypy -m llmasos -p llmasos.syscalls -p llmasos.kernel -p llmasos.userland -p llmasos.drivers
 
 format: .venv/developing
 	$(BIN)/ruff format .

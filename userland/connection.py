@@ -33,6 +33,7 @@ HEARTBEAT_MS = 5_000
 HEARTBEAT_TIMEOUT_MS = 30_000
 LINGER_MS = 200
 FLUSH_MS = 20
+NEVER_MS = 3_600_000
 
 _GONE = (
     zmq.EVENT_DISCONNECTED
@@ -235,8 +236,8 @@ class Connection:
     def _open_socket(self) -> None:
         socket = self._context.socket(zmq.DEALER)
         socket.linger = LINGER_MS
-        # This file reconnects, with a fresh socket. Not -1: libzmq then drops what had arrived before a break.
-        socket.setsockopt(zmq.RECONNECT_IVL, 3_600_000)
+        # This file reconnects, with a fresh socket. (With -1 libzmq drops what arrived before a break.)
+        socket.setsockopt(zmq.RECONNECT_IVL, NEVER_MS)
         socket.setsockopt(zmq.MAXMSGSIZE, max(wire.MAX_REPLY, wire.MAX_PAYLOAD))
         socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)

@@ -17,7 +17,7 @@ from pathlib import Path
 from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import TransferSpeedColumn as SpeedColumn
 
 from .client import Client
@@ -97,19 +97,30 @@ class PullBar:
         )
         self._progress = Progress(*columns, console=Console(stderr=True))
         self._title = title
-        self._tasks: dict[str, int] = {}
+        self._tasks: dict[str, TaskID] = {}
 
     def show(self, event: t.PullEvent) -> None:
         label = f"{event.phase} {event.file or self._title}"
         if (task := self._tasks.get(label)) is None:
+            self._finish()
             task = self._tasks[label] = self._progress.add_task(label, total=None)
-        self._progress.update(task, completed=event.done, total=event.total or None)  # type: ignore[arg-type]
+        self._progress.update(task, completed=event.done, total=event.total or None)
+
+    def _finish(self) -> None:
+        """What came before a new phase is done, though its last event may have been left out."""
+        for task in self._progress.tasks:
+            if task.total is None:
+                self._progress.update(task.id, visible=False)
+            else:
+                self._progress.update(task.id, completed=task.total)
 
     def __enter__(self) -> PullBar:
         self._progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self._finish()
         self._progress.stop()
 
 

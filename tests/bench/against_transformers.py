@@ -88,7 +88,7 @@ def saturated(llm: LLM, prompts: list[list[int]], rounds: int) -> list[float]:
     ]
     streams = [llm.client.stream(call, window=1024) for call in load]
     time.sleep(4)
-    times = [first_token(llm, prompts[n % len(prompts)][::-1] + [n]) for n in range(rounds * 3)]
+    times = [first_token(llm, [*prompts[n % len(prompts)][::-1], n]) for n in range(rounds * 3)]
     for stream in streams:
         stream.close()
     return times
