@@ -16,6 +16,8 @@ from .client import Client
 
 START_TIMEOUT_S = 15.0
 COMMAND = [sys.executable, "-m", "llmasos.kernel.main"]
+ANOTHER_RUNS = 75
+"""llmasosd's exit code when another daemon has the lock of this home."""
 _TAIL_BYTES = 2000
 
 
@@ -51,8 +53,13 @@ def _started(address: str, label: str, timeout_s: float) -> Client:
     while time.monotonic() < until:
         if is_listening(address):
             return Client(address, label=label, timeout_s=max(1.0, until - time.monotonic()))
-        if daemon.poll() is not None:
-            return _after_exit(address, label, daemon.returncode, log)
+        # Two clients may start a daemon at the same moment: one makes way, and both wait for the other.
+        if daemon.poll() not in (None, ANOTHER_RUNS):
+            tail = log.read_bytes()[-_TAIL_BYTES:].decode("utf-8", "replace").strip()
+            raise errors.DaemonUnreachable(
+                f"llmasosd exited with status {daemon.returncode} before it answered:\n{tail}",
+                hint=f"its log is {log}",
+            )
         time.sleep(0.02)
     raise errors.DaemonUnreachable(
         f"llmasosd was started but did not answer in {timeout_s:g} s", hint=f"its log is {log}"
@@ -71,14 +78,3 @@ def _start(address: str, log: Path) -> subprocess.Popen[bytes]:
             start_new_session=True,
             env=environment,
         )
-
-
-def _after_exit(address: str, label: str, status: int, log: Path) -> Client:
-    """Another client may have started a daemon at the same moment: then ours has made way for it."""
-    time.sleep(0.2)
-    if is_listening(address):
-        return Client(address, label=label)
-    tail = log.read_bytes()[-_TAIL_BYTES:].decode("utf-8", "replace").strip()
-    raise errors.DaemonUnreachable(
-        f"llmasosd exited with status {status} before it answered:\n{tail}", hint=f"its log is {log}"
-    )

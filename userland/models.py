@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +20,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.progress import TransferSpeedColumn as SpeedColumn
 
 from .client import Client
-
-OnProgress = Callable[[t.PullEvent], None]
 
 
 @dataclass(frozen=True, slots=True)

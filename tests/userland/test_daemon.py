@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +31,14 @@ def test_a_daemon_that_hangs_is_given_up(folder: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(daemon, "COMMAND", [sys.executable, "-c", "import time; time.sleep(2)"])
     with pytest.raises(errors.DaemonUnreachable, match=r"did not answer in 0\.3 s"):
         daemon.ensure_daemon(f"ipc://{folder}/none.sock", timeout_s=0.3)
+
+
+def test_a_daemon_that_makes_way_for_another_is_no_failure(
+    kernel: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMASOS_HOME", str(folder / "home"))
+    monkeypatch.setattr(daemon, "COMMAND", [sys.executable, "-c", "exit(75)"])
+    kernel.stop()
+    threading.Timer(0.5, kernel.start).start()
+    with daemon.ensure_daemon(kernel.address) as client:
+        assert client.hello.subject == "me"
