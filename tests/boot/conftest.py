@@ -100,5 +100,6 @@ def daemons() -> Iterator[Callable[..., Daemon]]:
     yield start
     codes = [daemon.stop() for daemon in running]
     for home in homes:
-        shutil.rmtree(home)
-    assert all(code == 0 for code in codes), codes
+        shutil.rmtree(home, ignore_errors=True)
+    # A test may have killed one on purpose.
+    assert all(code in (0, -signal.SIGKILL) for code in codes), codes
