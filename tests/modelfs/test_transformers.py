@@ -91,6 +91,7 @@ def test_smollm2_is_complete(smollm2: ModelFS) -> None:
 
 
 def test_smollm2_config_and_weights_are_those_of_transformers(smollm2: ModelFS, transformers: Any) -> None:
+    from transformers.initialization import no_init_weights
     from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor, load_gguf_checkpoint
 
     path = smollm2.driver_files(smollm2.resolve("smollm2"))["model.gguf"].path
@@ -102,7 +103,7 @@ def test_smollm2_config_and_weights_are_those_of_transformers(smollm2: ModelFS, 
         assert ours[key] == pytest.approx(theirs[key]), key
     index = load_json(smollm2, "smollm2", "tensors.json")["tensors"]
     config = transformers.LlamaConfig(**{k: v for k, v in ours.items() if k != "rope_scaling"})
-    with transformers.initialization.no_init_weights():
+    with no_init_weights():
         shapes = {n: list(w.shape) for n, w in transformers.LlamaForCausalLM(config).state_dict().items()}
     assert {name: entry["shape"] for name, entry in index.items()} | {
         "lm_head.weight": [49152, 576]
