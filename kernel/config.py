@@ -33,6 +33,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     max_processes_per_owner: int = 2048
 
+    max_imports: int = 4
+    """Imports that may run at once; each is a process."""
+
     aging_s: float = 2.0
     """A runnable process that got nothing for this long goes first, whatever its class."""
 

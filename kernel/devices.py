@@ -60,6 +60,12 @@ class Pool:
             process.running = False
             process.mirror = Mirror()
 
+    def close(self, process: Process) -> None:
+        """Has the worker forget its mirror of a process, with the next step."""
+        if process.mirror.opened:
+            self.closes.append(process.pid)
+        process.mirror = Mirror()
+
     def info(self) -> PoolInfo:
         loaded = self.loaded
         return PoolInfo(
@@ -128,7 +134,8 @@ def build(pool: Pool, shares: list[Share], copies: list[tuple[int, int]], ticket
         assert infer is not None
         if mirror.stale:
             opens.append(_open(process, infer))
-            mirror.stale, mirror.tokens, mirror.blocks = False, len(process.tokens), len(process.table.blocks)
+            mirror.stale, mirror.opened = False, True
+            mirror.tokens, mirror.blocks = len(process.tokens), len(process.table.blocks)
         ends = process.computed + share.count == len(process.tokens)
         work.append(
             base.Work(

@@ -34,8 +34,9 @@ class Job:
 class Imports:
     """Jobs by id. `to_start` and `to_stop` are for the I/O shell to take."""
 
-    def __init__(self, sessions: Sessions) -> None:
+    def __init__(self, sessions: Sessions, limit: int) -> None:
         self._sessions = sessions
+        self._limit = limit
         self._jobs: dict[int, Job] = {}
         self._next = 1
         self.to_start: list[Job] = []
@@ -45,11 +46,15 @@ class Imports:
         return self._jobs[job].model
 
     def watch(self, model: str, source: str, request: Request, credits_: int) -> None:
-        """Joins the running import of the same model, or asks for one."""
+        """Joins the running import of the same model, or asks for one. Raises QueueFull."""
         job = next(
             (j for j in self._jobs.values() if (j.model, j.source) == (model, source) and j.watchers), None
         )
         if job is None:
+            if len(self._jobs) >= self._limit:
+                raise errors.QueueFull(
+                    f"{len(self._jobs)} imports are running", hint="try again when one has ended"
+                )
             job = Job(self._next, model, source)
             self._next += 1
             self._jobs[job.id] = job

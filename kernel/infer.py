@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from .process import Process
 
 
+ITEM_TOKENS = 512
+"""Most tokens, of input and output, that one stream item tells of: with 20 alternatives each it is 150 KB."""
+
+
 @dataclass(slots=True, eq=False)
 class Infer:
     """`start` is where generation begins, `limit` the length of the context at which it ends by LENGTH.
@@ -75,24 +79,36 @@ class Infer:
         fresh = scores[max(0, self.scored - position) : max(0, self.start - position)]
         if fresh:
             self.scored = max(self.scored, position) + len(fresh)
-            self.held.append(InferEvent(prompt_logprobs=fresh))
+        for start in range(0, len(fresh), ITEM_TOKENS):
+            self.held.append(InferEvent(prompt_logprobs=fresh[start : start + ITEM_TOKENS]))
 
     def deliver(self) -> list[tuple[int, InferEvent]]:
         """The (sequence number, item) pairs that may be sent now. What the reader was too slow for is
-        joined into one item."""
-        if not self.held or self.credits == 0:
-            return []
-        items = [_joined(self.held)] if len(self.held) > self.credits else self.held
-        self.held = []
+        joined into fewer items."""
+        if len(self.held) > self.credits:
+            self.held = _joined(self.held)
+        items, self.held = self.held[: self.credits], self.held[self.credits :]
         self.credits -= len(items)
         numbered = list(enumerate(items, self.seq))
         self.seq += len(items)
         return numbered
 
 
-def _joined(items: list[InferEvent]) -> InferEvent:
-    return InferEvent(
-        tokens=[token for item in items for token in item.tokens],
-        logprobs=[chosen for item in items for chosen in item.logprobs],
-        prompt_logprobs=[chosen for item in items for chosen in item.prompt_logprobs],
-    )
+def _joined(items: list[InferEvent]) -> list[InferEvent]:
+    """The same stream in as few items as ITEM_TOKENS allows."""
+    joined: list[InferEvent] = []
+    size = ITEM_TOKENS
+    for item in items:
+        added = len(item.tokens) + len(item.prompt_logprobs)
+        if size + added > ITEM_TOKENS:
+            joined.append(item)
+            size = added
+            continue
+        last = joined[-1]
+        joined[-1] = InferEvent(
+            tokens=last.tokens + item.tokens,
+            logprobs=last.logprobs + item.logprobs,
+            prompt_logprobs=last.prompt_logprobs + item.prompt_logprobs,
+        )
+        size += added
+    return joined

@@ -6,7 +6,6 @@ device at a time; between steps signals, cancels and arrivals take effect, so th
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import random
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from .process import Process
 from .proctable import ProcessTable
 from .sessions import Sessions
 from .tenants import Subject
+from .timers import Timers
 
 
 class Kernel:
@@ -47,10 +47,10 @@ class Kernel:
         self.processes = ProcessTable(config, self.sessions, self.random.randbytes(32))
         self.devices = {name: Device(name) for name in device_names}
         self.readers = Readers(self.log, self.sessions)
-        self.imports = Imports(self.sessions)
+        self.imports = Imports(self.sessions, config.max_imports)
         self.draining = False
         self.effects: list[Effect] = []
-        self._timers: list[tuple[float, int, Callable[[], None]]] = []
+        self._timers = Timers()
         self.numbers = itertools.count(1)
 
     # Events
@@ -66,6 +66,7 @@ class Kernel:
             return
         for entry in list(gone.open.values()):
             entry.cancel()
+            entry.closed()
         if ended := self.processes.session_gone(session):
             self.log.info(f"client {gone.subject.pid} of {gone.subject.path} left, {ended} processes ended")
 
@@ -125,8 +126,8 @@ class Kernel:
 
     def tick(self) -> None:
         """Runs what is due and starts what can start. Call after every batch of events."""
-        while self._timers and self._timers[0][0] <= self.now():
-            heapq.heappop(self._timers)[2]()
+        for call in self._timers.due(self.now()):
+            call()
         for device in self.devices.values():
             self._advance(device)
         if self.draining and not any(p.infer for p in self.processes):
@@ -141,10 +142,11 @@ class Kernel:
 
     def next_timer(self) -> float | None:
         """When `tick` has something to do by itself."""
-        return self._timers[0][0] if self._timers else None
+        return self._timers.next()
 
-    def at(self, when: float, call: Callable[[], None]) -> None:
-        heapq.heappush(self._timers, (when, next(self.numbers), call))
+    def at(self, when: float, call: Callable[[], None]) -> Callable[[], None]:
+        """Has `call` made when the clock shows `when`; returns what calls it off."""
+        return self._timers.add(when, call)
 
     def drain(self, seconds: float) -> None:
         """Refuses new work; exits when no infer runs, or after `seconds`."""

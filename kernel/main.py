@@ -13,6 +13,7 @@ import argparse
 import fcntl
 import glob
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -120,6 +121,9 @@ def run_kernel(config: Config, endpoint: str) -> int:
     from .modelfs.store import ModelFS
     from .sockets import Sockets, clock
 
+    # libzmq aborts when descriptors run out; connections are bounded far below the hard limit.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     home = address.home_folder()
     store = ModelFS(home)
     store.gc(set())

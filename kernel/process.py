@@ -41,9 +41,11 @@ class Exit:
 
 @dataclass(slots=True)
 class Mirror:
-    """What the worker knows of a process: so many tokens and blocks, from the front. `stale`: nothing."""
+    """What the worker knows of a process: so many tokens and blocks, from the front; nothing that counts
+    when `stale`. `opened`: it holds something that has to be closed one day."""
 
     stale: bool = True
+    opened: bool = False
     tokens: int = 0
     blocks: int = 0
 

@@ -177,11 +177,10 @@ class ProcessTable:
         infer = process.infer
         assert infer is not None
         process.infer = None
-        process.mirror.stale = True
         for member in infer.members:
             self._remove(member)
         infer.members = []
-        process.pool.closes.append(process.pid)
+        process.pool.close(process)
 
     def _after_infer(self, process: Process, reap: bool, leave: bool, how: Exit) -> None:
         if reap:
@@ -268,6 +267,6 @@ class ProcessTable:
     def _remove(self, process: Process) -> None:
         process.pool.memory.release(process.table)
         process.pool.processes.discard(process)
-        process.pool.closes.append(process.pid)
+        process.pool.close(process)
         process.infer = None
         del self._rows[process.pid]

@@ -29,11 +29,13 @@ class Send:
 
 @dataclass(slots=True)
 class Open:
-    """An unanswered request: what to do when its caller cancels it or gives it credits."""
+    """An unanswered request: what to do when its caller cancels it or gives it credits, and when it is
+    answered or its session ends."""
 
     call: type[Call]
     cancel: Callable[[], None] = lambda: None
     credit: Callable[[int], None] = lambda n: None
+    closed: Callable[[], object] = lambda: None
 
 
 @dataclass(slots=True)
@@ -69,6 +71,10 @@ class Sessions:
         if entry := self._entry(request):
             entry.credit = credit
 
+    def on_close(self, request: Request, closed: Callable[[], object]) -> None:
+        if entry := self._entry(request):
+            entry.closed = closed
+
     def reply(self, request: Request, reply: Wire) -> None:
         if entry := self._close(request):
             self._send(request, wire.encode_reply(request[1], entry.call, reply))
@@ -94,4 +100,7 @@ class Sessions:
 
     def _close(self, request: Request) -> Open | None:
         session = self.by_id.get(request[0])
-        return session.open.pop(request[1], None) if session else None
+        entry = session.open.pop(request[1], None) if session else None
+        if entry is not None:
+            entry.closed()
+        return entry

@@ -314,10 +314,12 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
     stop_ids = frozenset(sampling.stop_token_ids)
     before = len(process.tokens)
     process.tokens += tokens
-    # Scoring the input needs the logits of every one of its positions.
-    if sampling.prompt_logprobs:
-        process.computed = min(process.computed, max(0, before - 1))
-        process.pool.memory.truncate(process.table, process.computed)
+    # A token is sampled from the logits of the last position, which has to be computed in this infer; to
+    # score the input takes the logits of every one of its positions.
+    keep = max(0, before - 1) if sampling.prompt_logprobs else length - 1
+    if process.computed > keep:
+        process.computed = keep
+        process.pool.memory.truncate(process.table, keep)
     process.mirror.stale = True
     process.infer = Infer(
         request=request,
@@ -360,7 +362,8 @@ def _wait(kernel: Kernel, process: Process, request: Request, timeout_s: float |
     kernel.sessions.on_cancel(request, lambda: give_up(errors.TimedOut("cancelled")))
     if timeout_s is not None and process.exit is None:
         late = errors.TimedOut(f"process {process.pid} still runs after {timeout_s:g} s")
-        kernel.at(kernel.now() + timeout_s, lambda: give_up(late))
+        call_off = kernel.at(kernel.now() + timeout_s, lambda: give_up(late))
+        kernel.sessions.on_close(request, call_off)
 
 
 def _set_priority(kernel: Kernel, session: Session, call: table.SetPriority) -> t.ProcessInfo:

@@ -27,7 +27,7 @@ from .types import Wire
 
 MAX_CONTROL = 64 * 1024
 MAX_PAYLOAD = 1024 * 1024
-MAX_REPLY = 1024 * 1024  # control frames from the kernel, which the client trusts more
+MAX_REPLY = 16 * 1024 * 1024  # control frames from the kernel, which the client trusts more
 MAX_CREDITS = 4096
 MAX_ID = 2**53
 

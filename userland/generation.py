@@ -118,7 +118,7 @@ def plan(options: Options, model: Model, *, prompt_tokens: int, results: int = 1
     chosen = (
         _DEFAULTS | {k: v for k, v in model.generation.items() if k in _DEFAULTS and v is not None} | given
     )
-    if given.get("num_beams", 1) > 1 and "do_sample" not in given:
+    if chosen["num_beams"] != 1 and "do_sample" not in given:
         chosen["do_sample"] = False  # the caller's beams win over a habit of the model's configuration
     beams = _beams(chosen, results)
     _warn_unused(given, chosen)

@@ -82,6 +82,9 @@ def test_truncate_goes_back_in_time(client):
     client.call(table.Truncate(pid, 35))
     again, _ = generate(client, pid=pid, tokens=[1], max_tokens=10)
     assert again == reference([9] * 30 + made[:5] + [1], 10)
+    client.call(table.Truncate(pid, 33))
+    more, _ = generate(client, pid=pid, tokens=[], max_tokens=10)
+    assert more == reference([9] * 30 + made[:3], 10)
     client.kill(pid)
     client.wait(pid)
 

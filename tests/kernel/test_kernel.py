@@ -405,3 +405,43 @@ def test_prompt_scores_come_once_even_when_recomputed(world: World) -> None:
     assert scores[0][0] != scores[0][0], "the first token has nothing to be scored by"
     made = [score for item in items for score in item["logprobs"]]
     assert [len(score[1]) for score in made] == [2, 2, 2]
+
+
+def test_timeouts_that_were_not_needed_leave_nothing(world: World) -> None:
+    world.attach()
+    pid = world.spawn()
+    for _ in range(500):
+        id_ = world.send(table.Wait(pid, 1e6))
+        world.kernel.message(b"\0a", ROOT, wire.encode_cancel(id_))
+    world.turn()
+    assert world.error(id_) is errors.TimedOut
+    assert len(world.kernel._timers) < 200
+
+
+def test_a_flood_of_pulls_is_refused(world: World) -> None:
+    ids = [world.send(table.Pull(f"m{n}")) for n in range(6)]
+    world.turn()
+    assert len(world.kernel.imports.to_start) == 4
+    assert [world.error(id_) for id_ in ids[4:]] == [errors.QueueFull, errors.QueueFull]
+
+
+def test_spawning_and_killing_without_a_step_leaves_nothing(world: World) -> None:
+    world.attach()
+    for _ in range(50):
+        pid = world.spawn()
+        world.send(table.Kill(pid))
+        world.send(table.Wait(pid))
+        world.turn()
+    assert world.kernel.devices["null"].pools[0].closes == []
+
+
+def test_a_slow_reader_gets_everything_in_few_items(world: World) -> None:
+    world.attach()
+    id_ = world.send(infer([1, 2], model="tiny", max_tokens=40), credits_=1)
+    world.turn(4)
+    assert len(world.tokens(id_)) == 1
+    for _ in range(40):
+        world.kernel.message(b"\0a", ROOT, wire.encode_credit(id_, 1))
+        world.turn(3)
+    assert world.tokens(id_) == reference([1, 2], 40)
+    assert world.result(id_).kind == wire.Kind.REPLY
