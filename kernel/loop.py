@@ -95,7 +95,7 @@ class Kernel:
             case base.Failed() if device and device.flight:
                 self._step_failed(device, device.flight, errors.from_wire(dict(message.error)))
             case base.Note() if device:
-                self.log.write(message.level, f"{device.name}: {message.text}")
+                self.log.write(message.level, message.text)
             case _:
                 self.log.warn(f"unexpected {type(message).__name__} from a worker")
 

@@ -85,10 +85,7 @@ def load_done(kernel: Kernel, device: Device, pool: Pool, done: base.LoadDone) -
     pool.loaded = done.loaded
     pool.memory = Memory(done.loaded.blocks)
     pool.last_used = kernel.now()
-    kernel.log.info(
-        f"{device.name}: {pool.model} ({done.loaded.dtype}) loaded in {done.seconds:.2f} s, "
-        f"{done.loaded.blocks} blocks of {done.loaded.block_bytes} bytes"
-    )
+    kernel.log.info(f"{device.name}: model {pool.handle} is {pool.model}, ready for its processes")
     tell(pool, None)
 
 
