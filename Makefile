@@ -24,6 +24,7 @@ format: .venv/developing
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml .venv/bin/python
+	@echo "Installing torch and the other packages into .venv: a minute or more, once."
 	$(BIN)/pip install --disable-pip-version-check --quiet --editable .
 	touch $@
 

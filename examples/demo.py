@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 from llmasos import LLM, Client, errors
 from llmasos.syscalls import table
@@ -29,6 +31,7 @@ PATIENCE_S = 120.0
 
 def main() -> int:
     ours = not is_listening(socket_address())
+    stopped = False
     try:
         with ensure_daemon() as client:
             boot(client, ours)
@@ -38,10 +41,14 @@ def main() -> int:
             tenants(client)
             forks(client)
             goodbye(client, ours)
+            stopped = True
     except errors.LLMasOSError as problem:
         print(f"demo: {problem.message}", file=sys.stderr)
         print(f"hint: {problem.hint or 'see `llsh dmesg`'}", file=sys.stderr)
         return 1
+    finally:
+        if ours and not stopped and is_listening(socket_address()):
+            llsh("shutdown")
     return 0
 
 
@@ -91,7 +98,7 @@ def conversation(client: Client) -> None:
 
 def tenants(client: Client) -> None:
     heading(
-        "5. Three tenants at once: when the device is short, interactive goes first, idle last",
+        "5. Three tenants at once, each with a priority (here there is room for all three in every step)",
         "".join(
             f'>>> LLM.from_pretrained("{MODEL}", label="{name}", sched_class="{sched_class}").chat(…)\n'
             for name, sched_class in TENANTS.items()
@@ -168,7 +175,8 @@ def goodbye(client: Client, ours: bool) -> None:
     heading("That was it", "$ llsh shutdown" if ours else "")
     if ours:
         llsh("shutdown")
-    print(f"Go on with `llsh chat {MODEL}`, `llsh` or `llsh help`; examples/ has more.")
+    shell = "llsh" if shutil.which("llsh") else os.path.relpath(Path(sys.executable).parent / "llsh")
+    print(f"Go on with `{shell} chat {MODEL}`, `{shell}` or `{shell} help`; examples/ has more.")
 
 
 def heading(title: str, command: str) -> None:

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 from llmasos.syscalls.errors import InvalidArgument
+from msgspec import Meta
+
+Count = Annotated[int, Meta(ge=0)]
+Limit = Annotated[int, Meta(ge=1)]
 
 
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -18,31 +23,31 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     devices: list[str] = []
     """Devices to drive (cpu, cuda:0, null, …). Empty: cpu, and every NVIDIA device that is there."""
 
-    kv_fraction: float = 0.4
+    kv_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.4
     """Share of a device's free memory that the KV blocks of one model may take."""
 
-    step_tokens: int = 0
+    step_tokens: Count = 0
     """Most tokens a step computes. 0: what the driver advises."""
 
-    max_sessions: int = 1024
-    max_requests: int = 1024
+    max_sessions: Limit = 1024
+    max_requests: Limit = 1024
     """Open requests of one session."""
 
-    max_processes: int = 4096
+    max_processes: Limit = 4096
     """Processes of all owners together."""
 
-    max_processes_per_owner: int = 2048
+    max_processes_per_owner: Limit = 2048
 
-    max_imports: int = 4
+    max_imports: Limit = 4
     """Imports that may run at once; each is a process."""
 
-    aging_s: float = 2.0
+    aging_s: Annotated[float, Meta(gt=0)] = 2.0
     """A runnable process that got nothing for this long goes first, whatever its class."""
 
-    log_lines: int = 4096
+    log_lines: Limit = 4096
     """Lines that dmesg keeps."""
 
-    crash_limit: int = 2
+    crash_limit: Limit = 2
     """A request that was running in this many driver deaths is failed instead of recomputed."""
 
 

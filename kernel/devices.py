@@ -75,7 +75,7 @@ class Pool:
             block_bytes=loaded.block_bytes if loaded else 0,
             blocks_total=self.memory.total,
             blocks_free=self.memory.free,
-            processes=sum(1 for p in self.processes if p.beam_of is None),
+            processes=sum(1 for p in self.processes if p.beam_of is None and p.exit is None),
         )
 
 

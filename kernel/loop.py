@@ -367,7 +367,10 @@ class Kernel:
             info = self.store.stat(f"/models/{model}") if error is None else None
         except errors.LLMasOSError as missing:
             info, error = None, missing
-        self.log.info(f"pull of {model}: {'done' if error is None else type(error).__name__}")
+        if error is None:
+            self.log.info(f"pull of {model}: done")
+        else:
+            self.log.warn(f"pull of {model}: {type(error).__name__}: {error.message}")
         self.imports.ended(job, info, error)
         self.store.gc(self.pinned())
 

@@ -15,6 +15,7 @@ import glob
 import os
 import resource
 import sys
+from importlib import metadata
 from pathlib import Path
 
 from llmasos.syscalls import address, errors
@@ -32,7 +33,7 @@ examples:
   llmasosd --fsck                   verify every file of the model filesystem and exit
 
 exit codes: 0 stopped as asked, 1 failed or --fsck found damage, 2 wrong usage or configuration,
-75 another daemon runs in this home
+75 another daemon of this user runs already
 """
 
 
@@ -41,7 +42,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         "llmasosd", description=USAGE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="override a setting")
+    settings = ", ".join(Config.__struct_fields__)
+    parser.add_argument("--version", action="version", version=f"llmasosd {metadata.version('llmasos')}")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help=f"override a setting: {settings}"
+    )
     parser.add_argument("--check", action="store_true", help="check the configuration and exit")
     parser.add_argument("--fsck", action="store_true", help="verify the model filesystem and exit")
     parser.add_argument("--kernel", action="store_true", help=argparse.SUPPRESS)

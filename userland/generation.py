@@ -71,6 +71,13 @@ _DEFAULTS: dict[str, Any] = {
     "early_stopping": False,
     "no_repeat_ngram_size": 0,
 }
+# What other libraries call the same thing.
+_ELSEWHERE = {
+    "stop_strings": "stop",
+    "inputs": "prompt",
+    "stop_sequences": "stop",
+    "max_tokens": "max_new_tokens",
+}
 _ONLY_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _ONLY_BEAMS = ("length_penalty", "early_stopping")
 
@@ -104,7 +111,8 @@ def check_names(options: Mapping[str, Any], caller: str) -> None:
     """Raises TypeError for an option that does not exist, with the nearest one that does."""
     for name in options:
         if name not in Options.__annotations__:
-            near = difflib.get_close_matches(name, Options.__annotations__, n=1)
+            near = [_ELSEWHERE[name]] if name in _ELSEWHERE else []
+            near = near or difflib.get_close_matches(name, Options.__annotations__, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise TypeError(f"{caller}() has no option {name!r}{hint}")
 

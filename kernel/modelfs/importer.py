@@ -9,6 +9,7 @@ tmp/ is swept by `ModelFS.gc`. It speaks JSON lines (progress.py), exits 0 or 1,
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import os
 import resource
@@ -51,10 +52,13 @@ def pull(store: ModelFS, model: ModelName, source: str, progress: Progress) -> M
     if not sources:
         raise PullFailed(
             f"no source is known for {model.name}",
-            hint="name one: hf:owner/repo, pypi:name==version or file:/path",
+            hint=_nearest(model.name, known)
+            + "name a source: hf:owner/repo, pypi:name==version or file:/path",
         )
     failures: list[PullFailed] = []
     for place in sources:
+        if (held := _held(store, model, place)) is not None:
+            return held
         with store.importing(), staging(store, progress) as stage:
             try:
                 origin = _fetch(place, stage)
@@ -72,6 +76,21 @@ def pull(store: ModelFS, model: ModelName, source: str, progress: Progress) -> M
         f"no source delivered {model.name}: " + "; ".join(failure.message for failure in failures),
         hint=failures[-1].hint,
     )
+
+
+def _nearest(name: str, known: catalogue.Catalogue) -> str:
+    near = difflib.get_close_matches(name, known.models, n=1)
+    return f"did you mean {near[0]}? Or " if near else ""
+
+
+def _held(store: ModelFS, model: ModelName, place: str) -> Manifest | None:
+    """The model, if it is there whole and came from a source whose content never changes (a pinned wheel)."""
+    try:
+        manifest = store.resolve(str(model))
+    except LLMasOSError:
+        return None
+    whole = all(store.blob(file.digest).exists() for file in manifest.files)
+    return manifest if place.startswith("pypi:") and manifest.source == place and whole else None
 
 
 def _fetch(source: str, stage: Staging) -> Origin:

@@ -56,7 +56,7 @@ class ManifestFile(Struct, frozen=True):
 class Manifest(Struct, frozen=True, omit_defaults=True):
     """What a model is. `created` is seconds since the epoch.
 
-    `name` (with tag) and `digest` (of the manifest's bytes) are filled in on reading and never written.
+    `name` (with tag) and `digest` (of all but `created`) are filled in on reading and never written.
     """
 
     schema: int
@@ -361,7 +361,9 @@ class ModelFS:
             raise Corrupt(
                 f"the manifest of {model} has schema {manifest.schema}, not {SCHEMA}", hint="update LLMasOS"
             )
-        digest = "sha256:" + hashlib.sha256(data).hexdigest()
+        # When it was pulled is not part of what it is: pulled again, a model has the same digest.
+        content = msgspec.json.encode(msgspec.structs.replace(manifest, created=0.0, name="", digest=""))
+        digest = "sha256:" + hashlib.sha256(content).hexdigest()
         return msgspec.structs.replace(manifest, name=str(model), digest=digest)
 
     def _no_such_model(self, model: ModelName) -> NoSuchModel:

@@ -129,6 +129,8 @@ def opened(shell: Shell, target: str, sched_class: t.SchedClass | None, nice: in
     client = shell.client() if target.isdecimal() else shell.started()
     if target.isdecimal():
         row = client.call(table.StatProcess(int(target)))
+        if row.state is t.State.STOPPED:
+            raise errors.ProcessBusy(f"process {row.pid} is stopped", hint=f"llsh cont {row.pid}")
         shell.pid = row.pid
         llm = LLM.from_pretrained(row.model, client=client)
         yield Conversation(llm, Process(llm, row.pid), inherited=row.context > 0)

@@ -109,12 +109,22 @@ class Slash:
             case "seed":
                 self.settings.seed = _checked(name, value, int) if value else None
             case "temperature":
-                self.settings.temperature = _checked(name, value, float) if value else None
+                self.settings.temperature = _sampling(name, value) if value else None
             case _:
-                self.settings.top_p = _checked(name, value, float) if value else None
+                self.settings.top_p = _sampling(name, value) if value else None
 
     def _reclass(self, nice: int | None = None, sched_class: t.SchedClass | None = None) -> None:
         self._talk.llm.client.call(table.SetPriority(self._talk.pid, nice, sched_class))
+
+
+def _sampling(name: str, text: str) -> float:
+    """A value that `infer` will take for the sampling option `name`."""
+    value = _checked(name, text, float)
+    try:
+        msgspec.convert({name: value}, t.Sampling)
+    except msgspec.ValidationError as problem:
+        raise errors.InvalidArgument(f"{name}: {str(problem).split(' - at')[0]}", field=name) from None
+    return value
 
 
 def _checked(name: str, text: str, kind: type[T]) -> T:
