@@ -17,13 +17,20 @@ from .tenants import Subject
 if TYPE_CHECKING:
     from .loop import Kernel
 
-MAX_READ = 1024 * 1024
+# Replies wait in the socket's queue until they are read; this bounds what a client that only asks can take.
+MAX_READ = 128 * 1024
 
 
 def _proc_pid(path: str) -> int | None:
     """PID of a path below /proc/PID, None for others."""
     parts = path.strip("/").split("/")
-    if len(parts) >= 2 and parts[0] == "proc" and parts[1].isdigit() and len(parts[1]) < 16:
+    if (
+        len(parts) >= 2
+        and parts[0] == "proc"
+        and parts[1].isascii()
+        and parts[1].isdecimal()
+        and len(parts[1]) < 16
+    ):
         return int(parts[1])
     return None
 

@@ -79,6 +79,8 @@ class Kernel:
         device.worker, device.worker_pid = worker, attach.pid
         device.description = attach.description
         device.memory_free = attach.description.memory_free
+        for pool in device.pools:
+            pool.dtype = pool.dtype or attach.description.default_dtype
         self.log.info(f"{device.name}: worker {attach.pid} attached, {attach.description.text}")
 
     def worker_message(self, worker: int, message: base.FromWorker) -> None:
@@ -90,9 +92,9 @@ class Kernel:
                 residency.load_done(self, device, device.loading, message)
             case base.StepDone() if device and device.flight:
                 self._step_done(device, device.flight, message.result)
-            case base.Failed() if device and device.loading and message.handle:
+            case base.Failed() if device and device.loading and message.handle == device.loading.handle:
                 residency.load_failed(self, device, device.loading, errors.from_wire(dict(message.error)))
-            case base.Failed() if device and device.flight:
+            case base.Failed() if device and device.flight and message.ticket == device.flight.ticket:
                 self._step_failed(device, device.flight, errors.from_wire(dict(message.error)))
             case base.Note() if device:
                 self.log.write(message.level, message.text)
@@ -110,9 +112,11 @@ class Kernel:
         device.worker, device.worker_pid, device.flight, device.loading = None, 0, None, None
         for pool in device.pools:
             pool.forget()
-            pool.wanted_since = self.now()
+            residency.expect_worker(self, device, pool)
         device.pools = [pool for pool in device.pools if pool.processes or pool.waiters]
-        for process, infer, _ in flight.shares if flight else []:
+        # Beams share one infer, which was in one death.
+        running = {id(infer): (process, infer) for process, infer, _ in flight.shares} if flight else {}
+        for process, infer in running.values():
             if process.infer is infer:
                 infer.crashes += 1
                 if infer.crashes >= self.config.crash_limit:
@@ -130,7 +134,8 @@ class Kernel:
             call()
         for device in self.devices.values():
             self._advance(device)
-        if self.draining and not any(p.infer for p in self.processes):
+        loading = any(pool.waiters for d in self.devices.values() for pool in d.pools)
+        if self.draining and not loading and not any(p.infer for p in self.processes):
             self._exit()
 
     # Effects
@@ -156,6 +161,9 @@ class Kernel:
         self.at(self.now() + seconds, self._exit)
 
     def _exit(self) -> None:
+        for device in self.devices.values():
+            for pool in device.pools:
+                residency.tell(pool, errors.ShuttingDown("the daemon is shutting down"))
         for process in list(self.processes):
             if process.beam_of is None:
                 self.processes.end_infer(process, Finish.KILLED)
@@ -184,9 +192,19 @@ class Kernel:
         assert description is not None
         assert device.worker is not None
         step_tokens = self.config.step_tokens or description.step_tokens
+        # Who has the strongest claim to memory has to be in the step, or those in it may all lack room.
+        first = min(queue, key=Process.rank)
         queue = queue[: min(description.max_sequences, step_tokens)]
+        if first not in queue:
+            queue[-1] = first
         for process in queue:
             self._match_prefix(process)
+        for process in queue:
+            self.settle(process)  # a shared prefix may be all that it wanted
+        queue = [process for process in queue if process.runnable]
+        if not queue:
+            self._advance(device)
+            return
         copies: list[tuple[int, int]] = []
         settled: set[int] = set()  # in the step already, or pushed out of it
 
@@ -211,7 +229,8 @@ class Kernel:
     def _match_prefix(self, process: Process) -> None:
         infer = process.infer
         assert infer is not None
-        if process.table.blocks or process.computed or infer.sampling.prompt_logprobs:
+        scores = infer.sampling.prompt_logprobs and infer.scored < infer.start
+        if process.table.blocks or process.computed or scores:
             return
         process.computed = process.pool.memory.match(process.table, process.tokens, len(process.tokens) - 1)
         process.mirror.stale = True
@@ -251,12 +270,15 @@ class Kernel:
                 process.mirror.stale = True
                 continue
             if out.error:
+                self._forget_kv(process)
                 self.fail(process.beam_of or process, errors.DeviceFault(out.error))
                 continue
             infer.take_prompt(process.computed + 1, out.prompt)
             process.computed += count
             process.pool.memory.publish(process.table, process.tokens, process.computed)
-            if out.beams:
+            if infer.beams and process.computed == len(process.tokens) and not out.beams:
+                self.fail(process, errors.DeviceFault("no token may follow in a beam"))
+            elif out.beams:
                 infer.tops[process.pid] = out.beams
                 leader = process.beam_of or process
                 leaders[leader.pid] = leader
@@ -304,9 +326,15 @@ class Kernel:
         self.log.warn(f"{device.name}: step failed: {type(error).__name__}")
         for process, infer, _ in flight.shares:
             process.running = False
-            process.mirror.stale = True
+            self._forget_kv(process)
             if process.infer is infer:
                 self.fail(process, error)
+
+    def _forget_kv(self, process: Process) -> None:
+        """After a failed step nobody knows what was written: the context is computed anew."""
+        process.pool.memory.release(process.table)
+        process.computed = 0
+        process.mirror.stale = True
 
     # Beams
 
@@ -384,9 +412,9 @@ class Kernel:
         """Raises ContextOverflow or NeverFits for what can never run, however empty the device is."""
         loaded = pool.loaded
         assert loaded is not None
-        if limit > loaded.context_length:
+        if max(length, limit) > loaded.context_length:
             raise errors.ContextOverflow(
-                f"{length} tokens in the context and {limit - length} to come, "
+                f"{length} tokens in the context and {max(0, limit - length)} to come, "
                 f"the model's context is {loaded.context_length}",
                 hint="shorten the prompt, lower max_tokens, or truncate the process",
                 context_length=loaded.context_length,

@@ -82,6 +82,8 @@ class Process:
         which the next infer computes with its own."""
         if self.infer is None or (self.infer.members and self.beam_of is None):
             return self.computed
+        if self.pid in self.infer.tops:
+            return self.computed  # a beam that has done its part of the round
         return len(self.tokens) - (0 if self.infer.samples else 1)
 
     @property

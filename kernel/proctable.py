@@ -51,13 +51,14 @@ class ProcessTable:
 
     def room_for(self, owner: str, count: int) -> None:
         """Raises TooManyProcesses when `count` more are over a limit."""
-        own = sum(1 for p in self if p.owner == owner)
+        user = owner.partition("/")[0]  # labels are free to choose, so they share one limit
+        own = sum(1 for p in self if p.owner.partition("/")[0] == user)
         if (
             len(self) + count > self._config.max_processes
             or own + count > self._config.max_processes_per_owner
         ):
             raise errors.TooManyProcesses(
-                f"{own} processes of {owner}, {len(self)} in all",
+                f"{own} processes of {user}, {len(self)} in all",
                 hint="kill or wait for some; the limits are max_processes and max_processes_per_owner",
             )
 
@@ -141,7 +142,7 @@ class ProcessTable:
         infer = process.infer
         if infer is None:
             return
-        infer.credits = max(infer.credits, len(infer.held))
+        # What the reader has no credit for is dropped: the context has it, and the reply tells how much.
         for seq, item in infer.deliver():
             self._sessions.item(infer.request, seq, item)
         sequences = infer.beams.results() if infer.beams and infer.beams.done else []
@@ -219,10 +220,12 @@ class ProcessTable:
     def reap(self, process: Process) -> None:
         """Removes the row; children go to init."""
         self._waiters.pop(process.pid, None)
-        for child in self._rows.values():
-            if child.parent == process.pid:
-                child.parent = INIT
+        children = [child for child in self._rows.values() if child.parent == process.pid]
         self._remove(process)
+        for child in children:
+            child.parent = INIT
+            if child.exit is not None and child.session is None and child.pid in self._rows:
+                self.reap(child)  # nobody is left who could wait for it
 
     def session_gone(self, session: bytes) -> int:
         """Ends and removes what a vanished client leaves; returns how many processes that were."""
@@ -233,6 +236,8 @@ class ProcessTable:
         for process in [p for p in self if p.beam_of is None]:
             if process.infer is not None and process.infer.request[0] == session:
                 self.end_infer(process, Finish.CANCELLED)
+            if process.session == session:
+                self.end_infer(process, Finish.KILLED)  # somebody else's infer on it
             if process.session == session and process.pid in self._rows:
                 if process.exit is None:
                     self.end(process, Exit(129, "its client vanished"))

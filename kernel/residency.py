@@ -44,8 +44,14 @@ def pool_for(kernel: Kernel, model: str, device_name: str, dtype: str) -> Pool:
         wanted_since=kernel.now(),
     )
     device.pools.append(pool)
-    kernel.at(kernel.now() + ATTACH_TIMEOUT_S, lambda: attach_overdue(kernel, device, pool))
+    expect_worker(kernel, device, pool)
     return pool
+
+
+def expect_worker(kernel: Kernel, device: Device, pool: Pool) -> None:
+    """Gives the device's worker so long to attach, from now."""
+    pool.wanted_since = kernel.now()
+    kernel.at(kernel.now() + ATTACH_TIMEOUT_S, lambda: attach_overdue(kernel, device, pool))
 
 
 def device_for(kernel: Kernel, name: str) -> Device:

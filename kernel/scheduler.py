@@ -78,7 +78,7 @@ def victim(holders: Iterable[Process], claimant: Process, planned: set[int]) -> 
     rank below it or wait for somebody, first the waiting ones, then the lowest rank. None: nobody."""
 
     def waits(p: Process) -> bool:
-        return p.infer is None or p.stopped or p.infer.blocked
+        return p.infer is None or (p.beam_of or p).stopped or p.infer.blocked
 
     def weakness(p: Process) -> tuple[bool, tuple[int, int, int, int]]:
         return (waits(p), p.rank())

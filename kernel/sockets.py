@@ -113,7 +113,7 @@ class Sockets:
         self._running = True
         self._poller = zmq.Poller()
         self._sessions: dict[bytes, tuple[int, Subject]] = {}
-        self._session_on: dict[int, bytes] = {}
+        self._sessions_on: dict[int, set[bytes]] = {}
         self._workers: dict[int, Worker] = {}
         self._importers: dict[int, tuple[int, Importer]] = {}
         self._outcome: dict[int, errors.LLMasOSError | None] = {}
@@ -177,7 +177,8 @@ class Sockets:
 
     def _timeout(self) -> int | None:
         due = self._kernel.next_timer()
-        return None if due is None else max(0, int((due - self._kernel.now()) * 1000) + 1)
+        # poll takes no more than 2**31 ms; waking once a minute is as good.
+        return None if due is None else max(0, int(min(60.0, due - self._kernel.now()) * 1000) + 1)
 
     def _serve(self, ready: dict[Any, int]) -> None:
         if self._monitor in ready:
@@ -236,28 +237,28 @@ class Sockets:
             return known[1]
         self._watch_connections()
         fd = int(frame.get(zmq.SRCFD))
-        if fd in self._session_on:
-            self._forget(self._session_on[fd])
         try:
             _, uid, _, pid = str(frame.get("Peer-Address")).rsplit(":", 3)
             subject = Subject(_user(int(uid)), int(uid), int(pid), int(uid) in (0, os.getuid()))
         except (ValueError, zmq.ZMQError):
             return None
         self._sessions[session] = (fd, subject)
-        self._session_on[fd] = session
+        # A set: messages of a connection that has ended may come after its descriptor has a new owner.
+        self._sessions_on.setdefault(fd, set()).add(session)
         return subject
 
     def _watch_connections(self) -> None:
         while self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)
-            session = self._session_on.get(event["value"])
-            if session is not None:
+            for session in list(self._sessions_on.get(event["value"], ())):
                 self._forget(session)
 
     def _forget(self, session: bytes) -> None:
         fd, _ = self._sessions.pop(session, (-1, None))
-        if self._session_on.get(fd) == session:
-            del self._session_on[fd]
+        there = self._sessions_on.get(fd, set())
+        there.discard(session)
+        if not there:
+            self._sessions_on.pop(fd, None)
         self._kernel.disconnected(session)
 
     def _send(self, session: bytes, frames: list[bytes]) -> None:
@@ -267,7 +268,7 @@ class Sockets:
             if problem.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
             # EAGAIN: the client stopped reading altogether. Losing an answer silently is not an option.
-            self._kernel.disconnected(session)
+            self._forget(session)
 
     # Workers
 
@@ -319,7 +320,11 @@ class Sockets:
         imports = self._kernel.imports
         to_start, imports.to_start = imports.to_start, []
         for job in to_start:
-            importer = Importer(job, self._home)
+            try:
+                importer = Importer(job, self._home)
+            except OSError as problem:
+                self._kernel.import_ended(job.id, errors.PullFailed(f"no importer: {problem.strerror}"))
+                continue
             self._importers[importer.fd] = (job.id, importer)
             self._poller.register(importer.fd, zmq.POLLIN)
         to_stop, imports.to_stop = set(imports.to_stop), []

@@ -18,6 +18,7 @@ from . import files, residency, scheduler
 from .beams import BeamSearch
 from .devices import Pool, Ready
 from .infer import Infer
+from .modelfs.names import parse_name
 from .process import Process
 from .sessions import Request, Session
 from .tenants import Subject
@@ -122,6 +123,7 @@ def _dispatch(
             size, data = files.read(kernel, subject, call.path, call.offset, call.length)
             return table.ReadReply(size=size, data=data)
         case table.Link():
+            _may_replace(kernel, subject, call.target)
             return kernel.store.link(call.source, call.target)
         case table.Unlink():
             subject.require_admin("unlink")
@@ -129,7 +131,7 @@ def _dispatch(
             return table.Done()
         case table.Pull():
             _refuse_new_work(kernel)
-            kernel.imports.watch(call.model, call.source, request, credits_)
+            _pull(kernel, subject, request, call, credits_)
             return None
         case table.Df():
             return files.df(kernel)
@@ -166,6 +168,24 @@ def _hello(kernel: Kernel, session: Session, call: table.Hello) -> table.HelloRe
     )
 
 
+def _pull(kernel: Kernel, subject: Subject, request: Request, call: table.Pull, credits_: int) -> None:
+    model = str(parse_name(call.model))
+    if "\0" in call.source:
+        raise errors.InvalidArgument("a source has no zero byte", field="source")
+    if call.source:
+        _may_replace(kernel, subject, model)
+    kernel.imports.watch(model, call.source, request, credits_)
+
+
+def _may_replace(kernel: Kernel, subject: Subject, model: str) -> None:
+    """What a name stands for concerns everybody: only the administrator changes it."""
+    try:
+        kernel.store.resolve(model)
+    except errors.LLMasOSError:
+        return
+    subject.require_admin(f"replacing {model}")
+
+
 def _refuse_new_work(kernel: Kernel) -> None:
     if kernel.draining:
         raise errors.ShuttingDown("the daemon is shutting down", hint="start it again: llmasosd")
@@ -194,8 +214,11 @@ def _spawn(kernel: Kernel, session: Session, request: Request, call: table.Spawn
     """Answers when the model is resident, so that what cannot be loaded fails here and not later."""
     process = _new_process(kernel, session, call, call.model, call.detached)
     pool = process.pool
+    cancelled = False
 
     def ready(error: errors.LLMasOSError | None) -> None:
+        if cancelled:
+            return
         if error is not None or pool.loaded is None:
             _discard(kernel, process)
             kernel.sessions.fail(request, error or errors.DeviceUnavailable("the device went away"))
@@ -212,6 +235,8 @@ def _spawn(kernel: Kernel, session: Session, request: Request, call: table.Spawn
         )
 
     def cancel() -> None:
+        nonlocal cancelled
+        cancelled = True
         _discard(kernel, process)
         kernel.sessions.fail(request, errors.Unavailable("cancelled"))
 
@@ -268,6 +293,8 @@ def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer
     def cancel() -> None:
         nonlocal cancelled
         cancelled = True
+        if start in process.pool.waiters:
+            process.pool.waiters.remove(start)
         kernel.sessions.fail(request, errors.Unavailable("cancelled"))
         if call.model is not None:
             _discard(kernel, process)

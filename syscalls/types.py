@@ -101,7 +101,7 @@ class Beams(Wire, frozen=True):
 
     num_beams: Annotated[int, Meta(ge=2, le=16)]
     num_return_sequences: Annotated[int, Meta(ge=1, le=16)] = 1
-    length_penalty: Annotated[float, Meta(ge=-100, le=100)] = 1.0
+    length_penalty: Annotated[float, Meta(ge=-10, le=10)] = 1.0
     early_stopping: Annotated[str, Meta(pattern="^(true|false|never)$")] = "false"
 
 

@@ -445,3 +445,130 @@ def test_a_slow_reader_gets_everything_in_few_items(world: World) -> None:
         world.turn(3)
     assert world.tokens(id_) == reference([1, 2], 40)
     assert world.result(id_).kind == wire.Kind.REPLY
+
+
+def test_extreme_length_penalties_do_not_reach_the_kernel(world: World) -> None:
+    world.attach()
+    for penalty in (10.0, -10.0):
+        beams = t.Beams(num_beams=2, length_penalty=penalty, early_stopping="never")
+        id_ = world.send(infer([1], model="tiny", max_tokens=30, beams=beams))
+        world.turn(40)
+        assert world.result(id_).kind == wire.Kind.REPLY
+    frames = wire.encode_request(99, infer([1], model="tiny", beams=t.Beams(2, length_penalty=99.0)), 0)
+    assert isinstance(wire.decode_request(frames), wire.Refused)
+
+
+def test_pulls_are_named_like_models_and_replace_nothing_for_a_subtenant(world: World) -> None:
+    bad = world.send(table.Pull("a\0b"))
+    odd = world.send(table.Pull("new", "file:/x\0y"))
+    alice = ROOT.narrowed("alice")
+    replace = world.send(table.Pull("tiny", "file:/tmp/x"), session=b"\0n", subject=alice)
+    link = world.send(table.Link("tiny", "tiny"), session=b"\0n", subject=alice)
+    world.turn()
+    assert world.error(bad) is world.error(odd) is errors.InvalidArgument
+    assert world.error(replace, b"\0n") is world.error(link, b"\0n") is errors.PermissionDenied
+
+
+def test_a_cancelled_reader_gets_no_more_than_its_credits(world: World) -> None:
+    world.attach()
+    pid = world.spawn()
+    id_ = world.send(infer([1, 2], pid=pid, max_tokens=50), credits_=3)
+    world.turn(10)
+    world.kernel.message(b"\0a", ROOT, wire.encode_cancel(id_))
+    world.turn(2)
+    items = [a for a in world.answers(id_) if a.kind == wire.Kind.ITEM]
+    assert len(items) == 3
+    assert world.result(id_).body["generated_tokens"] == 4  # one more is in the context
+
+
+def test_an_overlong_prompt_is_refused_whatever_max_tokens(world: World) -> None:
+    world.attach()
+    ids = [world.send(infer([1] * 5000, model="tiny", max_tokens=n)) for n in (None, 0, 1)]
+    world.turn(3)
+    assert {world.error(id_) for id_ in ids} == {errors.ContextOverflow}
+    assert len(world.kernel.processes) == 0
+
+
+def test_more_processes_than_a_step_takes_and_little_memory_still_finish(world: World) -> None:
+    world.model("small", llmasos_null_blocks=8, max_position_embeddings=128)
+    world.attach()
+    description = world.kernel.devices["null"].description
+    assert description is not None
+    few = base.Description(**{**_fields(description), "max_sequences": 2})
+    world.kernel.devices["null"].description = few
+    ids = [world.send(infer([n] * 30, model="small", max_tokens=80), credits_=999) for n in range(6)]
+    world.turn(2000)
+    for n, id_ in enumerate(ids):
+        assert world.tokens(id_) == reference([n] * 30, 80)
+
+
+def test_input_that_is_all_shared_prefix_is_answered(world: World) -> None:
+    world.attach()
+    for _ in range(2):
+        id_ = world.send(infer(list(range(17)), model="tiny", max_tokens=0))
+        world.turn(5)
+        assert world.result(id_).body["generated_tokens"] == 0
+
+
+def test_the_owner_leaving_answers_others_on_its_process(world: World) -> None:
+    world.attach()
+    pid = world.spawn()
+    id_ = world.send(infer([1], pid=pid, max_tokens=1000), session=b"\0b")
+    world.turn(4)
+    world.kernel.disconnected(b"\0a")
+    world.turn(2)
+    assert world.result(id_, b"\0b").body["finish"] == "killed"
+    assert len(world.kernel.processes) == 0
+
+
+def test_after_a_failed_step_the_context_is_computed_anew(world: World) -> None:
+    world.attach()
+    pid = world.spawn()
+    world.send(infer(list(range(20)), pid=pid, max_tokens=0))
+    world.turn(3)
+    fork = world.send(table.Fork(pid))
+    world.turn()
+    child = int(world.result(fork).body["pids"][0])
+    failing = world.send(infer([5], pid=child, max_tokens=3))
+    world.kernel.tick()
+    (step,) = [e.message for e in world.kernel.take_effects() if isinstance(e, ToWorker)]
+    assert isinstance(step, base.Step)
+    failed = base.Failed(0, step.batch.ticket, errors.to_wire(errors.DeviceFault("x")))
+    world.kernel.worker_message(1, failed)
+    world.turn()
+    assert world.error(failing) is errors.DeviceFault
+    again = world.send(infer([6], pid=child, max_tokens=3))
+    world.turn(6)
+    assert world.tokens(again) == reference([*range(20), 5, 6], 3)
+
+
+def test_draining_waits_for_accepted_work_whose_model_is_loading(world: World) -> None:
+    id_ = world.send(infer([1], model="tiny", max_tokens=3))
+    world.send(table.Shutdown(drain_s=60))
+    world.turn(2)
+    assert not world.exited
+    world.attach()
+    world.turn(10)
+    assert world.result(id_).body["generated_tokens"] == 3
+    assert world.exited
+
+
+def test_one_copy_of_a_model_however_early_it_was_asked_for(world: World) -> None:
+    world.send(table.SpawnModel(model="tiny"))
+    world.turn()
+    world.attach()
+    world.send(table.SpawnModel(model="tiny"))
+    world.turn(3)
+    assert len(world.kernel.devices["null"].pools) == 1
+
+
+def test_detached_zombies_go_with_their_parent(world: World) -> None:
+    world.attach()
+    pid = world.spawn()
+    fork = world.send(table.Fork(pid, detached=True))
+    world.turn()
+    world.send(table.Kill(int(world.result(fork).body["pids"][0])))
+    world.send(table.Kill(pid))
+    world.send(table.Wait(pid))
+    world.turn()
+    assert len(world.kernel.processes) == 0
