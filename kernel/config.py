@@ -37,6 +37,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Processes of all owners together."""
 
     max_processes_per_owner: Limit = 2048
+    """Processes of one user, those of its labels included."""
 
     max_imports: Limit = 4
     """Imports that may run at once; each is a process."""

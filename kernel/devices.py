@@ -41,7 +41,6 @@ class Pool:
     processes: set[Process] = field(default_factory=set)
     closes: list[int] = field(default_factory=list)
     waiters: list[Ready] = field(default_factory=list)
-    last_used: float = 0.0
     retried: bool = False
     deaths: int = 0
 

@@ -37,7 +37,6 @@ class Infer:
     credits: int
     reap: bool
     leave: bool
-    began: float
     beams: BeamSearch | None = None
     members: list[Process] = field(default_factory=list)  # the running beams, in the order of `beams.scores`
     tops: dict[int, list[TokenLogprob]] = field(default_factory=dict)  # pid -> this round's continuations

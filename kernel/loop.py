@@ -222,7 +222,6 @@ class Kernel:
         ticket = next(self.numbers)
         infers = [(s.process, s.process.infer, s.count) for s in shares]
         device.flight = Flight(ticket, pool, [(p, i, n) for p, i, n in infers if i is not None])
-        pool.last_used = self.now()
         batch = build(pool, shares, copies, ticket)
         self.effects.append(ToWorker(device.worker, base.Step(batch)))
 

@@ -90,7 +90,6 @@ def load_done(kernel: Kernel, device: Device, pool: Pool, done: base.LoadDone) -
     device.memory_free = done.memory_free
     pool.loaded = done.loaded
     pool.memory = Memory(done.loaded.blocks)
-    pool.last_used = kernel.now()
     kernel.log.info(f"{device.name}: model {pool.handle} is {pool.model}, ready for its processes")
     tell(pool, None)
 

@@ -357,7 +357,6 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
         credits=credits_,
         reap=call.model is not None,
         leave=call.exit,
-        began=kernel.now(),
         beams=BeamSearch(beams, stop_ids, limit - length) if beams else None,
     )
     infer = process.infer

@@ -11,8 +11,6 @@ from msgspec import Struct
 
 from .names import DEFAULT_TAG, ModelName
 
-DEFAULT_MODEL = "smollm2"
-
 
 class Entry(Struct, frozen=True, forbid_unknown_fields=True):
     """A short name. `license` is an SPDX id in lower case; `sources` are tried in order."""

@@ -19,7 +19,6 @@ from llmasos.syscalls.errors import InvalidArgument, NoSuchFile
 
 DEFAULT_TAG = "latest"
 ROOT = "/models"
-LONGEST_PART = 96
 MOST_PARTS = 3
 
 _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")

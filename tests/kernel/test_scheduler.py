@@ -31,7 +31,7 @@ def process(pid: int, lacking: int = 1, sched_class: str = "interactive", **fiel
         born=0.0,
         tokens=[0] * 1000,
         computed=1000 - lacking,
-        infer=Infer((b"", pid), Sampling(), 0, 1000, 2000, 1, False, False, 0.0),
+        infer=Infer((b"", pid), Sampling(), 0, 1000, 2000, 1, False, False),
     )
     for name, value in fields.items():
         setattr(made, name, value)
