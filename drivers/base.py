@@ -20,14 +20,13 @@ BLOCK_TOKENS = t.BLOCK_TOKENS
 
 class Description(Struct, frozen=True):
     """What a device is and what it can do. Sizes in bytes; `step_tokens` is the most tokens a step may
-    carry before one step takes noticeably long."""
+    carry at all. `dtypes` are those of weights that may be asked for."""
 
     driver: str
     text: str
     memory_total: int
     memory_free: int
     dtypes: list[str]
-    default_dtype: str
     step_tokens: int
     max_sequences: int
 
@@ -42,19 +41,27 @@ class File(Struct, frozen=True):
 
 class LoadSpec(Struct, frozen=True):
     """A model to load. `files` maps the manifest's names (config.json, tensors.json, weight files).
-    `kv_fraction` is the share of the device's free memory that KV blocks may take."""
+    `dtype` of the weights, empty: what suits how they are stored; `kv_dtype` likewise. `kv_fraction` is the
+    share of the device's free memory that KV blocks may take. `derived` is a folder where the driver keeps
+    what it made from the files (packed weights), each file named after what it was made from; what lies
+    there may vanish between loads. Empty: keep nothing."""
 
     handle: int
     files: dict[str, File]
     dtype: str
     kv_fraction: float
+    kv_dtype: str = ""
+    derived: str = ""
 
 
 class Loaded(Struct, frozen=True):
-    """A resident model. `blocks` is the number of KV blocks in its pool, all free."""
+    """A resident model. `blocks` is the number of KV blocks in its pool, all free. `engine` says in a line
+    what computes it and, where it is not the fastest that the device has, why."""
 
     handle: int
     dtype: str
+    kv_dtype: str
+    engine: str
     context_length: int
     vocab_size: int
     blocks: int
@@ -64,34 +71,45 @@ class Loaded(Struct, frozen=True):
 
 class SeqOpen(Struct, frozen=True, array_like=True):
     """Sets the mirror of sequence `seq`, whatever was there before. `tokens` (packed u32) are all tokens
-    known; the first `prompt_length` of them were given, the rest generated (penalties tell them apart).
-    `sampling.seed` is set."""
+    known; the first `prompt_length` of them were given, the rest generated (penalties tell them apart). The
+    KV of the first `computed` positions is in `blocks` already. Generation ends when `limit` tokens are
+    known. `sampling.seed` is set."""
 
     seq: int
     tokens: bytes
     prompt_length: int
+    computed: int
+    limit: int
     blocks: list[int]
     sampling: t.Sampling
 
 
 class Work(Struct, frozen=True, array_like=True):
-    """Compute positions start … start+count-1 of `seq`, after appending `tokens` and `blocks` to its
-    mirror. If that reaches the end of the mirror's tokens and `sample`, the next token is chosen and
-    appended to the mirror too. `beams` > 0 asks instead for the best `beams` continuations: logprobs are
-    log-softmax first, processors after (Hugging Face's order), and nothing is appended."""
+    """Append `tokens` and `blocks` to the mirror of `seq`, then compute the next `count` positions that are
+    not computed yet. Where they begin is the mirror's to know: a step may be planned before the result of
+    the one before it is back.
+
+    If that reaches the end of the tokens known and `sample`, the next token is chosen and appended to the
+    mirror too. With `draft` > 0 up to so many further tokens may be guessed, computed in the same step as far
+    as there are blocks, and kept where they are what would have been chosen. `beams` > 0 asks instead for the
+    best `beams` continuations: logprobs are log-softmax first, processors after (Hugging Face's order), and
+    nothing is appended.
+
+    A sequence that has chosen a stop token or reached its limit is over: work for it does nothing."""
 
     seq: int
-    start: int
     count: int
     tokens: list[int]
     blocks: list[int]
     sample: bool
-    beams: int
+    beams: int = 0
+    draft: int = 0
 
 
 class Batch(Struct, frozen=True):
     """One step of one model. Applied in this order: closes, opens, copies (source block, target block),
-    work. At most one Work a sequence."""
+    work. At most one Work a sequence. A batch may be sent before the result of the one before it is back;
+    they are computed in the order sent."""
 
     ticket: int
     handle: int
@@ -102,17 +120,20 @@ class Batch(Struct, frozen=True):
 
 
 class SeqOut(Struct, frozen=True, array_like=True):
-    """What one Work produced. `token` is -1 when nothing was sampled; `stop` says that it is one of the
-    stop token ids. `chosen` comes when logprobs were asked for. `prompt` scores the tokens at positions
-    start+1 … start+count that were already known, when `prompt_logprobs` is on. `beams` holds the best
-    continuations, best first. `error` not empty: this sequence alone failed."""
+    """What one Work produced. `computed`: so many positions have valid KV now. `tokens` were chosen: none,
+    one, or more when guesses were right; `stop` says that the last is one of the stop token ids. `chosen` is
+    parallel to `tokens` when logprobs were asked for. `prompt` scores the tokens at positions start+1 …
+    start+count that were already known, when `prompt_logprobs` is on. `beams` holds the best continuations,
+    best first. `drafted` counts the tokens guessed. `error` not empty: this sequence alone failed."""
 
     seq: int
-    token: int = -1
+    computed: int = 0
+    tokens: list[int] = []
     stop: bool = False
-    chosen: t.Chosen | None = None
+    chosen: list[t.Chosen] = []
     prompt: list[t.Chosen] = []
     beams: list[t.TokenLogprob] = []
+    drafted: int = 0
     error: str = ""
 
 

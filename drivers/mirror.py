@@ -1,42 +1,72 @@
-"""What a driver remembers of each running sequence: tokens, block table, sampling.
+"""What a driver remembers of each running sequence: tokens, block table, sampling, how far it is computed.
 
-The mirror makes a decode step's message a few bytes a sequence. It applies a batch in the order that base.py
-gives (closes, opens, copies, work) and checks every number in it, so that a driver may index with what it
-gets back. A sequence that breaks a rule carries its fault until it is closed or opened anew; the others of
-the batch never notice. The mirror holds no KV and knows no device.
+The mirror makes a decode step's message a few bytes a sequence, and lets a step be sent before the result of
+the one before it is back. It applies a batch in the order that base.py gives (closes, opens, copies, work)
+and checks every number in it, so that a driver may index with what it gets back. A sequence that breaks a
+rule carries its fault until it is closed or opened anew; the others of the batch never notice. The mirror
+holds no KV and knows no device.
 """
 
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llmasos.syscalls import types as t
 
 from .base import BLOCK_TOKENS, Batch, SeqOpen, SeqOut, Work
+from .draft import Drafter
+
+
+@dataclass(slots=True)
+class Choice:
+    """A token chosen for a row, with its score if asked for. `error` not empty: nothing was chosen."""
+
+    token: int
+    chosen: t.Chosen | None = None
+    error: str = ""
 
 
 @dataclass(slots=True)
 class Sequence:
-    """`tokens` are all tokens known, of which the first `prompt_length` were given; position p has its KV in
-    slot `blocks[p // 16] * 16 + p % 16`. `fault` not empty: nothing of it may be computed."""
+    """`tokens` are all tokens known, of which the first `prompt_length` were given; while a piece of it is
+    being computed, the piece's guesses stand behind them. Position p has its KV in slot
+    `blocks[p // 16] * 16 + p % 16`, valid for the first `computed` positions. `over`: a stop token came or
+    the limit is reached. `fault` not empty: nothing of it may be computed."""
 
     id: int
     tokens: array[int]
     prompt_length: int
+    computed: int
+    limit: int
     blocks: array[int]
     sampling: t.Sampling
+    drafter: Drafter = field(default_factory=Drafter)
+    over: bool = False
     fault: str = ""
 
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_length
 
+    @property
+    def processed(self) -> bool:
+        """Whether its scores are changed by what came before (penalties, bans)."""
+        sampling = self.sampling
+        return (
+            sampling.repetition_penalty != 1
+            or sampling.presence_penalty != 0
+            or sampling.frequency_penalty != 0
+            or sampling.no_repeat_ngram_size > 0
+            or self.generated < sampling.min_new_tokens
+        )
+
 
 @dataclass(slots=True)
 class Piece:
-    """One Work that may be computed: positions `start` … `end`-1 of `sequence`. `choose` says that its last
-    row picks the next token, `beams` > 0 that it lists the best continuations instead."""
+    """One Work that may be computed: positions `start` … `end`-1 of `sequence`, the last `drafted` of which
+    are guesses. `choose`: each of its last `drafted` + 1 rows picks a next token; `beams` > 0: its last row
+    lists the best continuations instead."""
 
     index: int
     sequence: Sequence
@@ -44,15 +74,62 @@ class Piece:
     end: int
     choose: bool
     beams: int
+    drafted: int = 0
+
+    @property
+    def known(self) -> int:
+        """Where its guesses begin; its end if it has none."""
+        return self.end - self.drafted
 
     @property
     def scores_prompt(self) -> bool:
-        return self.sequence.sampling.prompt_logprobs and self.start + 1 < len(self.sequence.tokens)
+        return len(self.scored) > 0
+
+    @property
+    def scored(self) -> range:
+        """The positions whose tokens, known before, are scored by the rows before them."""
+        if not self.sequence.sampling.prompt_logprobs:
+            return range(0)
+        return range(self.start + 1, min(self.known + 1, len(self.sequence.tokens) - self.drafted))
+
+    def done(self, choices: list[Choice], prompt: list[t.Chosen], beams: list[t.TokenLogprob]) -> SeqOut:
+        """Books the piece as computed. `choices` are those of the last `drafted` + 1 rows if `choose`, else
+        empty; of them the ones that follow right guesses count. Returns what the kernel is told."""
+        sequence, known = self.sequence, self.known
+        guesses = sequence.tokens[known : self.end].tolist()
+        del sequence.tokens[known : self.end]
+        out: list[Choice] = []
+        stop = False
+        for row, choice in enumerate(choices):
+            if choice.error:
+                if not out:
+                    sequence.fault = choice.error
+                    return SeqOut(sequence.id, error=choice.error)
+                break
+            out.append(choice)
+            stop = choice.token in sequence.sampling.stop_token_ids
+            sequence.over = stop or known + len(out) >= sequence.limit
+            if sequence.over or row >= len(guesses) or choice.token != guesses[row]:
+                break
+        tokens = [choice.token for choice in out]
+        sequence.tokens.extend(tokens)
+        if guesses:
+            sequence.drafter.learn(len(sequence.tokens), len(guesses), len(out) - 1)
+        sequence.computed = known + max(0, len(out) - 1)
+        chosen = [choice.chosen for choice in out if choice.chosen is not None]
+        return SeqOut(
+            sequence.id, sequence.computed, tokens, stop, chosen, prompt, beams, drafted=self.drafted
+        )
+
+    def failed(self, error: str) -> SeqOut:
+        """Books that the piece could not be computed: the sequence is unusable until opened anew."""
+        self.sequence.fault = error
+        return SeqOut(self.sequence.id, error=error)
 
 
 @dataclass(slots=True)
 class Step:
-    """An applied batch. `outputs` is parallel to the batch's work, already filled where `error` is set."""
+    """An applied batch. `outputs` is parallel to the batch's work, filled for what is not a piece."""
 
     batch: Batch
     copies: list[tuple[int, int]]
@@ -85,20 +162,16 @@ class Mirror:
         for index, work in enumerate(batch.work):
             sequence = self._sequences.get(work.seq)
             if sequence is None:
-                fault = "the sequence is not open"
-            elif work.seq in seen:
+                step.outputs.append(SeqOut(work.seq, error="the sequence is not open"))
+                continue
+            if work.seq in seen:
                 fault = "the sequence has two pieces of work in one batch"
             else:
                 fault = self._append(sequence, work, spoiled)
             seen.add(work.seq)
-            step.outputs.append(SeqOut(work.seq, error=fault))
-            if sequence is not None and not fault:
-                end = work.start + work.count
-                last = end == len(sequence.tokens)
-                beams = work.beams if last else 0
-                step.pieces.append(
-                    Piece(index, sequence, work.start, end, last and work.sample and not beams, beams)
-                )
+            step.outputs.append(SeqOut(work.seq, sequence.computed, error=fault))
+            if not fault and not sequence.over:
+                step.pieces.append(self._piece(index, sequence, work))
         return step
 
     def forget(self, batch: Batch) -> None:
@@ -109,12 +182,36 @@ class Mirror:
     def _in_pool(self, blocks: tuple[int, ...] | list[int]) -> bool:
         return not blocks or (min(blocks) >= 0 and max(blocks) < self._blocks)
 
+    def _piece(self, index: int, sequence: Sequence, work: Work) -> Piece:
+        start, known = sequence.computed, len(sequence.tokens)
+        end = start + work.count
+        last = end == known
+        beams = work.beams if last else 0
+        choose = last and work.sample and not beams
+        guesses: list[int] = []
+        if choose and work.draft > 0 and not sequence.processed:
+            room = min(len(sequence.blocks) * BLOCK_TOKENS, self._context_length, sequence.limit - 1) - end
+            guesses = sequence.drafter.propose(sequence.tokens, min(work.draft, max(0, room)))
+            sequence.tokens.extend(guesses)
+        return Piece(index, sequence, start, end + len(guesses), choose, beams, len(guesses))
+
     def _open(self, opened: SeqOpen) -> Sequence:
-        sequence = Sequence(opened.seq, array("I"), opened.prompt_length, array("i"), opened.sampling)
+        sequence = Sequence(
+            opened.seq,
+            array("I"),
+            opened.prompt_length,
+            opened.computed,
+            opened.limit,
+            array("i"),
+            opened.sampling,
+        )
         if len(opened.tokens) % 4:
             sequence.fault = "the packed tokens are cut short"
         else:
             sequence.fault = self._extend(sequence, t.unpack_tokens(opened.tokens), opened.blocks)
+        covered = min(len(sequence.tokens), len(sequence.blocks) * BLOCK_TOKENS)
+        if not sequence.fault and not 0 <= opened.computed <= covered:
+            sequence.fault = f"{opened.computed} positions computed, tokens and blocks cover {covered}"
         return sequence
 
     def _extend(self, sequence: Sequence, tokens: list[int], blocks: list[int]) -> str:
@@ -132,11 +229,11 @@ class Mirror:
             sequence.fault = self._extend(sequence, work.tokens, work.blocks)
         if not sequence.fault and spoiled and not spoiled.isdisjoint(sequence.blocks):
             sequence.fault = f"one of its blocks was to be copied from outside the pool of {self._blocks}"
-        if sequence.fault:
+        if sequence.fault or sequence.over:
             return sequence.fault
-        end = work.start + work.count
-        if work.start < 0 or work.count < 1 or work.beams < 0 or end > len(sequence.tokens):
-            return f"positions {work.start} to {end - 1} asked for, {len(sequence.tokens)} tokens known"
+        end = sequence.computed + work.count
+        if work.count < 1 or work.beams < 0 or work.draft < 0 or end > len(sequence.tokens):
+            return f"positions up to {end - 1} asked for, {len(sequence.tokens)} tokens known"
         if end > len(sequence.blocks) * BLOCK_TOKENS:
             return f"position {end - 1} has no block"
         if end > self._context_length:

@@ -3,7 +3,8 @@
 Each slot keeps the token written to it and a checksum of everything before it, read through the block table
 as attention would. The next token is a hash of all the slots of the history, so a wrong history, a wrong
 block table, a forgotten copy or a block given away too early each show as wrong tokens. `next_token` is the
-same function on a plain list: what a right kernel must produce.
+same function on a plain list: what a right kernel must produce. A model may be made forgetful: then its text
+depends on its newest tokens alone and repeats itself, as long as the history is right.
 
 Imports nothing heavy: a worker with this driver starts in the time of the interpreter.
 """
@@ -22,14 +23,14 @@ from typing import Any
 import msgspec
 from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
-from msgspec.structs import replace
 
 from .base import BLOCK_TOKENS, Batch, Description, Loaded, LoadSpec, SeqOut, StepResult
-from .mirror import Mirror, Piece, Sequence, Step
+from .mirror import Choice, Mirror, Piece, Sequence, Step
 
 _SLOT = 8  # bytes: the token and the checksum of its history, both u32
 _BLOCK = _SLOT * BLOCK_TOKENS
 _EMPTY = b"\xff" * _BLOCK
+_MOOD = 40  # positions after which a forgetful model repeats something else
 
 
 def _write(token: int, before: int) -> bytes:
@@ -52,12 +53,22 @@ def _slots(tokens: Iterable[int]) -> bytes:
     return bytes(history)
 
 
+def _recent(slots: bytes, memory: int) -> bytes:
+    """What a forgetful model knows of a history: its last `memory` tokens and about how long it is. All of
+    it if it is wrong anywhere, so that this shows."""
+    tokens = [int.from_bytes(slots[place : place + 4], "little") for place in range(0, len(slots), _SLOT)]
+    if _slots(tokens) != slots:
+        return slots
+    return repr((tokens[-memory:], len(tokens) // _MOOD)).encode()
+
+
 class _Scores:
     """The pseudo-distribution after a history: `first` is the best token, the others follow it by number."""
 
-    def __init__(self, slots: bytes, sampling: t.Sampling, vocab_size: int) -> None:
+    def __init__(self, slots: bytes, sampling: t.Sampling, vocab_size: int, memory: int = 0) -> None:
         seed = (sampling.seed or 0) if sampling.temperature > 0 else 0
-        mark = hashlib.blake2b(slots, digest_size=16, salt=seed.to_bytes(8, "little")).digest()
+        known = _recent(slots, memory) if memory else slots
+        mark = hashlib.blake2b(known, digest_size=16, salt=seed.to_bytes(8, "little")).digest()
         self._vocab_size = vocab_size
         self.first = int.from_bytes(mark[:8], "little") % vocab_size
         self._slope = 0.5 + int.from_bytes(mark[8:12], "little") / 2**32
@@ -79,22 +90,27 @@ class _Scores:
 
 
 def next_token(
-    tokens: Tokens[int], vocab_size: int = 50257, sampling: t.Sampling | None = None, prompt_length: int = 0
+    tokens: Tokens[int],
+    vocab_size: int = 50257,
+    sampling: t.Sampling | None = None,
+    prompt_length: int = 0,
+    memory: int = 0,
 ) -> int:
-    """The token that this driver generates after `tokens`: a hash of all of them. With a temperature the
-    seed counts too, so that forks with other seeds diverge."""
+    """The token that this driver generates after `tokens`: a hash of all of them, or of the last `memory`.
+    With a temperature the seed counts too, so that forks with other seeds diverge."""
     sampling = sampling or t.Sampling()
     young = len(tokens) - prompt_length < sampling.min_new_tokens
-    scores = _Scores(_slots(tokens), sampling, vocab_size)
+    scores = _Scores(_slots(tokens), sampling, vocab_size, memory)
     return scores.best(1, sampling.stop_token_ids if young else ())[0].token
 
 
 class _Resident:
     """A loaded model: its mirror and its slots, one bytearray of 16 slots a block, made when first used."""
 
-    def __init__(self, loaded: Loaded, step_seconds: float) -> None:
+    def __init__(self, loaded: Loaded, step_seconds: float, memory: int) -> None:
         self.loaded = loaded
         self.step_seconds = step_seconds
+        self.memory = memory
         self.mirror = Mirror(loaded.blocks, loaded.vocab_size, loaded.context_length)
         self._pool: dict[int, bytearray] = {}
 
@@ -122,7 +138,8 @@ class _Resident:
 
 class NullDriver:
     """Loads any config.json: `max_position_embeddings` (4096), `vocab_size` (50257), and for tests
-    `llmasos_null_blocks` (4096) and `llmasos_null_step_seconds` (0: no sleep in a step)."""
+    `llmasos_null_blocks` (4096), `llmasos_null_step_seconds` (0: no sleep in a step) and
+    `llmasos_null_memory` (tokens that a forgetful model remembers; 0: all)."""
 
     name = "null"
 
@@ -138,7 +155,6 @@ class NullDriver:
             memory_free=(1 << 30)
             - sum(r.loaded.blocks * r.loaded.block_bytes for r in self._residents.values()),
             dtypes=["float32", "bfloat16"],
-            default_dtype="float32",
             step_tokens=2048,
             max_sequences=256,
         )
@@ -152,6 +168,8 @@ class NullDriver:
         loaded = Loaded(
             handle=spec.handle,
             dtype=spec.dtype or "float32",
+            kv_dtype=spec.kv_dtype or "float32",
+            engine="hashes of the history",
             context_length=_number(config, "max_position_embeddings", "n_positions", default=4096),
             vocab_size=_number(config, "vocab_size", default=50257),
             blocks=_number(config, "llmasos_null_blocks", default=4096),
@@ -166,7 +184,11 @@ class NullDriver:
                 blocks=loaded.blocks,
                 context_length=loaded.context_length,
             )
-        self._residents[spec.handle] = _Resident(loaded, float(config.get("llmasos_null_step_seconds", 0)))
+        self._residents[spec.handle] = _Resident(
+            loaded,
+            float(config.get("llmasos_null_step_seconds", 0)),
+            int(config.get("llmasos_null_memory", 0)),
+        )
         return loaded
 
     def unload(self, handle: int) -> None:
@@ -201,26 +223,26 @@ class NullDriver:
         sequence, sampling = piece.sequence, piece.sequence.sampling
         vocab_size = resident.loaded.vocab_size
         slots = resident.history(sequence, piece.end)
-        out = SeqOut(sequence.id, prompt=self._score_prompt(slots, piece, vocab_size))
-        if not (piece.choose or piece.beams):
-            return out
-        scores = _Scores(slots, sampling, vocab_size)
+        prompt = self._score_prompt(resident, slots, piece)
         barred = sampling.stop_token_ids if sequence.generated < sampling.min_new_tokens else []
         if piece.beams:
-            return replace(out, beams=scores.best(piece.beams, barred))
-        token = scores.best(1, barred)[0].token
-        sequence.tokens.append(token)
-        chosen = None if sampling.logprobs is None else scores.of(token, sampling.logprobs)
-        return replace(out, token=token, stop=token in sampling.stop_token_ids, chosen=chosen)
+            scores = _Scores(slots, sampling, vocab_size, resident.memory)
+            return piece.done([], prompt, scores.best(piece.beams, barred))
+        choices = []
+        for end in range(piece.known, piece.end + 1) if piece.choose else ():
+            scores = _Scores(slots[: end * _SLOT], sampling, vocab_size, resident.memory)
+            token = scores.best(1, barred)[0].token
+            choices.append(
+                Choice(token, None if sampling.logprobs is None else scores.of(token, sampling.logprobs))
+            )
+        return piece.done(choices, prompt, [])
 
-    def _score_prompt(self, slots: bytes, piece: Piece, vocab_size: int) -> list[t.Chosen]:
-        if not piece.scores_prompt:
-            return []
+    def _score_prompt(self, resident: _Resident, slots: bytes, piece: Piece) -> list[t.Chosen]:
         sampling, tokens = piece.sequence.sampling, piece.sequence.tokens
-        known = range(piece.start + 1, min(piece.end + 1, len(tokens)))
+        vocab_size, memory = resident.loaded.vocab_size, resident.memory
         return [
-            _Scores(slots[: p * _SLOT], sampling, vocab_size).of(tokens[p], sampling.logprobs or 0)
-            for p in known
+            _Scores(slots[: p * _SLOT], sampling, vocab_size, memory).of(tokens[p], sampling.logprobs or 0)
+            for p in piece.scored
         ]
 
     def export_blocks(self, handle: int, blocks: list[int]) -> bytes:

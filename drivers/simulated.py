@@ -42,7 +42,9 @@ class StepTime:
         seconds = self.fixed
         for piece in step.pieces:
             rows = piece.end - piece.start
-            seconds += self.decode_sequence if rows == 1 else self.prefill_token * rows
+            decoding = piece.known - piece.start == 1  # its guesses are prefill to the device
+            seconds += self.decode_sequence if decoding else 0
+            seconds += self.prefill_token * (piece.drafted if decoding else rows)
             seconds += self.context_token * rows * (piece.start + piece.end + 1) / 2
         return seconds
 

@@ -2,8 +2,9 @@
 
     python -m llmasos.drivers.worker --device cpu --bus /run/user/1000/llmasos/bus.sock
 
-Single-threaded: what the kernel sends during a step waits in the socket. Ends with status 0 when the kernel
-closes the bus; dies with the thread that started it (Linux), so that no worker outlives a killed supervisor.
+Single-threaded: what the kernel sends during a step, mostly the next one, waits in the socket. Ends with
+status 0 when the kernel closes the bus; dies with the thread that started it (Linux), so that no worker
+outlives a killed supervisor.
 What fails in a verb is answered with Failed; after a failed step its sequences must be opened anew.
 """
 
@@ -17,6 +18,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from typing import Any, cast
 
 import msgspec
@@ -26,7 +28,7 @@ from . import base
 
 # Device name before the colon -> (module, class). Imported only when chosen: null needs no torch.
 DRIVERS = {
-    "cpu": ("llmasos.drivers.torch.executor", "TorchDriver"),
+    "cpu": ("llmasos.drivers.cpu", "CpuDriver"),
     "cuda": ("llmasos.drivers.torch.executor", "TorchDriver"),
     "null": ("llmasos.drivers.null", "NullDriver"),
     "simulated": ("llmasos.drivers.simulated", "SimulatedDriver"),
@@ -34,32 +36,36 @@ DRIVERS = {
 
 _PR_SET_PDEATHSIG = 1
 
+Note = Callable[[str, str], None]
 
-def make_driver(device: str) -> base.Driver:
+
+def make_driver(device: str, note: Note) -> base.Driver:
     """The driver of `cpu`, `cuda:0`, `null`, `null:1`, `simulated`. Raises NoSuchDevice."""
     kind = device.partition(":")[0]
     if kind not in DRIVERS:
         raise errors.NoSuchDevice(f"no driver for device {device!r}", hint=f"one of {', '.join(DRIVERS)}")
-    if kind == "cpu":
-        # Read when torch loads its OpenMP. Threads that spin at barriers make a decode step of SmolLM2 ten
-        # times slower (40 ms -> 400 to 1200 ms) as soon as other processes want the cores; threads that
-        # sleep cost half as much again on an idle machine, and never more (docs/decisions.md).
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     module, name = DRIVERS[kind]
     driver = getattr(importlib.import_module(module), name)
-    return cast(base.Driver, driver(device) if kind in ("cpu", "cuda") else driver())
+    arguments: dict[str, tuple[object, ...]] = {"cpu": (note,), "cuda": (device,)}
+    return cast(base.Driver, driver(*arguments.get(kind, ())))
 
 
 class Worker:
-    """Serves `driver` over a connected stream socket until the other side closes it."""
+    """Serves a device over a connected stream socket until the other side closes it."""
 
-    def __init__(self, device: str, driver: base.Driver, bus: socket.socket) -> None:
+    def __init__(self, device: str, bus: socket.socket, driver: base.Driver | None = None) -> None:
         self._device = device
-        self._driver = driver
         self._bus = bus
+        self._early: list[base.Note] | None = []  # notes from before the first message, which is Attach
+        self._driver = driver or make_driver(
+            device, lambda level, text: self._note(level, f"{device}: {text}")
+        )
 
     def serve(self) -> None:
         self._send(base.Attach(self._device, os.getpid(), self._driver.describe()))
+        early, self._early = self._early or [], None
+        for note in early:
+            self._send(note)
         reader = wire.FrameReader()
         while data := self._bus.recv(1 << 20):
             for message in reader.feed(data):
@@ -69,7 +75,11 @@ class Worker:
         self._bus.sendall(wire.frame(msgspec.msgpack.encode(message)))
 
     def _note(self, level: str, text: str) -> None:
-        self._send(base.Note(level, text))
+        note = base.Note(level, text)
+        if self._early is not None:
+            self._early.append(note)
+        else:
+            self._send(note)
 
     def _answer(self, message: base.ToWorker) -> None:
         handle, ticket = 0, 0
@@ -105,7 +115,8 @@ class Worker:
         self._note(
             "info",
             f"{self._device}: model {spec.handle} loaded in {seconds:.1f} s: {loaded.dtype}, weights "
-            f"{loaded.weights_bytes / 1e6:.0f} MB, {loaded.blocks} KV blocks of {loaded.block_bytes} bytes",
+            f"{loaded.weights_bytes / 1e6:.0f} MB, {loaded.blocks} KV blocks of {loaded.block_bytes} bytes "
+            f"in {loaded.kv_dtype}; {loaded.engine}",
         )
         self._send(base.LoadDone(loaded, self._driver.describe().memory_free, seconds))
 
@@ -139,7 +150,7 @@ def main() -> int:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bus:
         try:
             bus.connect(arguments.bus)
-            Worker(arguments.device, make_driver(arguments.device), bus).serve()
+            Worker(arguments.device, bus).serve()
         except (BrokenPipeError, ConnectionResetError):
             return 0  # the kernel is gone: nobody is left to tell
         except (errors.LLMasOSError, msgspec.DecodeError, ImportError, OSError) as problem:

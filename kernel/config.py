@@ -26,8 +26,17 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.4
     """Share of a device's free memory that the KV blocks of one model may take."""
 
+    kv_dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16|int8)$")] = ""
+    """In which type contexts are kept (float32, bfloat16, int8). Empty: what suits model and device."""
+
     step_tokens: Count = 0
     """Most tokens a step computes. 0: what the driver advises."""
+
+    step_ms: Annotated[float, Meta(gt=0)] = 100.0
+    """Beside somebody who generates, prompts are computed in chunks that take a step no longer than this."""
+
+    draft_tokens: Annotated[int, Meta(ge=0, le=64)] = 8
+    """Most tokens that are guessed ahead for one context and verified in the same step. 0: no guessing."""
 
     max_sessions: Limit = 1024
     max_requests: Limit = 1024

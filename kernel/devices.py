@@ -8,6 +8,7 @@ dies with the worker, its processes do not.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 from collections.abc import Callable
@@ -19,8 +20,8 @@ from llmasos.syscalls.types import DeviceInfo, PoolInfo, pack_tokens
 
 from .infer import Infer
 from .memory import Memory, Table
+from .pace import Pace
 from .process import Mirror, Process
-from .scheduler import Share
 
 Ready = Callable[[errors.LLMasOSError | None], None]
 
@@ -40,6 +41,8 @@ class Pool:
     loaded: base.Loaded | None = None
     processes: set[Process] = field(default_factory=set)
     closes: list[int] = field(default_factory=list)
+    copies: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy with the next step
+    pace: Pace = field(default_factory=Pace)
     waiters: list[Ready] = field(default_factory=list)
     retried: bool = False
     deaths: int = 0
@@ -53,10 +56,13 @@ class Pool:
         self.loaded = None
         self.memory = Memory(0)
         self.closes.clear()
+        self.copies.clear()
+        self.pace = Pace()
         for process in self.processes:
             process.table = Table(process.table.salt)
             process.computed = 0
-            process.running = False
+            process.flights = 0
+            process.land()
             process.mirror = Mirror()
 
     def close(self, process: Process) -> None:
@@ -70,6 +76,8 @@ class Pool:
         return PoolInfo(
             model=self.model,
             dtype=loaded.dtype if loaded else self.dtype,
+            kv_dtype=loaded.kv_dtype if loaded else "",
+            engine=loaded.engine if loaded else "",
             weights_bytes=loaded.weights_bytes if loaded else 0,
             block_bytes=loaded.block_bytes if loaded else 0,
             blocks_total=self.memory.total,
@@ -78,18 +86,36 @@ class Pool:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a step does for one process: compute `count` positions; choose a token if `sample`, and guess at
+    most `draft` more."""
+
+    process: Process
+    infer: Infer
+    count: int
+    sample: bool
+    draft: int
+
+
 @dataclass(slots=True, eq=False)
 class Flight:
-    """The step that is on the device: what was asked for whom, in the order of the batch."""
+    """A step that was sent and not yet collected: its parts in the order of the batch. `keys` name the
+    blocks that it fills with prompts, `rows` and `tokens` are what it was expected to take its time by."""
 
     ticket: int
     pool: Pool
-    shares: list[tuple[Process, Infer, int]]
+    parts: list[Part]
+    copies: list[tuple[int, int]]
+    keys: set[bytes]
+    rows: int
+    tokens: int
 
 
 @dataclass(slots=True, eq=False)
 class Device:
-    """One device and its worker, if it has one."""
+    """One device and its worker, if it has one. `flights` are the steps sent, first to end first;
+    `ahead_at` is when the one behind the running one is to be sent."""
 
     name: str
     description: base.Description | None = None
@@ -99,14 +125,16 @@ class Device:
     memory_free: int = 0
     pools: list[Pool] = field(default_factory=list)
     loading: Pool | None = None
-    flight: Flight | None = None
+    flights: deque[Flight] = field(default_factory=deque)
+    ahead_at: float = math.inf
+    alarm: Callable[[], None] = lambda: None  # calls off the timer that waits for it
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=64))
 
     @property
     def state(self) -> str:
         if self.worker is None:
             return "down" if self.restarts else "starting"
-        return "busy" if self.flight or self.loading else "ready"
+        return "busy" if self.flights or self.loading else "ready"
 
     def info(self) -> DeviceInfo:
         d = self.description
@@ -124,31 +152,33 @@ class Device:
         )
 
 
-def build(pool: Pool, shares: list[Share], copies: list[tuple[int, int]], ticket: int) -> base.Batch:
-    """The message for a step; brings the worker's mirrors up to date with the tables."""
+def build(pool: Pool, parts: list[Part], copies: list[tuple[int, int]], ticket: int) -> base.Batch:
+    """The message for a step; brings the worker's mirrors up to date with the tables, and books in the
+    processes what is in flight."""
     opens, work = [], []
-    for share in shares:
-        process, mirror = share.process, share.process.mirror
-        infer = process.infer
-        assert infer is not None
+    for part in parts:
+        process, infer = part.process, part.infer
+        mirror, blocks = process.mirror, process.table.blocks
         if mirror.stale:
             opens.append(_open(process, infer))
             mirror.stale, mirror.opened = False, True
-            mirror.tokens, mirror.blocks = len(process.tokens), len(process.table.blocks)
-        ends = process.computed + share.count == len(process.tokens)
+            mirror.tokens, mirror.blocks = len(process.tokens), len(blocks)
         work.append(
             base.Work(
                 seq=process.pid,
-                start=process.computed,
-                count=share.count,
+                count=part.count,
                 tokens=process.tokens[mirror.tokens :],
-                blocks=process.table.blocks[mirror.blocks :],
-                sample=ends and infer.samples,
-                beams=infer.beams.width if infer.beams and ends else 0,
+                blocks=blocks[mirror.blocks :],
+                sample=part.sample,
+                beams=infer.beams.width if infer.beams and process.lacking == part.count else 0,
+                draft=part.draft,
             )
         )
-        mirror.tokens, mirror.blocks = len(process.tokens), len(process.table.blocks)
-        process.running = True
+        mirror.tokens, mirror.blocks = max(mirror.tokens, len(process.tokens)), len(blocks)
+        process.flights += 1
+        process.ahead += part.count
+        process.coming += part.sample
+        process.guesses += part.draft
     closes, pool.closes = pool.closes, []
     return base.Batch(ticket=ticket, handle=pool.handle, closes=closes, opens=opens, copies=copies, work=work)
 
@@ -158,6 +188,8 @@ def _open(process: Process, infer: Infer) -> base.SeqOpen:
         seq=process.pid,
         tokens=pack_tokens(process.tokens),
         prompt_length=infer.start,
+        computed=process.computed,
+        limit=infer.limit,
         blocks=list(process.table.blocks),
         sampling=infer.sampling,
     )

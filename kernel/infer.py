@@ -1,7 +1,8 @@
 """One `infer` on a process: what it wants, its stream, its credits, how it ends.
 
 The stream never blocks the kernel: when the reader's credits are used up, what is generated is kept here
-(at most a step's worth, for the process is not scheduled while `blocked`) until more credits come.
+(at most a step's worth: the process is not scheduled while `blocked`, nor ahead of the result that makes it
+so) until more credits come.
 """
 
 from __future__ import annotations
@@ -55,6 +56,24 @@ class Infer:
         return self.limit > self.start
 
     @property
+    def scoring(self) -> bool:
+        """Whether scores of the input are still to come."""
+        return self.sampling.prompt_logprobs and self.scored < self.start
+
+    @property
+    def drafts(self) -> bool:
+        """Whether guesses may be made: penalties and bans change with every token, so nothing is chosen
+        for several positions at once."""
+        sampling = self.sampling
+        return (
+            self.beams is None
+            and sampling.repetition_penalty == 1
+            and sampling.presence_penalty == 0
+            and sampling.frequency_penalty == 0
+            and sampling.no_repeat_ngram_size == 0
+        )
+
+    @property
     def blocked(self) -> bool:
         """The reader has no room, or nothing is left to compute."""
         return self.finish is not None or (self.credits == 0 and bool(self.held))
@@ -65,12 +84,12 @@ class Infer:
             return 0.0
         return max(0, self.made - 1) / (now - self.first_token)
 
-    def take(self, token: int, chosen: Chosen | None, now: float) -> None:
-        """Books a generated token for the reader."""
+    def take(self, tokens: list[int], chosen: list[Chosen], now: float) -> None:
+        """Books generated tokens for the reader."""
         if self.first_token is None:
             self.first_token = now
-        self.made += 1
-        self.held.append(InferEvent(tokens=[token], logprobs=[chosen] if chosen else []))
+        self.made += len(tokens)
+        self.held.append(InferEvent(tokens=tokens, logprobs=chosen))
 
     def take_prompt(self, position: int, scores: list[Chosen]) -> None:
         """Books scores of the input tokens from `position` on; a recomputed context brings some again,

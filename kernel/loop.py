@@ -1,12 +1,21 @@
 """The kernel: events in, effects out. No sockets, no files but the model filesystem's, no clock of its own.
 
-Each turn: inbox (messages, worker results) → plan → submit → collect → apply → outbox. One step is on a
-device at a time; between steps signals, cancels and arrivals take effect, so they wait for one step at most.
+Each turn: inbox (messages, worker results) → plan → submit → collect → apply → outbox. While a step is on a
+device the next one is sent, from what is certain of the first one's result, so that the device never waits
+for the kernel; but only shortly before the first one is expected to end, so that who arrives waits for one
+step at most.
+
+What keeps two steps in flight safe: a device computes steps in the order they were sent. A block may be given
+away, and a process ended, cut or forked, while steps that write to it are in flight: whoever gets the block
+writes there in a later step, and reads only what was written in its own steps or booked (published) before.
+So results of an infer that is gone are simply dropped. Only who pushes others out looks first: a process
+that is in flight keeps its blocks, for its result is still to be booked.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable
 
@@ -17,7 +26,7 @@ from llmasos.syscalls.types import Finish, PullEvent
 from . import residency, scheduler, trap
 from .beams import Step
 from .config import Config
-from .devices import Device, Flight, Pool, build
+from .devices import Device, Flight, Part, Pool, build
 from .dmesg import Log, Readers
 from .effects import Effect, Exited, KillWorker, ToWorker
 from .imports import Imports
@@ -26,9 +35,14 @@ from .memory import blocks_for
 from .modelfs.store import ModelFS
 from .process import Process
 from .proctable import ProcessTable
+from .scheduler import Share
 from .sessions import Sessions
 from .tenants import Subject
 from .timers import Timers
+
+LEAD_S = 0.004
+"""The step behind the running one is sent so long before the running one is expected to end: time to plan,
+send and decode it. Steps shorter than two leads are sent at once."""
 
 
 class Kernel:
@@ -79,8 +93,6 @@ class Kernel:
         device.worker, device.worker_pid = worker, attach.pid
         device.description = attach.description
         device.memory_free = attach.description.memory_free
-        for pool in device.pools:
-            pool.dtype = pool.dtype or attach.description.default_dtype
         self.log.info(f"{device.name}: worker {attach.pid} attached, {attach.description.text}")
 
     def worker_message(self, worker: int, message: base.FromWorker) -> None:
@@ -90,12 +102,12 @@ class Kernel:
                 self.worker_attached(worker, message)
             case base.LoadDone() if device and device.loading:
                 residency.load_done(self, device, device.loading, message)
-            case base.StepDone() if device and device.flight:
-                self._step_done(device, device.flight, message.result)
+            case base.StepDone() if device and device.flights:
+                self._step_done(device, device.flights[0], message.result)
             case base.Failed() if device and device.loading and message.handle == device.loading.handle:
                 residency.load_failed(self, device, device.loading, errors.from_wire(dict(message.error)))
-            case base.Failed() if device and device.flight and message.ticket == device.flight.ticket:
-                self._step_failed(device, device.flight, errors.from_wire(dict(message.error)))
+            case base.Failed() if device and device.flights and message.ticket == device.flights[0].ticket:
+                self._step_failed(device, device.flights[0], errors.from_wire(dict(message.error)))
             case base.Note() if device:
                 self.log.write(message.level, message.text)
             case _:
@@ -108,19 +120,23 @@ class Kernel:
             return
         device.restarts += 1
         self.log.warn(f"{device.name}: worker {device.worker_pid} died; its processes will be recomputed")
-        flight, loading = device.flight, device.loading
-        device.worker, device.worker_pid, device.flight, device.loading = None, 0, None, None
+        flight, loading = device.flights[0] if device.flights else None, device.loading
+        device.worker, device.worker_pid, device.loading = None, 0, None
+        device.flights.clear()
+        device.alarm()
         for pool in device.pools:
             pool.forget()
             residency.expect_worker(self, device, pool)
         device.pools = [pool for pool in device.pools if pool.processes or pool.waiters]
         # Beams share one infer, which was in one death.
-        running = {id(infer): (process, infer) for process, infer, _ in flight.shares} if flight else {}
-        for process, infer in running.values():
-            if process.infer is infer:
+        running = {id(part.infer): part for part in flight.parts} if flight else {}
+        for part in running.values():
+            infer = part.infer
+            if part.process.infer is infer:
                 infer.crashes += 1
                 if infer.crashes >= self.config.crash_limit:
-                    self.fail(process, errors.DeviceFault(f"the driver died {infer.crashes} times on this"))
+                    died = errors.DeviceFault(f"the driver died {infer.crashes} times on this")
+                    self.fail(part.process, died)
         if loading:
             loading.deaths += 1
             if loading.deaths >= self.config.crash_limit:
@@ -134,9 +150,10 @@ class Kernel:
             call()
         for device in self.devices.values():
             self._advance(device)
-        loading = any(pool.waiters for d in self.devices.values() for pool in d.pools)
-        if self.draining and not loading and not any(p.infer for p in self.processes):
-            self._exit()
+        if self.draining and not any(p.infer for p in self.processes):
+            loading = any(pool.waiters for d in self.devices.values() for pool in d.pools)
+            if not loading:
+                self._exit()
 
     # Effects
 
@@ -173,130 +190,232 @@ class Kernel:
     # Steps
 
     def _advance(self, device: Device) -> None:
-        """Loads what is wanted, or plans and submits the next step, if the device is free."""
-        if device.worker is None or device.flight or device.loading:
+        """Loads what is wanted, or plans and sends steps as long as the device is to have one more."""
+        if device.worker is None or device.loading:
             return
         for pool in device.pools:
             if not pool.ready and (pool.waiters or pool.processes):
-                residency.load(self, device, pool)
+                if not device.flights:
+                    residency.load(self, device, pool)
                 return
-        resident = itertools.chain.from_iterable(pool.processes for pool in device.pools if pool.ready)
-        queue = scheduler.order(resident, self.now(), self.config.aging_s)
-        if not queue:
-            return
-        pool = queue[0].pool
-        self._plan(device, pool, [p for p in queue if p.pool is pool])
+        while len(device.flights) < 2 and (not device.flights or self.now() >= device.ahead_at):
+            resident = itertools.chain.from_iterable(pool.processes for pool in device.pools if pool.ready)
+            queue = scheduler.order(resident, self.now(), self.config.aging_s)
+            if not queue:
+                return
+            pool = queue[0].pool
+            if not self._plan(device, pool, [p for p in queue if p.pool is pool]):
+                return
 
-    def _plan(self, device: Device, pool: Pool, queue: list[Process]) -> None:
+    def _plan(self, device: Device, pool: Pool, queue: list[Process]) -> bool:
+        """Sends the next step. False: nothing can be sent now."""
         description = device.description
         assert description is not None
-        assert device.worker is not None
-        step_tokens = self.config.step_tokens or description.step_tokens
-        # Who has the strongest claim to memory has to be in the step, or those in it may all lack room.
-        first = min(queue, key=Process.rank)
-        queue = queue[: min(description.max_sequences, step_tokens)]
-        if first not in queue:
-            queue[-1] = first
-        for process in queue:
-            self._match_prefix(process)
-        for process in queue:
-            self.settle(process)  # a shared prefix may be all that it wanted
+        self._match_prefixes(queue)
         queue = [process for process in queue if process.runnable]
         if not queue:
-            self._advance(device)
-            return
-        copies: list[tuple[int, int]] = []
+            return True  # a shared prefix was all that they wanted
+        step_tokens = self.config.step_tokens or description.step_tokens
+        most = min(description.max_sequences, step_tokens)
+        # Who has the strongest claim to memory has to be in the step, or those in it may all lack room.
+        if len(queue) > most:
+            first = min(queue, key=Process.rank)
+            if (place := queue.index(first)) >= most:
+                queue.insert(most - 1, queue.pop(place))
+        rows = sum(1 for process in queue[:most] if process.lacking == 1)
+        chunk_tokens = pool.pace.tokens_within(rows, self.config.step_ms / 1000)
         settled: set[int] = set()  # in the step already, or pushed out of it
+        keys: set[bytes] = set()  # of the blocks that the step fills with prompts
+        must_land = False
 
         def reserve(process: Process, count: int) -> bool:
-            room = None if process.pid in settled else self._reserve(process, count, settled)
-            if room is None:
+            nonlocal must_land
+            if process.pid in settled or self._is_filled_elsewhere(device, process, keys):
                 return False
-            copies.extend(room)
+            if not self._reserve(process, count, settled):
+                must_land |= scheduler.victim(pool.processes, process, settled, flying=True) is not None
+                return False
             settled.add(process.pid)
+            keys.update(_filled(process, count))
             return True
 
-        shares = scheduler.plan(queue, step_tokens, reserve)
-        if not shares:
-            return
-        ticket = next(self.numbers)
-        infers = [(s.process, s.process.infer, s.count) for s in shares]
-        device.flight = Flight(ticket, pool, [(p, i, n) for p, i, n in infers if i is not None])
-        batch = build(pool, shares, copies, ticket)
-        self.effects.append(ToWorker(device.worker, base.Step(batch)))
+        shares = scheduler.plan(queue, most, step_tokens, chunk_tokens, reserve)
+        if must_land or not shares:
+            # Somebody could take the blocks of a weaker one if that were not in flight: going on ahead would
+            # keep it there for ever.
+            device.ahead_at = math.inf
+            return False
+        self._send(device, pool, shares, keys)
+        return True
 
-    def _match_prefix(self, process: Process) -> None:
+    def _match_prefixes(self, queue: list[Process]) -> None:
+        """Lets prompts share what others have computed since they were last planned."""
+        for process in queue:
+            infer, table, before = process.infer, process.table, process.computed
+            if process.lacking < base.BLOCK_TOKENS or process.ahead or before % base.BLOCK_TOKENS:
+                continue
+            if infer is None or infer.scoring:
+                continue
+            memory = process.pool.memory
+            if len(table.blocks) * base.BLOCK_TOKENS > before:  # room that was made and not used
+                memory.truncate(table, before)
+                process.mirror.stale = True
+            process.computed = memory.match(table, process.tokens, len(process.tokens) - 1)
+            if process.computed == before:
+                continue
+            process.mirror.stale = True
+            if infer.first_token is None:
+                gained = process.computed - max(before, infer.first_input)
+                infer.cached = min(infer.cached + max(0, gained), infer.start - infer.first_input)
+            self.settle(process)
+
+    def _is_filled_elsewhere(self, device: Device, process: Process, keys: set[bytes]) -> bool:
+        """Whether the next block of a prompt is being computed for somebody else, in flight or in the step
+        being planned (`keys`): to wait for it is cheaper than to compute it twice."""
+        start = process.computed + process.ahead
         infer = process.infer
-        assert infer is not None
-        scores = infer.sampling.prompt_logprobs and infer.scored < infer.start
-        if process.table.blocks or process.computed or scores:
-            return
-        process.computed = process.pool.memory.match(process.table, process.tokens, len(process.tokens) - 1)
-        process.mirror.stale = True
-        if infer.first_token is None:
-            infer.cached = max(0, process.computed - infer.first_input)
+        if (
+            process.lacking <= base.BLOCK_TOKENS
+            or start % base.BLOCK_TOKENS
+            or infer is None
+            or infer.scoring
+        ):
+            return False
+        flights = [flight.keys for flight in device.flights if flight.pool is process.pool and flight.keys]
+        if not keys and not flights:
+            return False
+        key = process.pool.memory.key(process.table, process.tokens, start // base.BLOCK_TOKENS)
+        return key in keys or any(key in filled for filled in flights)
 
-    def _reserve(self, process: Process, count: int, settled: set[int]) -> list[tuple[int, int]] | None:
-        """Room for `count` more tokens of `process`, taken from others if need be; the copies to make."""
-        memory = process.pool.memory
-        while True:
-            room = memory.reserve(process.table, process.computed, process.computed + count)
-            if room is not None:
-                process.mirror.stale |= bool(room.copies)
-                return room.copies
-            victim = scheduler.victim(process.pool.processes, process, settled)
+    def _reserve(self, process: Process, count: int, settled: set[int]) -> bool:
+        """Makes room for `count` more tokens of `process`, taken from others if need be."""
+        pool = process.pool
+        while (room := pool.memory.reserve(process.table, *process.reach(count))) is None:
+            victim = scheduler.victim(pool.processes, process, settled)
             if victim is None:
-                return None
-            memory.release(victim.table)
+                return False
+            pool.memory.release(victim.table)
             victim.computed = 0
             victim.mirror.stale = True
             settled.add(victim.pid)
+        if room.copies:
+            process.mirror.stale = True
+            pool.copies += room.copies
+        return True
+
+    def _send(self, device: Device, pool: Pool, shares: list[Share], keys: set[bytes]) -> None:
+        assert device.worker is not None
+        now, drafts = self.now(), self._drafts(pool, shares)
+        parts, rows, tokens = [], 0, 0
+        for share in shares:
+            process, count = share.process, share.count
+            infer = process.infer
+            assert infer is not None
+            sample = infer.samples and infer.beams is None and count == process.lacking
+            draft = drafts if drafts and sample and infer.drafts else 0
+            # Guesses take what is free and push nobody out.
+            if draft and pool.memory.reserve(process.table, *process.reach(count, draft)) is None:
+                draft = 0
+            parts.append(Part(process, infer, count, sample, draft))
+            scheduler.charge(process.beam_of or process, count, now)
+            process.last_run = now
+            if count == 1:
+                rows += 1
+            else:
+                tokens += count
+        copies, pool.copies = pool.copies, []
+        flight = Flight(next(self.numbers), pool, parts, copies, keys, rows, tokens)
+        batch = build(pool, parts, copies, flight.ticket)
+        self.effects.append(ToWorker(device.worker, base.Step(batch)))
+        device.flights.append(flight)
+        if len(device.flights) == 1:
+            self._watch(device)
+
+    def _drafts(self, pool: Pool, shares: list[Share]) -> int:
+        """How many tokens each process of a step may guess. Each may take a block for that, and as many have
+        to be left for who needs one for certain."""
+        spare = scheduler.PASS_ROWS - sum(share.count for share in shares)
+        if spare < len(shares) or pool.memory.free < 2 * len(shares):
+            return 0
+        return min(self.config.draft_tokens, spare // len(shares))
+
+    def _watch(self, device: Device) -> None:
+        """The first flight begins now. Sets when the one behind it is to be sent, if it is not yet."""
+        device.alarm()
+        device.ahead_at = math.inf
+        if len(device.flights) != 1:
+            return
+        flight = device.flights[0]
+        expected = flight.pool.pace.expected(flight.rows, flight.tokens)
+        if expected is not None:
+            now = self.now()
+            device.ahead_at = now if expected < 2 * LEAD_S else now + expected - LEAD_S
+            if device.ahead_at > now:
+                device.alarm = self.at(device.ahead_at, lambda: None)
+
+    def _landed(self, device: Device) -> Flight:
+        """Takes the first flight off the device and out of its processes."""
+        flight = device.flights.popleft()
+        self._watch(device)
+        for part in flight.parts:
+            process = part.process
+            process.flights -= 1
+            if process.infer is part.infer:
+                process.ahead -= part.count
+                process.coming -= part.sample
+                process.guesses -= part.draft
+        return flight
 
     def _step_done(self, device: Device, flight: Flight, result: base.StepResult) -> None:
-        if result.ticket != flight.ticket or len(result.outputs) != len(flight.shares):
+        if result.ticket != flight.ticket or len(result.outputs) != len(flight.parts):
             self.log.warn(f"{device.name}: answer to a step that was not asked")
             self.effects.append(KillWorker(device.worker_pid))
             return
-        device.flight = None
+        self._landed(device)
         device.step_seconds.append(result.seconds)
-        now = self.now()
+        drafted = sum(out.drafted for out in result.outputs)
+        flight.pool.pace.learn(flight.rows + drafted, flight.tokens, result.seconds)
         leaders: dict[int, Process] = {}
-        for (process, infer, count), out in zip(flight.shares, result.outputs, strict=True):
-            process.running = False
-            scheduler.charge(process.beam_of or process, count, now)
-            process.last_run = now
+        for part, out in zip(flight.parts, result.outputs, strict=True):
+            process, infer = part.process, part.infer
             if process.infer is not infer:
-                process.mirror.stale = True
                 continue
-            if out.error:
+            computed = process.computed + part.count + max(0, len(out.tokens) - 1)
+            if out.error or out.computed != computed:
                 self._forget_kv(process)
-                self.fail(process.beam_of or process, errors.DeviceFault(out.error))
+                self.fail(process, errors.DeviceFault(out.error or "the driver lost count of its tokens"))
                 continue
             infer.take_prompt(process.computed + 1, out.prompt)
-            process.computed += count
-            process.pool.memory.publish(process.table, process.tokens, process.computed)
-            if infer.beams and process.computed == len(process.tokens) and not out.beams:
-                self.fail(process, errors.DeviceFault("no token may follow in a beam"))
-            elif out.beams:
+            process.computed = computed
+            if infer.beams is None:
+                self._take(process, infer, out)
+                continue
+            process.pool.memory.publish(process.table, process.tokens, computed)
+            if out.beams:
                 infer.tops[process.pid] = out.beams
                 leader = process.beam_of or process
                 leaders[leader.pid] = leader
+            elif computed == len(process.tokens):
+                self.fail(process, errors.DeviceFault("no token may follow in a beam"))
             else:
-                self._take(process, infer, out)
+                self.settle(process)
         for leader in leaders.values():
             self._advance_beams(leader)
 
     def _take(self, process: Process, infer: Infer, out: base.SeqOut) -> None:
-        """Books a sampled token, if there is one, and ends the infer when it is over."""
-        if out.token >= 0:
-            process.tokens.append(out.token)
-            process.generated += 1
-            process.mirror.tokens += 1
-            infer.take(out.token, out.chosen, self.now())
+        """Books sampled tokens, if there are any, and ends the infer when it is over."""
+        if out.tokens:
+            process.tokens += out.tokens
+            process.generated += len(out.tokens)
+            process.drafted += out.drafted
+            process.accepted += len(out.tokens) - 1
+            process.mirror.tokens += len(out.tokens)
+            infer.take(out.tokens, out.chosen, self.now())
             if out.stop:
                 infer.finish = Finish.STOP
             elif len(process.tokens) >= infer.limit:
                 infer.finish = Finish.LENGTH
+        process.pool.memory.publish(process.table, process.tokens, process.computed)
         self.settle(process)
 
     def settle(self, process: Process) -> None:
@@ -320,13 +439,18 @@ class Kernel:
         self.processes.fail_infer(process.beam_of or process, error)
 
     def _step_failed(self, device: Device, flight: Flight, error: errors.LLMasOSError) -> None:
-        """The whole step raised: its requests are failed, the worker lives."""
-        device.flight = None
+        """The whole step raised: its requests are failed, the worker lives. Copies may not have been made,
+        and the steps behind it build on them, so whoever holds a copy starts anew."""
+        self._landed(device)
         self.log.warn(f"{device.name}: step failed: {type(error).__name__}")
-        for process, infer, _ in flight.shares:
-            process.running = False
+        infers = {part.process: part.infer for part in flight.parts}
+        spoiled = {target for _, target in flight.copies}
+        for process in [*infers, *(p for p in flight.pool.processes if p not in infers)]:
+            ours = infers.get(process)
+            if ours is None and spoiled.isdisjoint(process.table.blocks):
+                continue
             self._forget_kv(process)
-            if process.infer is infer:
+            if process.infer is not None and (process.infer is ours or process.ahead):
                 self.fail(process, error)
 
     def _forget_kv(self, process: Process) -> None:
@@ -429,3 +553,13 @@ class Kernel:
                 needed=needed,
                 total=pool.memory.total,
             )
+
+
+def _filled(process: Process, count: int) -> list[bytes]:
+    """The names of the blocks that the next `count` positions of a prompt complete."""
+    if count < base.BLOCK_TOKENS:
+        return []
+    start = process.computed + process.ahead
+    memory, table, tokens = process.pool.memory, process.table, process.tokens
+    whole = range(start // base.BLOCK_TOKENS, (start + count) // base.BLOCK_TOKENS)
+    return [memory.key(table, tokens, index) for index in whole]

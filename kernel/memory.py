@@ -28,11 +28,13 @@ def blocks_for(tokens: int) -> int:
 @dataclass(slots=True)
 class Table:
     """The block table of one process: block of position p is `blocks[p // 16]`. `keys` are the hash
-    chain's keys of the leading full blocks; `salt` separates those who must not share."""
+    chain's keys of the leading full blocks, as far as somebody asked; the first `shown` of them are of
+    blocks that are computed and were published. `salt` separates those who must not share."""
 
     salt: bytes = b""
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
+    shown: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +60,28 @@ class Memory:
         return len(self._free)
 
     def match(self, table: Table, tokens: list[int], limit: int) -> int:
-        """Fills the empty `table` with published blocks that hold a prefix of tokens[:limit].
+        """Extends `table`, all of whose blocks are full and computed, by published blocks that hold what
+        comes next in tokens[:limit].
 
-        Returns the number of tokens so covered, a multiple of 16.
+        Returns the number of tokens that it covers then, a multiple of 16.
         """
-        assert not table.blocks
-        for index in range(limit // BLOCK_TOKENS):
-            key = self._extend(table, tokens, index)
-            block = self._published.get(key)
+        for index in range(len(table.blocks), limit // BLOCK_TOKENS):
+            block = self._published.get(self.key(table, tokens, index))
             if block is None:
-                table.keys.pop()
                 break
             self._share(block)
             table.blocks.append(block)
+        table.shown = max(table.shown, len(table.blocks))
         return len(table.blocks) * BLOCK_TOKENS
+
+    def key(self, table: Table, tokens: list[int], index: int) -> bytes:
+        """What names the full block `index` of a process with these tokens: a hash of all before its end."""
+        while len(table.keys) <= index:
+            place = len(table.keys)
+            parent = table.keys[-1] if table.keys else table.salt
+            chunk = pack_tokens(tokens[place * BLOCK_TOKENS : (place + 1) * BLOCK_TOKENS])
+            table.keys.append(hashlib.blake2b(parent + chunk, digest_size=32).digest())
+        return table.keys[index]
 
     def reserve(self, table: Table, start: int, end: int) -> Room | None:
         """Makes positions start … end-1 of `table` writable. None: no room, and nothing was changed."""
@@ -88,23 +98,24 @@ class Memory:
             table.blocks[index] = block
         for index in range(first, len(table.blocks)):
             self._unpublish(table.blocks[index])
-        del table.keys[first:]
+        table.shown = min(table.shown, first)
         table.blocks.extend(self._take() for _ in range(missing))
         return Room(copies)
 
     def publish(self, table: Table, tokens: list[int], computed: int) -> None:
         """Makes the full blocks of the first `computed` tokens findable."""
-        for index in range(len(table.keys), computed // BLOCK_TOKENS):
-            key = self._extend(table, tokens, index)
+        for index in range(table.shown, computed // BLOCK_TOKENS):
+            key = self.key(table, tokens, index)
             if key not in self._published:
                 self._published[key] = table.blocks[index]
                 self._key[table.blocks[index]] = key
+        table.shown = max(table.shown, computed // BLOCK_TOKENS)
 
     def fork(self, table: Table) -> Table:
         """A second table over the same blocks."""
         for block in table.blocks:
             self._count[block] += 1
-        return Table(table.salt, list(table.blocks), list(table.keys))
+        return Table(table.salt, list(table.blocks), list(table.keys), table.shown)
 
     def truncate(self, table: Table, length: int) -> None:
         """Gives up the blocks behind the first `length` tokens."""
@@ -113,6 +124,7 @@ class Memory:
             self._drop(block)
         del table.blocks[keep:]
         del table.keys[length // BLOCK_TOKENS :]
+        table.shown = min(table.shown, len(table.keys))
 
     def release(self, table: Table) -> None:
         """Gives up everything, tail first, so that prefixes are reused last."""
@@ -127,14 +139,6 @@ class Memory:
         assert counts == self._count, "reference counts differ from the tables"
         assert set(self._free) == {b for b, n in enumerate(counts) if n == 0}, "free list is wrong"
         assert all(self._key[b] == k for k, b in self._published.items()), "published map is wrong"
-
-    def _extend(self, table: Table, tokens: list[int], index: int) -> bytes:
-        """Appends the key of full block `index` to the table's chain."""
-        assert len(table.keys) == index
-        parent = table.keys[-1] if table.keys else table.salt
-        chunk = pack_tokens(tokens[index * BLOCK_TOKENS : (index + 1) * BLOCK_TOKENS])
-        table.keys.append(hashlib.blake2b(parent + chunk, digest_size=32).digest())
-        return table.keys[-1]
 
     def _shared(self, table: Table, index: int) -> bool:
         return self._count[table.blocks[index]] > 1

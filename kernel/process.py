@@ -4,11 +4,12 @@ Its state is derived from facts, never stored:
     ZOMBIE   ended; only `wait` applies
     STOPPED  a STOP signal came
     NEW      its model is not resident yet
-    RUNNING  in the step that is on the device now
+    RUNNING  in a step that is on the device, or sent to it
     READY    has tokens to compute
     WAITING  for its owner's next infer, or for a slow reader
 A process has tokens known and tokens computed; everything the scheduler does is to let the second catch up
-with the first.
+with the first. A step may be planned while the one before it computes: `computed` and `tokens` are what has
+been collected, `ahead`, `coming` and `guesses` what steps in flight will add for certain, or at most.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 INIT = 1
 """The pid that orphans belong to."""
 
-CLASSES = list(SchedClass)
-"""Strongest first."""
+CLASS_RANK = {sched_class: rank for rank, sched_class in enumerate(SchedClass)}
+"""0 is the strongest."""
 
 
 @dataclass(slots=True)
@@ -69,7 +70,12 @@ class Process:
     generated: int = 0
     infer: Infer | None = None
     stopped: bool = False
-    running: bool = False
+    flights: int = 0  # steps not yet collected that it is in, whatever became of their infer
+    ahead: int = 0  # positions that those of this infer compute
+    coming: int = 0  # tokens that they choose for certain
+    guesses: int = 0  # tokens, and positions, that they may add if all their guesses are right
+    drafted: int = 0
+    accepted: int = 0
     exit: Exit | None = None
     vruntime: float = 0.0
     last_run: float = 0.0
@@ -87,16 +93,45 @@ class Process:
         return len(self.tokens) - (0 if self.infer.samples else 1)
 
     @property
+    def lacking(self) -> int:
+        """Positions that a step planned now could compute."""
+        return self.goal + self.coming - self.computed - self.ahead
+
+    @property
     def runnable(self) -> bool:
-        """Whether a step could do something for it now."""
+        """Whether a step planned now could do something for it."""
+        infer = self.infer
         return (
-            self.exit is None
-            and self.infer is not None
-            and not self.running
+            infer is not None
+            and self.exit is None
+            and not infer.blocked
             and not (self.beam_of or self).stopped
-            and not self.infer.blocked
-            and self.computed < self.goal
+            and self.lacking > 0
+            and (not self.ahead or self._foreseeable(infer))
         )
+
+    def _foreseeable(self, infer: Infer) -> bool:
+        """Whether the step after those in flight is certain to be wanted: they do not end it, and the reader
+        will have room."""
+        if infer.scoring:
+            return False
+        surely_over = len(self.tokens) + self.coming >= infer.limit
+        return not self.coming or (infer.credits >= self.coming and not surely_over)
+
+    def reach(self, count: int, draft: int = 0) -> tuple[int, int]:
+        """The first position that `count` more and `draft` guesses may write to, and the end of what they may
+        write at most: nobody knows yet how many guesses of the steps in flight are right."""
+        start = self.computed + self.ahead
+        end = start + count
+        guesses = self.guesses + draft
+        if guesses and self.infer is not None:
+            # The last token that an infer chooses is never computed by it.
+            end = max(end, min(end + guesses, self.infer.limit - 1))
+        return start, end
+
+    def land(self) -> None:
+        """Nothing of this infer is in flight any more: it is over, or its worker is."""
+        self.ahead = self.coming = self.guesses = 0
 
     @property
     def state(self) -> State:
@@ -107,7 +142,7 @@ class Process:
         if not self.pool.ready:
             return State.NEW
         steps = [self, *self.infer.members] if self.infer else []
-        if any(p.running for p in steps):
+        if any(p.flights for p in steps):
             return State.RUNNING
         return State.READY if any(p.runnable for p in steps) else State.WAITING
 
@@ -123,7 +158,7 @@ class Process:
         """Claim to memory: who ranks lower (bigger tuple) gives way. Age decides among equals, so that
         two processes never push each other out in turn; beams stand together, with their leader."""
         head = self.beam_of or self
-        return (CLASSES.index(head.sched_class), head.nice, head.pid, self.pid)
+        return (CLASS_RANK[head.sched_class], head.nice, head.pid, self.pid)
 
     def info(self, now: float, queue_place: int) -> ProcessInfo:
         return ProcessInfo(
@@ -144,4 +179,6 @@ class Process:
             tokens_per_s=round(self.infer.rate(now), 2) if self.infer else 0.0,
             queue_place=queue_place,
             age_s=round(now - self.born, 3),
+            drafted=self.drafted,
+            accepted=self.accepted,
         )

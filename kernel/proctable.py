@@ -178,6 +178,10 @@ class ProcessTable:
         infer = process.infer
         assert infer is not None
         process.infer = None
+        process.land()
+        # Room for guesses that did not come true. Steps in flight may still write there; whoever gets it
+        # writes later (loop.py).
+        process.pool.memory.truncate(process.table, process.computed)
         for member in infer.members:
             self._remove(member)
         infer.members = []

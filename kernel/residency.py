@@ -27,10 +27,9 @@ def pool_for(kernel: Kernel, model: str, device_name: str, dtype: str) -> Pool:
     """The pool for a model, resident, loading, or new. Raises NoSuchModel, NoSuchDevice."""
     manifest = kernel.store.resolve(model)
     device = device_for(kernel, device_name)
-    if not dtype and device.description is not None:
-        dtype = device.description.default_dtype
     files = kernel.store.driver_files(manifest)
     for pool in device.pools:
+        # Asked for nothing, a device chooses by the files alone, so it would choose the same again.
         same_dtype = pool.dtype == dtype or (pool.loaded is not None and pool.loaded.dtype == dtype)
         if pool.files == files and same_dtype:  # whatever its names are, and however often it was pulled
             return pool
@@ -80,7 +79,14 @@ def load(kernel: Kernel, device: Device, pool: Pool) -> None:
     """Asks the worker to make the pool resident."""
     assert device.worker is not None
     device.loading = pool
-    spec = base.LoadSpec(pool.handle, pool.files, pool.dtype, kernel.config.kv_fraction)
+    spec = base.LoadSpec(
+        pool.handle,
+        pool.files,
+        pool.dtype,
+        kernel.config.kv_fraction,
+        kernel.config.kv_dtype,
+        str(kernel.store.derived),
+    )
     kernel.effects.append(ToWorker(device.worker, base.Load(spec)))
 
 

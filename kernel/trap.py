@@ -404,7 +404,8 @@ def _set_priority(kernel: Kernel, session: Session, call: table.SetPriority) -> 
 
 def _places(kernel: Kernel) -> dict[int, int]:
     """Queue places by pid, from 1, of what could run but is not in the step."""
-    queue = scheduler.order(kernel.processes, kernel.now(), kernel.config.aging_s)
+    waiting = (process for process in kernel.processes if not process.flights)
+    queue = scheduler.order(waiting, kernel.now(), kernel.config.aging_s)
     return {p.pid: place for place, p in enumerate(queue, 1)}
 
 

@@ -79,8 +79,8 @@ class SpawnReply(t.Wire, frozen=True):
 class SpawnModel(Call, frozen=True):
     """Starts a process: an empty context of a model, owned by the caller.
 
-    `model` is a name in the model filesystem. `device` and `dtype` empty: the kernel chooses. A process
-    ends with the session that spawned it unless `detached`.
+    `model` is a name in the model filesystem. `device` empty: the kernel chooses; `dtype` (of the weights)
+    empty: what suits how they are stored. A process ends with the session that spawned it unless `detached`.
     Raises NoSuchModel, NoSuchDevice, TooManyProcesses, UnsupportedModel, NeverFits.
     """
 
@@ -90,7 +90,7 @@ class SpawnModel(Call, frozen=True):
     sched_class: t.SchedClass = t.SchedClass.INTERACTIVE
     nice: Annotated[int, Meta(ge=-20, le=19)] = 0
     device: Annotated[str, Meta(max_length=32)] = ""
-    dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16)$")] = ""
+    dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16|int8|int4)$")] = ""
     label: Annotated[str, Meta(max_length=64)] = ""
     detached: bool = False
 
@@ -131,7 +131,7 @@ class Infer(Call, frozen=True):
     sched_class: t.SchedClass = t.SchedClass.INTERACTIVE
     nice: Annotated[int, Meta(ge=-20, le=19)] = 0
     device: Annotated[str, Meta(max_length=32)] = ""
-    dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16)$")] = ""
+    dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16|int8|int4)$")] = ""
 
 
 class ForkReply(t.Wire, frozen=True):

@@ -159,6 +159,8 @@ class ProcessInfo(Wire, frozen=True):
     tokens_per_s: float
     queue_place: int  # 0: not queued
     age_s: float
+    drafted: int = 0  # tokens guessed while generating
+    accepted: int = 0  # of them came true
 
 
 class FileKind(enum.StrEnum):
@@ -183,6 +185,8 @@ class PoolInfo(Wire, frozen=True):
 
     model: str
     dtype: str
+    kv_dtype: str
+    engine: str  # what computes it, and why nothing faster does
     weights_bytes: int
     block_bytes: int
     blocks_total: int

@@ -21,6 +21,8 @@ from .config import Shape
 
 # Bytes that one group of decoding sequences may gather in a layer: on a CPU it should stay in the cache.
 _GATHER_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+# Scores that are held at once where they have to be written out.
+_SCORES = 1 << 26
 
 
 class KvPool:
@@ -183,17 +185,29 @@ class Plan:
         return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
 
     def attend(
-        self, layer: int, query: torch.Tensor, kv: torch.Tensor, scale: float, window: int = 0
+        self,
+        layer: int,
+        query: torch.Tensor,
+        kv: torch.Tensor,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Writes kv [T, 2 * kv_heads, head_dim] of all rows, then attends with query [T, heads, head_dim].
-        Returns [T, heads * head_dim]."""
+        Returns [T, heads * head_dim]. `softcap` c > 0 bends scores to c * tanh(score / c) (Gemma 2); `sinks`
+        [heads] are scores of keys without a value (StreamingLLM, gpt-oss)."""
         self._pool.write(layer, self._slots, kv)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         for group in self._groups:
             end = group.first + group.sequences * group.queries
             part = query[group.first : end]
+            mask = group.masks[window]
+            if softcap or sinks is not None:
+                out[group.first : end] = self._scored(layer, group, part, scale, mask, softcap, sinks)
+                continue
             attend = self._decode if group.queries == 1 else self._prefill
-            out[group.first : end] = attend(layer, group, part, scale, group.masks[window])
+            out[group.first : end] = attend(layer, group, part, scale, mask)
         return out.flatten(1)
 
     def _context(self, layer: int, group: _Group) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,3 +243,37 @@ class Plan:
             enable_gqa=query.shape[1] != keys.shape[0],
         )
         return found[0].transpose(0, 1)
+
+    def _scored(
+        self,
+        layer: int,
+        group: _Group,
+        query: torch.Tensor,
+        scale: float,
+        mask: torch.Tensor | None,
+        softcap: float,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Decoding or prefill with the scores written out, for what torch's attention cannot do to them."""
+        kv_heads, length = self._pool.shape.kv_heads, group.length
+        keys, values = self._context(layer, group)
+        keys, values = keys[:, :, None].transpose(-1, -2), values[:, :, None]
+        rows = query.view(group.sequences, group.queries, kv_heads, -1, query.shape[-1])
+        rows = rows.permute(2, 0, 3, 1, 4)  # [kv_heads, sequences, heads of each, queries, head_dim]
+        found = torch.empty_like(rows)
+        step = max(1, _SCORES // (group.sequences * query.shape[1] * length))
+        for first in range(0, group.queries, step):
+            part = slice(first, first + step)
+            scores = (rows[:, :, :, part] @ keys).float() * scale
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            if mask is not None:
+                scores = scores + mask[:, 0, None, part]
+            elif group.queries > 1:  # a chunk from position 0
+                later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(first + 1)
+                scores = scores.masked_fill(later, float("-inf"))
+            if sinks is not None:
+                column = sinks.float().view(kv_heads, 1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+                scores = torch.cat((scores, column), dim=-1)
+            found[:, :, :, part] = scores.softmax(dim=-1)[..., :length].to(values.dtype) @ values
+        return found.permute(1, 3, 0, 2, 4).reshape(query.shape)

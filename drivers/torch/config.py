@@ -1,115 +1,22 @@
-"""Typed reading of a model's config.json: what a family asks for is checked and named when it is wrong.
-
-Both styles of transformers are read: 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`).
-"""
+"""The activations of model_config as torch functions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from llmasos.syscalls import errors
 from torch.nn import functional
+
+from ..model_config import Config, Shape
+
+__all__ = ["ACTIVATIONS", "Activation", "Config", "Shape"]
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
-_TANH_GELU = partial(functional.gelu, approximate="tanh")
-_ACTIVATIONS: dict[str, Activation] = {
+ACTIVATIONS: dict[str, Activation] = {
     "silu": functional.silu,
-    "swish": functional.silu,
     "gelu": functional.gelu,
-    "gelu_new": _TANH_GELU,
-    "gelu_fast": _TANH_GELU,
-    "gelu_pytorch_tanh": _TANH_GELU,
+    "gelu_tanh": partial(functional.gelu, approximate="tanh"),
     "relu": functional.relu,
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """What the executor must know of a model to make its KV pool and check its input."""
-
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    context_length: int
-    vocab_size: int
-
-
-class Config:
-    """A config.json. Every getter raises UnsupportedModel naming the option."""
-
-    def __init__(self, values: dict[str, Any]) -> None:
-        self._values = values
-
-    def get(self, name: str, default: Any = None) -> Any:
-        value = self._values.get(name)
-        return default if value is None else value
-
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
-        value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
-            raise _refused(name, value, "a positive whole number")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        value = self.get(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
-            raise _refused(name, value, "a number")
-        return float(value)
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self.get(name, default)
-        if not isinstance(value, bool):
-            raise _refused(name, value, "true or false")
-        return value
-
-    def activation(self, name: str, default: str) -> Activation:
-        value = self.get(name, default)
-        if value not in _ACTIVATIONS:
-            raise _refused(name, value, f"one of {', '.join(_ACTIVATIONS)}")
-        return _ACTIVATIONS[value]
-
-    def per_layer(self, name: str, layers: int) -> list[Any] | None:
-        """A list with an item for each layer, if the config has it."""
-        value = self.get(name)
-        if value is not None and (not isinstance(value, list) or len(value) < layers):
-            raise _refused(name, value, f"a list of {layers} items")
-        return value
-
-    def check(self, holds: bool, name: str, wanted: str) -> None:
-        """Raises for option `name` unless the condition holds."""
-        if not holds:
-            raise _refused(name, self.get(name), wanted)
-
-    def refuse_unless(self, **neutral: Any) -> None:
-        """Raises for options whose value is not the one at which they do nothing."""
-        for name, harmless in neutral.items():
-            if self.get(name, harmless) != harmless:
-                raise _refused(name, self.get(name), repr(harmless))
-
-    def rope(self, default_theta: float) -> Config:
-        """The rotary parameters in transformers 5 style, `rope_type` and `rope_theta` always set."""
-        given = self.get("rope_scaling") or self.get("rope_parameters") or {}
-        if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-            raise _refused("rope_parameters", "one map a layer type", "one map for all layers")
-        merged = {"rope_theta": self.number("rope_theta", default_theta), **given}
-        merged.setdefault("rope_type", given.get("type", "default"))
-        for name in ("original_max_position_embeddings", "partial_rotary_factor"):
-            if self.get(name) is not None:
-                merged[name] = self.get(name)
-        merged.setdefault("original_max_position_embeddings", self.get("max_position_embeddings"))
-        return Config(merged)
-
-
-def _refused(name: str, value: Any, wanted: str) -> errors.UnsupportedModel:
-    return errors.UnsupportedModel(
-        f"config option {name!r} is {str(value)[:64]!r}; the driver computes only {wanted}",
-        hint="no driver computes this variant of the architecture",
-        option=name,
-    )

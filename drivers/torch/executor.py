@@ -58,7 +58,6 @@ class TorchDriver:
             memory_total=total,
             memory_free=free,
             dtypes=list(_DTYPES),
-            default_dtype=self._default_dtype(),
             step_tokens=4096 if cuda else 256,
             max_sequences=256 if cuda else 32,
         )
@@ -66,44 +65,63 @@ class TorchDriver:
     def _text(self) -> str:
         if self._device.type == "cuda":
             return f"torch {torch.__version__}, {torch.cuda.get_device_name(self._device)}"
-        packed = "oneDNN packed weights" if linear.can_pack(self._device, torch.float32) else "plain matrices"
-        threads = torch.get_num_threads()
-        return f"torch {torch.__version__}, {packed}, {threads} threads, {host.cpu_name()}"
+        return f"{self._engine(torch.float32)}, {torch.get_num_threads()} threads, {host.cpu_name()}"
 
-    def _default_dtype(self) -> str:
-        return "bfloat16" if self._device.type == "cuda" or host.computes_bfloat16() else "float32"
+    def _engine(self, dtype: torch.dtype) -> str:
+        if self._device.type == "cuda":
+            return f"torch {torch.__version__}, eager"
+        packed = "oneDNN packed weights" if linear.can_pack(self._device, dtype) else "plain matrices"
+        return f"torch {torch.__version__}, {packed}"
+
+    def _dtype(self, spec: LoadSpec, checkpoint: Checkpoint) -> str:
+        """What to compute in. Half the bytes are half the time only where they are multiplied as they are."""
+        if spec.dtype:
+            return spec.dtype
+        if self._device.type == "cuda":
+            return "bfloat16"
+        halved = checkpoint.stored in ("BF16", "F16")
+        return "bfloat16" if halved and host.computes_bfloat16() else "float32"
 
     def load(self, spec: LoadSpec) -> Loaded:
-        dtype = spec.dtype or self._default_dtype()
-        if dtype not in _DTYPES:
+        if spec.dtype and spec.dtype not in _DTYPES:
             raise errors.UnsupportedModel(
-                f"{self._name} does not compute in {dtype!r}", hint=f"one of {', '.join(_DTYPES)}"
+                f"{self._name} does not compute in {spec.dtype!r}",
+                hint=f"one of {', '.join(_DTYPES)}, or none: what suits the model",
             )
         self.unload(spec.handle)
         with torch.inference_mode():
-            resident = self._twice(lambda: self._load(spec, dtype), "loading a model")
+            resident = self._twice(lambda: self._load(spec), "loading a model")
         self._residents[spec.handle] = resident
         return resident.loaded
 
-    def _load(self, spec: LoadSpec, dtype: str) -> Resident:
+    def _load(self, spec: LoadSpec) -> Resident:
         checkpoint = Checkpoint(spec.files)
+        name = self._dtype(spec, checkpoint)
+        dtype = _DTYPES[name]
+        if spec.kv_dtype not in ("", name):
+            raise errors.UnsupportedModel(
+                f"{self._name} keeps KV in the dtype of the weights, {name}, not in {spec.kv_dtype[:32]!r}",
+                hint="leave kv_dtype empty",
+            )
         config = Config(checkpoint.config)
         family = family_of(config)
         shape = family.shape_of(config)
-        self._check_weights(checkpoint, _DTYPES[dtype])
-        model = family.build(config, checkpoint, self._device, _DTYPES[dtype])
-        block_bytes = KvPool.block_bytes(shape, _DTYPES[dtype])
+        self._check_weights(checkpoint, dtype)
+        model = family.build(config, checkpoint, self._device, dtype)
+        block_bytes = KvPool.block_bytes(shape, dtype)
         blocks = self._blocks(shape, block_bytes, spec.kv_fraction)
         loaded = Loaded(
             handle=spec.handle,
-            dtype=dtype,
+            dtype=name,
+            kv_dtype=name,
+            engine=getattr(model, "engine", "") or self._engine(dtype),
             context_length=shape.context_length,
             vocab_size=shape.vocab_size,
             blocks=blocks,
             block_bytes=block_bytes,
             weights_bytes=model.weights_bytes,
         )
-        pool = KvPool(shape, blocks, _DTYPES[dtype], self._device)
+        pool = KvPool(shape, blocks, dtype, self._device)
         return Resident(loaded, model, pool, Mirror(blocks, shape.vocab_size, shape.context_length))
 
     def _check_weights(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:

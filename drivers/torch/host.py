@@ -1,48 +1,13 @@
-"""What machine this is: cores, names and the memory that is really free, of the host and of CUDA devices."""
+"""The memory that is really free, of the host and of CUDA devices."""
 
 from __future__ import annotations
 
-import os
-import platform
-from pathlib import Path
-
-import psutil  # type: ignore[import-untyped]
 import torch
 
-_CGROUP = Path("/sys/fs/cgroup")
+from .. import host
+from ..host import computes_bfloat16, cpu_name, physical_cores
 
-
-def physical_cores() -> int:
-    """Cores that this process may use; hyper-threads share one and do not count."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed))
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.lower().startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def computes_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices in hardware; elsewhere float32 is faster and better."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    words = set(flags.split())
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
-
-
-def _cgroup_number(name: str) -> int | None:
-    try:
-        return int((_CGROUP / name).read_text())
-    except (OSError, ValueError):
-        return None
+__all__ = ["computes_bfloat16", "cpu_name", "memory", "physical_cores"]
 
 
 def memory(device: torch.device) -> tuple[int, int]:
@@ -52,9 +17,4 @@ def memory(device: torch.device) -> tuple[int, int]:
         # What torch's allocator holds but does not use is free for us.
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return total, free + cached
-    host = psutil.virtual_memory()
-    total, free = int(host.total), int(host.available)
-    limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
-    if limit is not None and used is not None and limit < total:
-        total, free = limit, min(free, max(0, limit - used))
-    return total, free
+    return host.memory()

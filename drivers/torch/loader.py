@@ -20,7 +20,7 @@ class Loader:
         self.nbytes = 0
 
     def tensor(self, name: str) -> torch.Tensor:
-        tensor = self.checkpoint.read(name, self.dtype).to(self.device)
+        tensor = self.checkpoint.tensor(name, self.dtype).to(self.device)
         self.nbytes += tensor.nbytes
         return tensor
 
@@ -28,7 +28,7 @@ class Loader:
         """Layers of one input as one matrix [out, in]; `edit` changes weight and bias of single ones."""
 
         def read(name: str, part: str) -> torch.Tensor:
-            tensor = self.checkpoint.read(f"{name}.{part}", self.dtype)
+            tensor = self.checkpoint.tensor(f"{name}.{part}", self.dtype)
             return edit[name](tensor) if edit and name in edit else tensor
 
         weight = torch.cat([read(name, "weight") for name in names])

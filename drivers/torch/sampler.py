@@ -10,14 +10,13 @@ repeats itself.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from llmasos.syscalls import types as t
 
-from ..mirror import Sequence
+from ..mirror import Choice, Sequence
 
 _Ids = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -28,56 +27,36 @@ NOT_FINITE = "the model's logits are not finite: it overflowed or its weights ar
 NOTHING_LEFT = "no token is left to choose: no_repeat_ngram_size or min_new_tokens forbid all"
 
 
-@dataclass(slots=True)
-class Choice:
-    """`error` not empty: nothing was chosen."""
-
-    token: int
-    chosen: t.Chosen | None = None
-    error: str = ""
-
-
 def uniform(seed: int, position: int) -> float:
     """The noise of a sequence with `seed` for the token at `position`, in [0, 1)."""
     raw = np.random.Philox(key=seed, counter=position).random_raw()
     return (raw >> 11) / 2**53
 
 
-def _is_plain(sequence: Sequence) -> bool:
-    return sequence.sampling.temperature == 0 and not _has_processors(sequence)
-
-
-def _has_processors(sequence: Sequence) -> bool:
-    sampling = sequence.sampling
-    return (
-        sampling.repetition_penalty != 1
-        or sampling.presence_penalty != 0
-        or sampling.frequency_penalty != 0
-        or sampling.no_repeat_ngram_size > 0
-        or sequence.generated < sampling.min_new_tokens
-    )
-
-
-def choose(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
-    """The next token of each sequence from float32 logits [R, vocab_size], which are left as they are."""
+def choose(logits: torch.Tensor, rows: list[tuple[Sequence, int]]) -> list[Choice]:
+    """A token for each row of float32 logits [R, vocab_size], which are left as they are. A row is a
+    sequence and the position of the token that is chosen; a sequence may have several, if nothing that came
+    before changes its scores."""
     best, token = logits.max(dim=-1)
     finite, tokens = best.isfinite().tolist(), token.tolist()
-    choices = [Choice(tokens[row], error="" if finite[row] else NOT_FINITE) for row in range(len(sequences))]
-    working = [row for row, s in enumerate(sequences) if finite[row] and not _is_plain(s)]
+    choices = [Choice(tokens[row], error="" if finite[row] else NOT_FINITE) for row in range(len(rows))]
+    working = [
+        row for row, (s, _) in enumerate(rows) if finite[row] and (s.sampling.temperature > 0 or s.processed)
+    ]
     if working:
         scores = logits[working]
         for index, row in enumerate(working):
-            process(scores[index], sequences[row])
-        for row, found in zip(working, _draw(scores, [sequences[row] for row in working]), strict=True):
+            process(scores[index], rows[row][0])
+        for row, found in zip(working, _draw(scores, [rows[row] for row in working]), strict=True):
             choices[row] = Choice(found) if found >= 0 else Choice(-1, error=NOTHING_LEFT)
     asked = [
         row
         for row, choice in enumerate(choices)
-        if not choice.error and sequences[row].sampling.logprobs is not None
+        if not choice.error and rows[row][0].sampling.logprobs is not None
     ]
     if asked:
         wanted = [choices[row].token for row in asked]
-        tops = [sequences[row].sampling.logprobs or 0 for row in asked]
+        tops = [rows[row][0].sampling.logprobs or 0 for row in asked]
         for row, chosen in zip(asked, score(logits[asked], wanted, tops), strict=True):
             choices[row].chosen = chosen
     return choices
@@ -110,7 +89,7 @@ def best_continuations(logits: torch.Tensor, sequence: Sequence, count: int) -> 
 
 def process(scores: torch.Tensor, sequence: Sequence) -> None:
     """Applies the penalties and bans of `sequence` to its scores [vocab_size], in place."""
-    if not _has_processors(sequence):
+    if not sequence.processed:
         return
     sampling = sequence.sampling
     tokens = np.array(sequence.tokens, np.int64)
@@ -141,26 +120,26 @@ def _completes_ngram(tokens: _Ids, size: int) -> _Ids:
     return found
 
 
-def _draw(scores: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+def _draw(scores: torch.Tensor, rows: list[tuple[Sequence, int]]) -> list[int]:
     """One token a row of processed scores [R, vocab_size], which are overwritten; -1 if all are forbidden."""
     best, token = scores.max(dim=-1)
     found = [
         value if possible else -1
         for value, possible in zip(token.tolist(), best.isfinite().tolist(), strict=True)
     ]
-    noisy = [row for row, s in enumerate(sequences) if s.sampling.temperature > 0 and found[row] >= 0]
+    noisy = [row for row, (s, _) in enumerate(rows) if s.sampling.temperature > 0 and found[row] >= 0]
     if noisy:
-        chosen = [sequences[row] for row in noisy]
-        drawn = sample(warp(scores[noisy], [s.sampling for s in chosen]), chosen)
+        chosen = [rows[row] for row in noisy]
+        drawn = sample(warp(scores[noisy], [s.sampling for s, _ in chosen]), chosen)
         for row, value in zip(noisy, drawn, strict=True):
             found[row] = value
     return found
 
 
-def sample(scores: torch.Tensor, sequences: list[Sequence]) -> list[int]:
-    """Inverse of the cumulated distribution at each sequence's noise, in double precision."""
+def sample(scores: torch.Tensor, rows: list[tuple[Sequence, int]]) -> list[int]:
+    """Inverse of the cumulated distribution at each row's noise, in double precision."""
     cumulated = torch.softmax(scores, dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    noise = [uniform(s.sampling.seed or 0, len(s.tokens)) for s in sequences]
+    noise = [uniform(s.sampling.seed or 0, position) for s, position in rows]
     level = torch.tensor(noise, dtype=torch.float64, device=scores.device)[:, None] * cumulated[:, -1:]
     place = torch.searchsorted(cumulated, level, right=True)
     return [int(value) for value in place[:, 0].clamp_(max=scores.shape[1] - 1).tolist()]

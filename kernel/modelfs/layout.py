@@ -20,7 +20,16 @@ from msgspec import Struct
 from . import safetensors_index
 
 ARCHITECTURES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "smollm3")
-"""Values of config.json's model_type that a driver computes."""
+"""Values of config.json's model_type that a driver computes with code of ours."""
+
+DECODERS = ("ForCausalLM", "LMHeadModel")
+"""Ends of the class names in config.json's `architectures` of models that continue text. Where transformers
+is installed, a driver computes those of them that we have no code for."""
+
+# Such models that no driver computes, refused before gigabytes are fetched: they keep a state between tokens,
+# or bend the scores of attention by distance. Only the driver knows all of them.
+_UNPAGED = {"bamba", "bloom", "falcon_h1", "falcon_mamba", "jamba", "lfm2", "mamba", "mamba2", "mpt"}
+_UNPAGED |= {"nemotron_h", "qwen3_next", "recurrent_gemma", "rwkv", "xlstm", "zamba", "zamba2"}
 
 PICKLES = (
     ".bin",
@@ -51,7 +60,9 @@ MAX_TEMPLATE = 1024 * 1024
 _LICENSE = re.compile(r"(?i)(licen[cs]e|copying)(\.(md|txt))?")
 _TYPES = ("F32", "F16", "BF16")
 # Buffers that old checkpoints carry; the code computes them.
-_BUFFERS = re.compile(r".*(\.attn\.(masked_)?bias|rotary_emb\.inv_freq)")
+_BUFFERS = re.compile(
+    r".*(\.(attn|attention)\.(masked_)?bias|\.causal_mask|rotary_emb\.inv_freq|position_ids)"
+)
 
 
 class Assembled(Struct, frozen=True):
@@ -164,21 +175,31 @@ def check_config(data: bytes) -> dict[str, Any]:
         )
     if config.get("quantization_config"):
         raise UnsupportedModel("weights quantised for transformers", hint="try the full model or a GGUF file")
-    architecture = config.get("model_type")
-    if architecture not in ARCHITECTURES:
-        raise UnsupportedModel(
-            f"no support for the architecture {str(architecture)[:40]!r}",
-            hint=f"known: {', '.join(ARCHITECTURES)}",
-        )
+    _check_architecture(config)
     check_dimensions(config)
     return config
+
+
+def _check_architecture(config: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModel unless it is one of ours or may be one that transformers computes."""
+    kind, classes = config.get("model_type"), config.get("architectures")
+    if kind in ARCHITECTURES:
+        return
+    named = isinstance(kind, str) and re.fullmatch(r"[\w.-]{1,64}", kind) is not None
+    decoder = isinstance(classes, list) and any(str(name).endswith(DECODERS) for name in classes)
+    if not named or not decoder or kind in _UNPAGED or config.get("is_encoder_decoder"):
+        raise UnsupportedModel(
+            f"no support for the architecture {str(kind)[:40]!r}",
+            hint=f"known: {', '.join(ARCHITECTURES)}, and decoders (…ForCausalLM) that transformers knows",
+        )
 
 
 def check_dimensions(config: Mapping[str, Any]) -> None:
     """Raises Corrupt when a size in config.json is no sane number."""
     for key, value in config.items():
         if key.startswith(("n_", "num_")) or key.endswith(("_size", "_dim", "_embeddings")):
-            sane = value is None or (isinstance(value, (int, float)) and 0 <= value < 2**31)
+            each = value if isinstance(value, list) else [value]  # some models give a size for each layer
+            sane = all(v is None or (isinstance(v, (int, float)) and 0 <= v < 2**31) for v in each)
             if key == "tie_word_embeddings" or sane:
                 continue
             raise Corrupt(f"config.json: {key} is {str(value)[:40]}", file="config.json")

@@ -2,12 +2,16 @@
 
     <home>/modelfs/blobs/sha256-<hex>           immutable files, each by the hash of its content
     <home>/modelfs/manifests/<name>/<tag>.json  which blobs a model is made of
+    <home>/modelfs/derived/<hex>-<anything>     what drivers made of blobs; kept as long as the blob
     <home>/modelfs/tmp/                         what is not finished; wheels/ survives a failed import
     <home>/modelfs/imports.lock                 held shared by whoever adds blobs, exclusively by `gc`
 
 The disk is the truth and nothing is cached: an importer is another process that adds models at any time.
 A file appears under its final name only complete and synced (temporary name, fsync, rename, fsync of the
 folder), so a crash at any moment leaves at most unreferenced blobs and things in tmp/, which `gc` removes.
+
+Drivers write to derived/ alone, and only what can be made again. A file there begins with the first 32 hex
+digits of the SHA-256 of a weight file; its name ends in `.tmp` until it is complete.
 """
 
 from __future__ import annotations
@@ -37,6 +41,12 @@ MAX_READ = 1024 * 1024
 MAX_MANIFEST = 4 * 1024 * 1024
 WHEELS_KEPT_S = 7 * 86400
 """A downloaded wheel whose import failed is kept this long, so that a rerun need not fetch it again."""
+
+UNFINISHED_KEPT_S = 3600
+"""A file of derived/ that nobody has written to for so long will not be finished."""
+
+DERIVED_PREFIX = 32
+"""Hex digits of a blob's digest that the names of what was derived from it begin with."""
 
 _CHUNK = 4 * 1024 * 1024
 
@@ -110,9 +120,18 @@ class ModelFS:
         self.folder = home / "modelfs"
         self.blobs = self.folder / "blobs"
         self.manifests = self.folder / "manifests"
+        self.derived = self.folder / "derived"
         self.tmp = self.folder / "tmp"
         self.wheels = self.tmp / "wheels"
-        for folder in (home, self.folder, self.blobs, self.manifests, self.tmp, self.wheels):
+        for folder in (
+            home,
+            self.folder,
+            self.blobs,
+            self.manifests,
+            self.derived,
+            self.tmp,
+            self.wheels,
+        ):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     # -- looking --------------------------------------------------------------------------------------
@@ -167,13 +186,14 @@ class ModelFS:
         return {f.path: File(str(self.blob(f.digest)), f.digest, f.size) for f in manifest.files}
 
     def usage(self) -> tuple[int, int]:
-        """Bytes of all blobs, and how many they are."""
+        """Bytes of all blobs and of what was derived from them, and how many blobs there are."""
         total = count = 0
-        with os.scandir(self.blobs) as entries:
-            for entry in entries:
-                count += 1
-                with contextlib.suppress(FileNotFoundError):
-                    total += entry.stat().st_size
+        for folder in (self.blobs, self.derived):
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    count += folder is self.blobs
+                    with contextlib.suppress(FileNotFoundError):
+                        total += entry.stat().st_size
         return total, count
 
     def blob(self, digest: str) -> Path:
@@ -203,8 +223,8 @@ class ModelFS:
         return self.gc(pinned)
 
     def gc(self, pinned: set[str]) -> int:
-        """Removes blobs that neither a manifest nor `pinned` needs, and what is left in tmp/. Returns the
-        bytes freed.
+        """Removes blobs that neither a manifest nor `pinned` needs, what was derived from them, and what is
+        left in tmp/. Returns the bytes freed.
 
         Does nothing while an import runs: its blobs have no manifest yet. So the kernel calls this at boot
         and whenever an importer has ended. While a manifest is damaged (`ls` and `fsck` say so), nobody can
@@ -225,6 +245,7 @@ class ModelFS:
                 if path.name.replace("-", ":", 1) not in needed:
                     freed += path.lstat().st_size
                     path.unlink()
+            freed += self._sweep_derived(needed)
         return freed
 
     def fsck(self) -> list[str]:
@@ -451,6 +472,20 @@ class ModelFS:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+        return freed
+
+    def _sweep_derived(self, needed: set[str]) -> int:
+        """Removes what was derived from blobs that are not `needed`, and what was never finished."""
+        freed = 0
+        kept = {digest.removeprefix("sha256:")[:DERIVED_PREFIX] for digest in needed}
+        limit = time.time() - UNFINISHED_KEPT_S
+        for path in self.derived.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a driver may replace and remove files here
+                found = path.lstat()
+                unfinished = path.name.endswith(".tmp") and found.st_mtime < limit
+                if path.name[:DERIVED_PREFIX] not in kept or unfinished:
+                    path.unlink()
+                    freed += found.st_size
         return freed
 
     def _check_blob(self, file: ManifestFile) -> str:

@@ -72,8 +72,8 @@ def test_what_kills_its_driver_twice_is_refused_and_others_go_on(daemons):
 
 def test_a_killed_supervisor_leaves_no_orphans(daemons):
     daemon = daemons('devices=["null"]', tiny=TINY)
+    until(lambda: len(psutil.Process(daemon.process.pid).children(recursive=True)) == 2)
     children = psutil.Process(daemon.process.pid).children(recursive=True)
-    assert len(children) == 2
     daemon.process.kill()
     _, alive = psutil.wait_procs(children, timeout=2)
     assert not alive, alive

@@ -15,6 +15,7 @@ import torch
 import transformers
 from llmasos.drivers import base, null
 from llmasos.drivers.simulated import SimulatedDriver
+from llmasos.drivers.native.executor import NativeDriver
 from llmasos.drivers.torch.executor import TorchDriver
 from llmasos.syscalls import types as t
 
@@ -150,6 +151,7 @@ class Seq:
     blocks: list[int]
     sampling: t.Sampling
     computed: int = 0
+    limit: int = 10_000
     pending: list[base.SeqOpen] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
 
@@ -174,8 +176,17 @@ class Kernel:
         return seq
 
     def _announce(self, seq: Seq) -> None:
-        packed = t.pack_tokens(seq.tokens)
-        seq.pending = [base.SeqOpen(seq.id, packed, seq.prompt_length, list(seq.blocks), seq.sampling)]
+        seq.pending = [
+            base.SeqOpen(
+                seq.id,
+                t.pack_tokens(seq.tokens),
+                seq.prompt_length,
+                min(seq.computed, len(seq.tokens)),
+                seq.limit,
+                list(seq.blocks),
+                seq.sampling,
+            )
+        ]
 
     def close(self, seq: Seq) -> None:
         self._closes.append(seq.id)
@@ -204,35 +215,52 @@ class Kernel:
         self._announce(seq)
 
     def step(
-        self, counts: list[tuple[Seq, int]], *, sample: bool = True, beams: int = 0
+        self, counts: list[tuple[Seq, int]], *, sample: bool = True, beams: int = 0, draft: int = 0
     ) -> list[base.SeqOut]:
         """Computes the next `count` positions of each sequence; one result each, in this order."""
+        return self.collect(self.submit(counts, sample=sample, beams=beams, draft=draft))
+
+    def submit(
+        self,
+        counts: list[tuple[Seq, int]],
+        *,
+        sample: bool = True,
+        beams: int = 0,
+        draft: int = 0,
+        ahead: int = 0,
+    ) -> tuple[int, list[Seq]]:
+        """Sends a step; `ahead` positions of each sequence are being computed by steps not yet collected."""
         works, opens, copies = [], [], []
         for seq, count in counts:
             opens += seq.pending
             copies += seq.copies
             seq.pending, seq.copies = [], []
             fresh = []
-            while len(seq.blocks) * 16 < seq.computed + count:
+            while len(seq.blocks) * 16 < seq.computed + ahead + count + draft:
                 fresh.append(self.free.pop())
                 seq.blocks.append(fresh[-1])
-            works.append(base.Work(seq.id, seq.computed, count, [], fresh, sample, beams))
+            works.append(base.Work(seq.id, count, [], fresh, sample, beams, draft))
         batch = base.Batch(next(self._tickets), self.loaded.handle, self._closes, opens, copies, works)
         self._closes = []
-        outputs = self.driver.collect(self.driver.submit(batch)).outputs
-        for (seq, count), out in zip(counts, outputs, strict=True):
+        return self.driver.submit(batch), [seq for seq, _ in counts]
+
+    def collect(self, step: tuple[int, list[Seq]]) -> list[base.SeqOut]:
+        ticket, seqs = step
+        outputs = self.driver.collect(ticket).outputs
+        for seq, out in zip(seqs, outputs, strict=True):
             if not out.error:
-                seq.computed += count
-                seq.tokens += [out.token] if out.token >= 0 else []
+                seq.computed = out.computed
+                seq.tokens += out.tokens
         return outputs
 
-    def generate(self, seqs: list[Seq], count: int, chunk: int = 10_000) -> list[list[int]]:
+    def generate(self, seqs: list[Seq], count: int, chunk: int = 10_000, draft: int = 0) -> list[list[int]]:
         """Prefills in chunks and generates `count` tokens for each; all in the same steps."""
-        goals = {seq.id: len(seq.tokens) + count for seq in seqs}
-        while left := [seq for seq in seqs if len(seq.tokens) < goals[seq.id]]:
-            outputs = self.step([(seq, min(chunk, len(seq.tokens) - seq.computed)) for seq in left])
+        lengths = {seq.id: len(seq.tokens) for seq in seqs}
+        while left := [seq for seq in seqs if len(seq.tokens) < lengths[seq.id] + count]:
+            counts = [(seq, min(chunk, len(seq.tokens) - seq.computed)) for seq in left]
+            outputs = self.step(counts, draft=draft)
             assert not [out.error for out in outputs if out.error]
-        return [seq.tokens[-count:] for seq in seqs]
+        return [seq.tokens[lengths[seq.id] :][:count] for seq in seqs]
 
 
 def start(driver: base.Driver, files: dict[str, base.File], dtype: str = "float32") -> Kernel:
@@ -268,7 +296,7 @@ def _null_greedy(tokens: list[int], count: int) -> list[int]:
     return out[len(tokens) :]
 
 
-@pytest.fixture(params=["null", "simulated", "cpu", "cuda"])
+@pytest.fixture(params=["null", "simulated", "native", "torch", "cuda"])
 def subject(request: pytest.FixtureRequest, tiny: Callable[[str], Tiny]) -> Iterator[Subject]:
     model = tiny("llama")
     if request.param in ("null", "simulated"):
@@ -277,6 +305,9 @@ def subject(request: pytest.FixtureRequest, tiny: Callable[[str], Tiny]) -> Iter
     else:
         if request.param == "cuda" and not torch.cuda.is_available():
             pytest.skip("no CUDA device")
-        driver = TorchDriver(request.param)
+        if request.param == "native":
+            driver = NativeDriver(lambda level, text: None)
+        else:
+            driver = TorchDriver("cpu" if request.param == "torch" else "cuda")
         yield Subject(start(driver, model.files), model.greedy)
     driver.close()

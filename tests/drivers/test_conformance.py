@@ -129,12 +129,12 @@ def test_logprobs_and_prompt_logprobs_come_when_asked_for(subject: Any) -> None:
         [out] = kernel.step([(seq, count)])
         prompts += out.prompt
     assert len(prompts) == 19
-    assert out.chosen is not None
-    assert [len(score.top) for score in (*prompts, out.chosen)] == [3] * 20
-    assert out.chosen.top[0] == t.TokenLogprob(out.token, out.chosen.logprob)
+    [token], [chosen] = out.tokens, out.chosen
+    assert [len(score.top) for score in (*prompts, chosen)] == [3] * 20
+    assert chosen.top[0] == t.TokenLogprob(token, chosen.logprob)
     assert all(score.logprob <= score.top[0].logprob for score in prompts)
     [silent] = kernel.step([(kernel.open(prompt(20)), 20)])
-    assert silent.chosen is None
+    assert silent.chosen == []
     assert silent.prompt == []
 
 
@@ -142,7 +142,7 @@ def test_beams_list_the_best_and_append_nothing(subject: Any) -> None:
     kernel = subject.kernel
     seq = kernel.open(prompt(20))
     [out] = kernel.step([(seq, 20)], beams=6)
-    assert out.token == -1
+    assert out.tokens == []
     assert len({beam.token for beam in out.beams}) == 6
     assert [beam.logprob for beam in out.beams] == sorted((b.logprob for b in out.beams), reverse=True)
     seq.tokens.append(out.beams[1].token)
@@ -156,10 +156,10 @@ def test_stop_tokens_are_reported_and_min_new_tokens_holds_them_off(subject: Any
     tokens = prompt(20)
     first = subject.greedy(tokens, 1)[0]
     [out] = kernel.step([(kernel.open(tokens, stop_token_ids=[first, 96, 10**6]), 20)])
-    assert (out.token, out.stop) == (first, True)
+    assert (out.tokens, out.stop) == ([first], True)
     held = kernel.open(tokens, stop_token_ids=[first, 10**6], min_new_tokens=2)
     [out] = kernel.step([(held, 20)])
-    assert out.token != first
+    assert out.tokens != [first]
     assert not out.stop
 
 
@@ -171,7 +171,9 @@ def test_stop_tokens_are_reported_and_min_new_tokens_holds_them_off(subject: Any
         ({"blocks": [-1]}, {}, "pool"),
         ({"blocks": []}, {}, "no block"),
         ({}, {"count": 3}, "2 tokens known"),
-        ({}, {"start": -1}, "2 tokens known"),
+        ({"computed": 3}, {}, "cover 2"),
+        ({"computed": -1}, {}, "cover 2"),
+        ({}, {"draft": -1}, "2 tokens known"),
         ({}, {"count": 0}, "2 tokens known"),
         ({}, {"tokens": [VOCAB]}, "vocabulary"),
         ({}, {"tokens": [-1]}, "vocabulary"),
@@ -186,21 +188,137 @@ def test_nonsense_fails_alone(
     good = kernel.open(prompt(5))
     tokens = opening.get("tokens", [1, 2])
     opens = [
-        base.SeqOpen(77, t.pack_tokens(tokens), 2, opening.get("blocks", [399]), t.Sampling(seed=0)),
+        base.SeqOpen(
+            77,
+            t.pack_tokens(tokens),
+            2,
+            opening.get("computed", 0),
+            99,
+            opening.get("blocks", [399]),
+            t.Sampling(seed=0),
+        ),
         *good.pending,
     ]
-    bad = {"seq": 77, "start": 0, "count": 2, "tokens": [], "blocks": [], "sample": True, "beams": 0, **work}
-    works = [base.Work(**bad), base.Work(good.id, 0, 5, [], [], True, 0)]
+    bad = {"seq": 77, "count": 2, "tokens": [], "blocks": [], "sample": True, **work}
+    works = [base.Work(**bad), base.Work(good.id, 5, [], [], True)]
     batch = base.Batch(900, 1, [], opens, [(10**6, 399_000), (-1, 5)], works)
     outputs = kernel.driver.collect(kernel.driver.submit(batch)).outputs
     assert message in outputs[0].error
-    assert outputs[1].token == subject.greedy(good.tokens, 1)[0]
+    assert outputs[1].tokens == subject.greedy(good.tokens, 1)
 
 
 def test_a_context_ends_where_the_model_says(subject: Any) -> None:
     kernel = subject.kernel
     seq = kernel.open(prompt(256))
     [out] = kernel.step([(seq, 256)])
-    assert out.token >= 0
-    [out] = kernel.step([(seq, 1)])
+    assert len(out.tokens) == 1
+    [out] = kernel.step([(seq, 1)], draft=4)
     assert "context" in out.error
+
+
+def test_a_step_sent_before_the_one_before_is_collected_continues_it(subject: Any) -> None:
+    """Work says how many positions, not where they begin, which who sends it does not know yet."""
+    kernel = subject.kernel
+    tokens = prompt(30)
+    seq, other = kernel.open(tokens), kernel.open(prompt(21, seed=2))
+    first = kernel.submit([(seq, 16)])
+    second = kernel.submit([(seq, 14), (other, 21)], ahead=16)
+    third = kernel.submit([(seq, 1), (other, 1)], ahead=30)
+    assert [out.tokens for out in kernel.collect(first)] == [[]]
+    kernel.collect(second)
+    fourth = kernel.submit([(seq, 1)], ahead=1)
+    kernel.collect(third)
+    [out] = kernel.collect(fourth)
+    assert seq.tokens[30:] == subject.greedy(tokens, 3)
+    assert other.tokens[21:] == subject.greedy(prompt(21, seed=2), 2)
+    assert out.computed == seq.computed == 32
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.3, "seed": 5, "top_p": 0.9}])
+def test_guesses_change_nothing(subject: Any, sampling: dict[str, Any]) -> None:
+    """Right ones, wrong ones, and those of a sequence that repeats itself."""
+    kernel = subject.kernel
+    for tokens in (prompt(20) * 3, [7] * 40, prompt(33)):
+        plain = kernel.generate([kernel.open(tokens, **sampling)], 40)
+        guessing = kernel.open(tokens, **sampling)
+        assert kernel.generate([guessing], 40, draft=5) == plain
+
+
+def test_right_guesses_are_kept_and_wrong_ones_are_not(subject: Any) -> None:
+    """The context is made to hold what will be generated, so the first guesses are right."""
+    kernel = subject.kernel
+    lead = prompt(12)
+    coming = subject.greedy(lead, 60)
+    # A sequence whose beginning is not computed from these tokens: the guesses can only come from the text.
+    seq = kernel.open([*lead, *coming], prompt_length=12)
+    kernel.step([(seq, 72)], sample=False)
+    seq.tokens, seq.computed = [*lead, *coming[:20]], 31
+    kernel._announce(seq)
+    outs = [kernel.step([(seq, 1)], draft=8)[0] for _ in range(8)]
+    assert seq.tokens[12:] == subject.greedy(lead, len(seq.tokens) - 12)
+    for out in outs:
+        assert len(out.tokens) <= out.drafted + 1
+    assert seq.computed == len(seq.tokens) - 1
+
+
+def test_guesses_stop_at_stop_tokens_limits_and_scores_stay_with_their_tokens(subject: Any) -> None:
+    kernel = subject.kernel
+    tokens = [7] * 30
+    made = subject.greedy(tokens, 30)
+    stop = made[12]
+    seq = kernel.open(tokens, stop_token_ids=[stop], logprobs=2)
+    found: list[int] = []
+    while not found or found[-1] != stop:
+        [out] = kernel.step([(seq, len(seq.tokens) - seq.computed)], draft=6)
+        assert [c.top[0].token for c in out.chosen] == out.tokens
+        found += out.tokens
+        assert len(found) < 40
+    assert found == made[: made.index(stop) + 1]
+    assert out.stop
+    [nothing] = kernel.step([(seq, 1)], draft=6)
+    assert (nothing.tokens, nothing.error, nothing.computed) == ([], "", seq.computed)
+    for limit in range(31, 40):
+        bounded = kernel.open(tokens)
+        bounded.limit = limit
+        kernel._announce(bounded)
+        while len(bounded.tokens) < limit:
+            kernel.step([(bounded, len(bounded.tokens) - bounded.computed)], draft=6)
+        assert bounded.tokens[30:] == made[: limit - 30]
+        assert kernel.step([(bounded, 1)])[0].tokens == []
+
+
+def test_penalised_and_young_sequences_do_not_guess(subject: Any) -> None:
+    kernel = subject.kernel
+    for sampling in ({"repetition_penalty": 1.2}, {"no_repeat_ngram_size": 9}, {"min_new_tokens": 99}):
+        seq = kernel.open([7, 8] * 20, **sampling)
+        outs = [kernel.step([(seq, len(seq.tokens) - seq.computed)], draft=6)[0] for _ in range(4)]
+        assert [(out.drafted, len(out.tokens)) for out in outs] == [(0, 1)] * 4
+
+
+def test_prompt_scores_are_of_the_prompt_alone(subject: Any) -> None:
+    kernel = subject.kernel
+    tokens = [7, 8, 9] * 10
+    plain, guessing = (kernel.open(tokens, prompt_logprobs=True, logprobs=1) for _ in range(2))
+    [expected] = kernel.step([(plain, 30)])
+    [out] = kernel.step([(guessing, 30)], draft=4)
+    assert [s.logprob for s in out.prompt] == pytest.approx([s.logprob for s in expected.prompt], abs=1e-4)
+    assert len(out.prompt) == 29
+    [later] = kernel.step([(guessing, 1)], draft=4)
+    assert later.prompt == []
+
+
+def test_a_sequence_may_be_opened_where_others_have_computed(subject: Any) -> None:
+    kernel = subject.kernel
+    first = kernel.open(prompt(48))
+    kernel.step([(first, 48)])
+    second = kernel.open(prompt(40))
+    kernel.free += second.blocks[:2]
+    second.blocks[:2], second.computed = first.blocks[:2], 32
+    kernel._announce(second)
+    assert kernel.generate([second], 5) == [subject.greedy(prompt(40), 5)]
+
+
+def test_the_loaded_model_says_what_computes_it(subject: Any) -> None:
+    loaded = subject.kernel.loaded
+    assert loaded.engine
+    assert loaded.kv_dtype in ("float32", "bfloat16", "int8")

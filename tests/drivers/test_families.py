@@ -7,14 +7,17 @@ import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from llmasos.drivers import base
+from llmasos.drivers.rope import rotation
 from llmasos.drivers.torch import rope
 from llmasos.drivers.torch.config import Config
 from llmasos.drivers.torch.executor import TorchDriver
 from llmasos.syscalls import errors
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .conftest import file_of
 
@@ -116,9 +119,45 @@ def test_rotary_frequencies_are_those_of_transformers(kind: str, style: int) -> 
     else:
         scaling = {"type" if k == "rope_type" else k: v for k, v in parameters.items() if k != "rope_theta"}
         values = {"max_position_embeddings": 256, "rope_theta": 5000.0, "rope_scaling": scaling}
-    turns = rope.Rotary(Config(values).rope(10_000.0), 32, torch.device("cpu")).turns(places)[:, 0]
+    found = rotation(Config(values).rope(10_000.0), 32)
+    turns = rope.Rotary(found, torch.device("cpu")).turns(places)[:, 0]
     torch.testing.assert_close(turns.real, cos[0, :, :16], atol=2e-5, rtol=0)
     torch.testing.assert_close(turns.imag, sin[0, :, :16], atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("theta", [10_000.0, 500_000.0, 123_456.0])
+@pytest.mark.parametrize("size", [12, 64, 80, 128])
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_frequencies_are_those_of_transformers_to_the_last_bits(kind: str, size: int, theta: float) -> None:
+    parameters = {"rope_type": kind, "rope_theta": theta, **ROPES[kind]}
+    theirs = transformers.LlamaConfig(
+        hidden_size=4 * size,
+        num_attention_heads=4,
+        max_position_embeddings=256,
+        rope_parameters=dict(parameters),
+    )
+    expected, scale = ROPE_INIT_FUNCTIONS[kind](theirs, torch.device("cpu"))
+    values = {"max_position_embeddings": 256, "rope_parameters": parameters}
+    found = rotation(Config(values).rope(10_000.0), size)
+    # torch's vectorised power is one unit in the last place off here and there, ours is rounded correctly;
+    # the reciprocal and the blend of two bands each double that.
+    np.testing.assert_array_max_ulp(found.frequencies, expected.numpy(), 2 if kind != "llama3" else 4)
+    assert found.scale == scale
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_theta": 0.0},
+        {"rope_theta": -1.0},
+        {"rope_scaling": {"type": "linear", "factor": 0.0}},
+        {"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": -1.0}},
+        {"rope_theta": 1.0, "rope_scaling": {"type": "yarn", "factor": 2.0}},
+    ],
+)
+def test_rotary_parameters_without_frequencies_are_refused(change: dict[str, Any]) -> None:
+    with pytest.raises(errors.UnsupportedModel):
+        rotation(Config({"max_position_embeddings": 64, **change}).rope(10_000.0), 16)
 
 
 @pytest.mark.parametrize(

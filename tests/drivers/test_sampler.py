@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from llmasos.drivers.mirror import Sequence
+from llmasos.drivers.mirror import Choice, Sequence
 from llmasos.drivers.torch import sampler
 from llmasos.syscalls import types as t
 from transformers.generation import logits_process as hf
@@ -18,7 +18,12 @@ VOCAB = 300
 
 def sequence(tokens: list[int], prompt_length: int = 0, **sampling: Any) -> Sequence:
     sampling.setdefault("seed", 1)
-    return Sequence(1, array("I", tokens), prompt_length, array("i"), t.Sampling(**sampling))
+    return Sequence(1, array("I", tokens), prompt_length, 0, 999, array("i"), t.Sampling(**sampling))
+
+
+def choose(logits: torch.Tensor, sequences: list[Sequence]) -> list[Choice]:
+    """The token behind each sequence's last."""
+    return sampler.choose(logits, [(s, len(s.tokens)) for s in sequences])
 
 
 def scores(rows: int = 1) -> torch.Tensor:
@@ -102,7 +107,7 @@ def test_the_noise_follows_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).repeat(4000, 1)
     tokens = list(range(9))
     rows = [sequence(tokens, temperature=1.0, seed=seed) for seed in range(4000)]
-    drawn = torch.tensor([choice.token for choice in sampler.choose(logits, rows)])
+    drawn = torch.tensor([choice.token for choice in choose(logits, rows)])
     shares = drawn.bincount(minlength=4) / 4000
     torch.testing.assert_close(shares, logits[0].softmax(-1), atol=0.03, rtol=0)
 
@@ -126,9 +131,9 @@ def test_mixed_rows_are_chosen_independently() -> None:
     ]
     rows = [sequence(history(), 10, **kind) for kind in kinds]
     before = logits.clone()
-    together = sampler.choose(logits, rows)
+    together = choose(logits, rows)
     torch.testing.assert_close(logits, before, equal_nan=True)  # raw logits are for the logprobs
-    alone = [sampler.choose(logits[row : row + 1], [rows[row]])[0] for row in range(5)]
+    alone = [choose(logits[row : row + 1], [rows[row]])[0] for row in range(5)]
     assert [(c.token, c.error) for c in together] == [(c.token, c.error) for c in alone]
     assert "finite" in together[3].error
     raw = logits.log_softmax(-1)
@@ -141,7 +146,7 @@ def test_mixed_rows_are_chosen_independently() -> None:
 
 
 def test_when_everything_is_forbidden_the_sequence_says_so() -> None:
-    [choice] = sampler.choose(scores()[:, :5], [sequence([0, 1, 2, 3, 4], no_repeat_ngram_size=1)])
+    [choice] = choose(scores()[:, :5], [sequence([0, 1, 2, 3, 4], no_repeat_ngram_size=1)])
     assert "no token is left" in choice.error
 
 

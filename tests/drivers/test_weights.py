@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from llmasos.drivers import base
+from llmasos.drivers.checkpoint import QUANTISED
 from llmasos.drivers.torch import host
 from llmasos.drivers.torch.executor import TorchDriver
 from llmasos.drivers.torch.weights import Checkpoint
@@ -56,11 +57,30 @@ def test_types_are_read_as_gguf_reads_them(kind: str, tmp_path: Path) -> None:
     lead = b"\x00" * 5  # tensors need not be aligned
     shape = [6, 512]
     where = entry(raw.tobytes(), kind, shape) | {"offset": 5}
-    read = checkpoint(tmp_path, {"w": where}, lead + raw.tobytes()).read("w", torch.float32)
+    found = checkpoint(tmp_path, {"w": where}, lead + raw.tobytes())
     typed = raw.view({"F32": np.float32, "F16": np.float16}.get(kind, np.uint8))
     expected = gguf.quants.dequantize(typed, type_)
     assert np.isfinite(expected).all()
-    np.testing.assert_array_equal(read.numpy(), expected.reshape(6, 512))
+    np.testing.assert_array_equal(found.read("w"), expected.reshape(6, 512))
+    np.testing.assert_array_equal(found.tensor("w", torch.float32).numpy(), expected.reshape(6, 512))
+    assert found.raw("w").rows.tobytes() == raw.tobytes()
+    assert (found.stored, found.types()) == (kind, {kind: 6 * 512})
+
+
+def test_blocks_have_the_sizes_of_ggml() -> None:
+    for kind, sizes in QUANTISED.items():
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] == sizes
+
+
+def test_sixteen_bits_stay_as_they_are(tmp_path: Path) -> None:
+    for kind, dtype in (("BF16", torch.bfloat16), ("F16", torch.float16)):
+        raw = quantised(kind, 3, 64)
+        kept = checkpoint(tmp_path, {"w": entry(raw.tobytes(), kind, [3, 64])}, raw.tobytes())
+        tensor = kept.tensor("w", dtype)
+        assert tensor.dtype == dtype
+        assert tensor.view(torch.uint8).numpy().tobytes() == raw.tobytes()
+        tensor[0, 0] = 5  # it owns its memory
+        assert kept.raw("w").rows.tobytes() == raw.tobytes()
 
 
 def test_rows_in_rotary_order_are_put_back_and_transposes_turned(tmp_path: Path) -> None:
@@ -74,8 +94,12 @@ def test_rows_in_rotary_order_are_put_back_and_transposes_turned(tmp_path: Path)
         "turned": entry(data, "F32", [24, 32], transpose=True),
     }
     found = checkpoint(tmp_path, tensors, data)
-    np.testing.assert_array_equal(found.read("q", torch.float32).numpy(), rows)
-    np.testing.assert_array_equal(found.read("turned", torch.float32).numpy(), permuted.T)
+    np.testing.assert_array_equal(found.read("q"), rows)
+    np.testing.assert_array_equal(found.read("turned"), permuted.T)
+    np.testing.assert_array_equal(found.raw("q").rows.view(np.float32), rows)
+    assert [found.raw(name).transposed for name in ("q", "turned")] == [False, True]
+    np.testing.assert_array_equal(found.tensor("q", torch.float32).numpy(), rows)
+    np.testing.assert_array_equal(found.tensor("turned", torch.float32).numpy(), permuted.T)
     found.expect({"q": (24, 32), "turned": (32, 24)})
 
 
@@ -94,6 +118,7 @@ def test_rows_in_rotary_order_are_put_back_and_transposes_turned(tmp_path: Path)
         ({"file": "../../etc/passwd"}, errors.Corrupt, "does not have"),
         ({"heads": 3}, errors.Corrupt, "heads"),
         ({"heads": -1}, errors.Corrupt, "heads"),
+        ({"type": "Q8_0", "shape": [64], "nbytes": 68, "heads": 2}, errors.Corrupt, "blocks"),
         ({"shape": [32], "transpose": True}, errors.Corrupt, "transposed"),
         ({"shape": "4x8"}, errors.Corrupt, "shape"),
         ({"surprise": 1}, errors.Corrupt, "surprise"),

@@ -1,144 +1,16 @@
-"""The sans-IO kernel in virtual time: events in, effects out, the null driver in the same process."""
+"""The kernel in virtual time: what clients and workers see of it."""
 
 from __future__ import annotations
 
-import json
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 from llmasos.drivers import base
-from llmasos.drivers.null import NullDriver, next_token
-from llmasos.kernel.config import Config
-from llmasos.kernel.effects import Exited, KillWorker, ToWorker
-from llmasos.kernel.loop import Kernel
-from llmasos.kernel.modelfs.names import parse_name
-from llmasos.kernel.modelfs.store import Manifest, ManifestFile, ModelFS
-from llmasos.kernel.sessions import Send
-from llmasos.kernel.tenants import Subject
+from llmasos.drivers.null import NullDriver
+from llmasos.kernel.effects import ToWorker
 from llmasos.syscalls import errors, table, wire
 from llmasos.syscalls import types as t
 
-ROOT = Subject("root", 0, 1, True)
-
-
-class World:
-    """A kernel, its clients and its workers; `now` is the clock."""
-
-    def __init__(self, home: Path, **settings: object) -> None:
-        self.now = 0.0
-        self.store = ModelFS(home)
-        self.kernel = Kernel(Config(**settings), self.store, ["null"], lambda: self.now, seed=1)  # type: ignore[arg-type]
-        self.drivers: dict[int, NullDriver] = {}
-        self.inbox: dict[bytes, list[wire.FromKernel]] = {}
-        self.killed: list[int] = []
-        self.exited = False
-        self.next_id = 0
-        self.refuse_load: errors.LLMasOSError | None = None
-
-    def model(self, name: str, **config: object) -> None:
-        data = json.dumps({"model_type": "null", "llmasos_null_blocks": 256, **config}).encode()
-        digest, size = self.store.put_bytes(data)
-        files = [ManifestFile("config.json", digest, size)]
-        manifest = Manifest(1, "test", "null", 0, "", 4096, "", time.time(), files)
-        self.store.commit(parse_name(name), manifest)
-
-    def attach(self, worker: int = 1, device: str = "null") -> None:
-        self.drivers[worker] = NullDriver()
-        self.kernel.worker_message(worker, base.Attach(device, 100 + worker, self.drivers[worker].describe()))
-
-    def die(self, worker: int = 1) -> None:
-        del self.drivers[worker]
-        self.kernel.worker_gone(worker)
-
-    def send(
-        self, call: table.Call, session: bytes = b"\0a", credits_: int = 64, subject: Subject = ROOT
-    ) -> int:
-        """Makes a call; returns its id."""
-        if session not in self.inbox:
-            self.inbox[session] = []
-            hello = table.Hello(table.VERSION, table.table_hash())
-            self.kernel.message(session, subject, wire.encode_request(10**6, hello, 0))
-        self.next_id += 1
-        self.kernel.message(session, subject, wire.encode_request(self.next_id, call, credits_))
-        return self.next_id
-
-    def turn(self, steps: int = 1) -> None:
-        """Lets the kernel act; workers answer up to `steps` messages each."""
-        for _ in range(steps):
-            self.kernel.tick()
-            self.now += 0.01
-            for effect in self.kernel.take_effects():
-                match effect:
-                    case Send(session, frames):
-                        self.inbox.setdefault(session, []).append(wire.decode_answer(frames))
-                    case ToWorker(worker, message) if worker in self.drivers:
-                        self.answer(worker, message)
-                    case KillWorker(pid):
-                        self.killed.append(pid)
-                    case Exited():
-                        self.exited = True
-
-    def answer(self, worker: int, message: base.ToWorker) -> None:
-        driver = self.drivers[worker]
-        match message:
-            case base.Load(spec) if self.refuse_load is not None:
-                failed = base.Failed(spec.handle, 0, errors.to_wire(self.refuse_load))
-                self.kernel.worker_message(worker, failed)
-            case base.Load(spec):
-                self.kernel.worker_message(worker, base.LoadDone(driver.load(spec), 0, 0.1))
-            case base.Unload(handle):
-                driver.unload(handle)
-            case base.Step(batch):
-                result = driver.collect(driver.submit(batch))
-                self.kernel.worker_message(worker, base.StepDone(result))
-
-    def answers(self, id_: int, session: bytes = b"\0a") -> list[wire.FromKernel]:
-        return [answer for answer in self.inbox[session] if answer.id == id_]
-
-    def result(self, id_: int, session: bytes = b"\0a") -> wire.FromKernel:
-        """The one final answer."""
-        final = [a for a in self.answers(id_, session) if a.kind != wire.Kind.ITEM]
-        assert len(final) == 1, f"{len(final)} final answers"
-        assert self.answers(id_, session)[-1] is final[0], "an item after the final answer"
-        return final[0]
-
-    def error(self, id_: int, session: bytes = b"\0a") -> type[errors.LLMasOSError]:
-        final = self.result(id_, session)
-        assert final.kind == wire.Kind.ERROR
-        return type(errors.from_wire(final.body))
-
-    def tokens(self, id_: int) -> list[int]:
-        items = [a for a in self.answers(id_) if a.kind == wire.Kind.ITEM]
-        assert [a.seq for a in items] == list(range(len(items)))
-        return [token for a in items for token in a.body["tokens"]]
-
-    def spawn(self, model: str = "tiny") -> int:
-        id_ = self.send(table.SpawnModel(model=model))
-        self.turn(3)
-        return int(self.result(id_).body["pid"])
-
-
-@pytest.fixture
-def world(tmp_path: Path) -> Iterator[World]:
-    made = World(tmp_path)
-    made.model("tiny")
-    yield made
-    for device in made.kernel.devices.values():
-        for pool in device.pools:
-            pool.memory.check([p.table for p in pool.processes])
-
-
-def infer(tokens: list[int], **arguments: object) -> table.Infer:
-    return table.Infer(tokens=t.pack_tokens(tokens), **arguments)  # type: ignore[arg-type]
-
-
-def reference(tokens: list[int], count: int) -> list[int]:
-    made: list[int] = []
-    for _ in range(count):
-        made.append(next_token([*tokens, *made]))
-    return made
+from .conftest import ROOT, World, infer, reference
 
 
 def test_work_that_came_before_the_worker_waits_for_it(world: World) -> None:
@@ -369,9 +241,10 @@ def test_batch_work_yields_to_interactive_within_a_step(world: World) -> None:
     world.turn(10)
     made = len(world.tokens(batch))
     chat = world.send(infer([2], model="tiny", max_tokens=20))
-    world.turn(22)
+    while not world.answers(chat) or world.answers(chat)[-1].kind == wire.Kind.ITEM:
+        world.turn()
     assert world.result(chat).kind == wire.Kind.REPLY
-    assert len(world.tokens(batch)) - made <= 2
+    assert len(world.tokens(batch)) - made <= 4  # two steps in flight when it came, two behind its last
 
 
 def _fields(description: base.Description) -> dict[str, object]:
@@ -531,10 +404,12 @@ def test_after_a_failed_step_the_context_is_computed_anew(world: World) -> None:
     child = int(world.result(fork).body["pids"][0])
     failing = world.send(infer([5], pid=child, max_tokens=3))
     world.kernel.tick()
-    (step,) = [e.message for e in world.kernel.take_effects() if isinstance(e, ToWorker)]
+    step, *behind = [e.message for e in world.kernel.take_effects() if isinstance(e, ToWorker)]
     assert isinstance(step, base.Step)
     failed = base.Failed(0, step.batch.ticket, errors.to_wire(errors.DeviceFault("x")))
     world.kernel.worker_message(1, failed)
+    for message in behind:
+        world.answer(1, message)
     world.turn()
     assert world.error(failing) is errors.DeviceFault
     again = world.send(infer([6], pid=child, max_tokens=3))
@@ -572,3 +447,37 @@ def test_detached_zombies_go_with_their_parent(world: World) -> None:
     world.send(table.Wait(pid))
     world.turn()
     assert len(world.kernel.processes) == 0
+
+
+def test_a_model_is_loaded_again_only_for_another_dtype(world: World) -> None:
+    world.attach()
+
+    def pools(dtype: str) -> int:
+        world.send(table.SpawnModel(model="tiny", dtype=dtype))
+        world.turn(3)
+        return len(world.kernel.devices["null"].pools)
+
+    # The null driver takes float32 where it is asked for nothing.
+    assert [pools(dtype) for dtype in ("", "", "float32", "bfloat16", "bfloat16", "")] == [1, 1, 1, 2, 2, 2]
+    refused = world.send(table.SpawnModel(model="tiny", dtype="int4"))
+    world.turn(3)
+    assert world.error(refused) is errors.UnsupportedModel
+    odd = wire.encode_request(5, table.SpawnModel(model="tiny", dtype="int3"), 0)
+    assert isinstance(wire.decode_request(odd), wire.Refused)
+
+
+def test_the_driver_hears_what_contexts_are_kept_in_and_where_to_keep_what_it_makes(tmp_path: Path) -> None:
+    world = World(tmp_path, kv_dtype="bfloat16")
+    world.model("tiny")
+    specs: list[base.LoadSpec] = []
+    load = NullDriver.load
+    world.attach()
+    world.drivers[1].load = lambda spec: specs.append(spec) or load(world.drivers[1], spec)  # type: ignore
+    world.spawn()
+    (spec,) = specs
+    assert (spec.dtype, spec.kv_dtype, spec.derived) == ("", "bfloat16", str(world.store.derived))
+    lsdev = world.send(table.Lsdev())
+    world.turn()
+    (pool,) = world.result(lsdev).body["devices"][0]["pools"]
+    assert (pool["dtype"], pool["kv_dtype"]) == ("float32", "bfloat16")
+    assert pool["engine"] == "hashes of the history"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llmasos.kernel import scheduler
@@ -62,35 +63,77 @@ def test_who_starves_goes_first_whatever_the_class() -> None:
 def test_stopped_blocked_and_finished_processes_are_not_in_the_queue() -> None:
     blocked = process(2)
     assert blocked.infer
-    blocked.infer.take(1, None, 0.0)
+    blocked.infer.take([1], [], 0.0)
     blocked.infer.credits = 0
     queue = [process(1, stopped=True), blocked, process(3, lacking=0), process(4, infer=None), process(5)]
     assert pids(scheduler.order(queue, 0.0, 2.0)) == [5]
 
 
+def planned(
+    queue: list[Process], step_tokens: int = 256, chunk_tokens: int = 256, most: int = 32
+) -> list[tuple[int, int]]:
+    shares = scheduler.plan(queue, most, step_tokens, chunk_tokens, lambda process, count: True)
+    return [(s.process.pid, s.count) for s in shares]
+
+
 def test_a_step_serves_all_that_generate_and_fills_up_with_prompts() -> None:
     queue = [process(1, 300), process(2), process(3, 50), process(4)]
-    shares = scheduler.plan(queue, 256, lambda process, count: True)
-    assert [(s.process.pid, s.count) for s in shares] == [(1, 254), (2, 1), (4, 1)]
+    assert planned(queue) == [(1, 244), (2, 1), (3, 10), (4, 1)]  # up to a block's end
+    assert planned([process(1, 300), process(2), process(4)], 242) == [(1, 228), (2, 1), (4, 1)]
+    assert planned([process(1, 30), process(2), process(3)], most=2) == [(1, 30), (2, 1)]
+    assert planned([process(1, 3), process(2), process(3)], 2, most=2) == [(1, 1), (2, 1)]
+
+
+@pytest.mark.parametrize(
+    ("speaker", "prompt", "count"),
+    [
+        ("interactive", "interactive", 32),
+        ("realtime", "interactive", 32),
+        ("interactive", "batch", 32),
+        ("batch", "interactive", 200),  # who generates is weaker: he waits
+        ("batch", "batch", 32),
+    ],
+)
+def test_prompts_come_in_chunks_beside_who_is_no_weaker(speaker: str, prompt: str, count: int) -> None:
+    talking = process(1, sched_class=speaker)
+    asking = process(2, 200, sched_class=prompt)
+    queue = scheduler.order([talking, asking], 0.0, 2.0)
+    assert dict(planned(queue, chunk_tokens=40))[2] == count
+    assert planned([asking], chunk_tokens=40) == [(2, 200)]
+
+
+def test_a_prompt_does_not_wait_for_weaker_work_in_its_own_step() -> None:
+    ask = process(1, 30)
+    weaker = [process(2, sched_class="batch"), process(3, 50, sched_class="idle")]
+    equal, stronger = process(4), process(5, sched_class="realtime")
+    queue = scheduler.order([ask, *weaker, equal, stronger], 0.0, 2.0)
+    assert planned(queue) == [(5, 1), (1, 30), (4, 1)]
+    few = process(1, scheduler.PASS_ROWS)  # costs the others no more than they cost it
+    assert planned(scheduler.order([few, *weaker], 0.0, 2.0)) == [(1, 16), (2, 1), (3, 50)]
+    weaker[0].last_run = -5.0  # it starves
+    assert planned(scheduler.order([ask, *weaker], 0.0, 2.0)) == [(2, 1), (1, 30)]
 
 
 @given(
     lacking=st.lists(st.integers(1, 400), max_size=40),
     budget=st.integers(40, 512),
+    chunk=st.integers(16, 512),
     without_room=st.sets(st.integers(2, 41)),
 )
 def test_a_plan_is_within_its_bounds_and_wastes_nothing(
-    lacking: list[int], budget: int, without_room: set[int]
+    lacking: list[int], budget: int, chunk: int, without_room: set[int]
 ) -> None:
     """Who finds no room neither runs nor keeps others from running."""
     queue = [process(pid, n) for pid, n in enumerate(lacking, 2)]
-    shares = scheduler.plan(queue, budget, lambda p, count: p.pid not in without_room)
+    shares = scheduler.plan(queue, 40, budget, chunk, lambda p, count: p.pid not in without_room)
     assert sum(s.count for s in shares) <= budget
     assert all(0 < s.count <= s.process.goal - s.process.computed for s in shares)
     possible = [p for p in queue if p.pid not in without_room]
     assert bool(shares) == bool(possible)
     served = sum(s.count for s in shares)
-    assert served == budget or served >= min(budget, sum(p.goal - p.computed for p in possible)) - 40
+    bound = min(budget, chunk) if 1 in lacking else budget
+    # Less by the tokens that are kept for who generates, and by an unfinished block.
+    assert served >= min(bound, sum(p.lacking for p in possible)) - 40 - 16
 
 
 @dataclass
@@ -134,7 +177,7 @@ def test_memory_is_taken_from_waiting_then_from_lower_rank_never_from_higher() -
 
     slow = holding(1)
     assert slow.infer
-    slow.infer.take(1, None, 0.0)
+    slow.infer.take([1], [], 0.0)
     slow.infer.credits = 0  # its reader does not read
     waiting = holding(2, infer=None, sched_class="realtime")
     batch = holding(3, sched_class="batch")

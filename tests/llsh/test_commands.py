@@ -147,7 +147,7 @@ def test_models_are_listed_shown_copied_and_removed(llsh):
     assert "135M" in shown
     assert "apache-2.0" in shown
     assert "tokenizer.json" in shown
-    assert set(llsh.json("show", "tiny")) == {"model", "files"}
+    assert set(llsh.json("show", "tiny")) == {"model", "files", "resident"}
     assert "<|im_start|>" in llsh("show", "tiny", "--template")
     assert set(llsh.json("cp", "tiny", "mine:old")) == FILE
     assert "mine:old" in llsh("list")
@@ -182,6 +182,13 @@ def test_files(llsh):
 def test_machine(llsh):
     assert [device["name"] for device in llsh.json("lsdev")] == ["null"]
     assert "null" in llsh("lsdev")
+    llsh("run", "tiny", "hello", "--max-tokens", "1")
+    [pool] = llsh.json("lsdev")[0]["pools"]
+    assert (pool["kv_dtype"], pool["engine"]) == ("float32", "hashes of the history")
+    for shown in (llsh("lsdev"), llsh("show", "tiny"), llsh("dmesg")):
+        assert "hashes of the history" in shown
+    [resident] = llsh.json("show", "tiny")["resident"]
+    assert resident == {"device": "null", "pool": pool}
     assert set(llsh.json("whoami")) == {"subject", "uid", "pid", "admin"}
     assert llsh("whoami").split()[0] == llsh.json("whoami")["subject"]
     lines = llsh("dmesg", "--json").splitlines()

@@ -91,6 +91,26 @@ def test_a_loaded_model_keeps_its_blobs_until_it_is_unloaded(
     assert not Path(files["config.json"].path).exists()
 
 
+def test_what_was_derived_goes_with_its_blob(store: ModelFS, bring: Bring, folder: Path) -> None:
+    assert store.derived.stat().st_mode & 0o777 == 0o700
+    manifest = bring(folder)
+    [weights] = [f.digest for f in manifest.files if f.path == "model.safetensors"]
+    stem = weights.removeprefix("sha256:")[:32]
+    kept, orphan = store.derived / f"{stem}-avx2-int8", store.derived / f"{'0' * 32}-avx2-int8"
+    begun, stale = store.derived / f"{stem}-x.1.tmp", store.derived / f"{stem}-y.2.tmp"
+    for path in (kept, orphan, begun, stale):
+        path.write_bytes(bytes(1000))
+    os.utime(stale, (0, 0))
+    assert store.usage() == (manifest.size + 4000, 6)
+    assert store.fsck() == []
+    assert store.gc(set()) == 2000
+    assert set(store.derived.iterdir()) == {kept, begun}
+    assert store.unlink("tiny", {weights}) == manifest.size - len((folder / "model.safetensors").read_bytes())
+    assert kept.exists(), "a resident model is made of it"
+    store.gc(set())
+    assert list(store.derived.iterdir()) == []
+
+
 def test_gc_waits_for_imports(store: ModelFS) -> None:
     with store.importing():
         digest, size = store.put_bytes(b"not yet in a manifest")

@@ -110,6 +110,8 @@ def pools(entries: list[t.PoolInfo]) -> Table:
             Column("BLOCKS FREE", right=True),
             Column("TOKENS FREE", right=True, drop=1),
             Column("PROCESSES", right=True, drop=5),
+            Column("KV IN", drop=6),
+            Column("ENGINE", drop=7, least=16),
         ]
     )
     for pool in entries:
@@ -121,6 +123,8 @@ def pools(entries: list[t.PoolInfo]) -> Table:
             f"{pool.blocks_free}/{pool.blocks_total}",
             str(pool.blocks_free * t.BLOCK_TOKENS),
             str(pool.processes),
+            pool.kv_dtype,
+            pool.engine,
         )
     return table_
 

@@ -110,7 +110,7 @@ def show(
     template: Annotated[bool, typer.Option("--template", help="Print the chat template alone.")] = False,
     json: Json = False,
 ) -> None:
-    """Show what a model is: architecture, size, context, license, source, files."""
+    """Show what a model is: architecture, size, context, license, source, files, and what computes it."""
     shell = shell_of(context)
     client = shell.client()
     path = model_path(model)
@@ -119,14 +119,20 @@ def show(
         return
     info = client.call(table.Stat(path))
     files = client.ls(path)
+    name = path.removeprefix("/models/")
+    devices = client.call(table.Lsdev()).devices
+    resident = [(device.name, pool) for device in devices for pool in device.pools if pool.model == name]
     if json:
-        shell.terminal.document({"model": info, "files": files})
+        pools = [{"device": device, "pool": pool} for device, pool in resident]
+        shell.terminal.document({"model": info, "files": files, "resident": pools})
         return
     facts = {**info.details}
     lines = [("model", _name(info)), ("id", info.digest), ("size", quantity.size(info.size))]
     lines += [(key.replace("_", " "), _fact(key, value)) for key, value in facts.items() if value != ""]
     has_template = any(file.path.endswith(f"/{TEMPLATE}") for file in files)
     lines.append(("chat template", "yes, see --template" if has_template else "none: use it with --raw text"))
+    for device, pool in resident:
+        lines.append((f"on {device}", f"{pool.dtype}, KV in {pool.kv_dtype}: {pool.engine}"))
     table_ = Table([Column(""), Column("", least=20)])
     for key, value in lines:
         table_.add(key, value)

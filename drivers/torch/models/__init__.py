@@ -52,17 +52,12 @@ class Family(Protocol):
 
 
 def family_of(config: Config) -> Family:
-    """The module that computes the config's architecture. Raises UnsupportedModel."""
-    kind = config.get("model_type")
-    if kind not in FAMILIES:
-        raise errors.UnsupportedModel(
-            f"architecture {str(kind)[:64]!r} is not computed",
-            hint=f"supported: {', '.join(FAMILIES)}",
-            architecture=str(kind)[:64],
-        )
+    """The module that computes the config's architecture: a family of ours, or else transformers' own code.
+    Raises UnsupportedModel."""
     for name in config.get("architectures", []):
         if not str(name).endswith(("ForCausalLM", "LMHeadModel")):
             raise errors.UnsupportedModel(
                 f"{str(name)[:64]!r} does not generate text", hint="pull its ForCausalLM variant"
             )
-    return cast(Family, importlib.import_module(f".{FAMILIES[kind]}", __name__))
+    module = FAMILIES.get(str(config.get("model_type")), "transformers_code")
+    return cast(Family, importlib.import_module(f".{module}", __name__))

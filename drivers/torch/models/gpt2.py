@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, LayerNorm, one matrix for queries, keys and values, and a plain MLP.
+"""GPT-2 in torch; see families/gpt2.py.
 
 The checkpoint's matrices are [in, out] (Hugging Face's Conv1D) and are turned at load.
 """
@@ -8,60 +8,23 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
+from ...families.decoder import Decoder, Layer
+from ...families.gpt2 import describe, shape_of
 from ..attention import Plan
-from ..config import Config, Shape
+from ..config import ACTIVATIONS, Config
 from ..linear import Linear
 from ..loader import Loader
 from ..weights import Checkpoint
 
-# Causal masks that old checkpoints carry, and the head, which is the embedding.
-_IGNORED = (r"h\.\d+\.attn\.bias", r"h\.\d+\.attn\.masked_bias", r"lm_head\.weight")
-
-
-def shape_of(config: Config) -> Shape:
-    heads, hidden = config.integer("n_head"), config.integer("n_embd")
-    config.check(hidden % heads == 0, "n_head", "a divisor of n_embd")
-    return Shape(
-        layers=config.integer("n_layer"),
-        heads=heads,
-        kv_heads=heads,
-        head_dim=hidden // heads,
-        context_length=config.integer("n_positions"),
-        vocab_size=config.integer("vocab_size"),
-    )
-
-
-def _expected(config: Config, shape: Shape) -> dict[str, tuple[int, ...]]:
-    hidden = config.integer("n_embd")
-    inner = config.integer("n_inner", 4 * hidden)
-    expected: dict[str, tuple[int, ...]] = {
-        "wte.weight": (shape.vocab_size, hidden),
-        "wpe.weight": (shape.context_length, hidden),
-        "ln_f.weight": (hidden,),
-        "ln_f.bias": (hidden,),
-    }
-    matrices = {
-        "attn.c_attn": (hidden, 3 * hidden),
-        "attn.c_proj": (hidden, hidden),
-        "mlp.c_fc": (hidden, inner),
-        "mlp.c_proj": (inner, hidden),
-    }
-    for i in range(shape.layers):
-        for name, (rows, columns) in matrices.items():
-            expected[f"h.{i}.{name}.weight"] = (rows, columns)
-            expected[f"h.{i}.{name}.bias"] = (columns,)
-        for norm in ("ln_1", "ln_2"):
-            expected[f"h.{i}.{norm}.weight"] = (hidden,)
-            expected[f"h.{i}.{norm}.bias"] = (hidden,)
-    return expected
+__all__ = ["build", "shape_of"]
 
 
 class _Norm:
     """LayerNorm of the last dimension."""
 
-    def __init__(self, config: Config, load: Loader, name: str) -> None:
+    def __init__(self, decoder: Decoder, load: Loader, name: str) -> None:
         self._weight, self._bias = load.tensor(f"{name}.weight"), load.tensor(f"{name}.bias")
-        self._epsilon = config.number("layer_norm_epsilon", 1e-5)
+        self._epsilon = decoder.epsilon
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return functional.layer_norm(x, (x.shape[-1],), self._weight, self._bias, self._epsilon)
@@ -75,16 +38,15 @@ def _linear(load: Loader, name: str) -> Linear:
 
 
 class _Layer:
-    def __init__(self, config: Config, shape: Shape, load: Loader, index: int) -> None:
-        self._shape, self._index, self._scale = shape, index, _scale(config, shape, index)
-        self._activation = config.activation("activation_function", "gelu_new")
-        name = f"h.{index}."
-        self._attention_norm = _Norm(config, load, f"{name}ln_1")
-        self._mlp_norm = _Norm(config, load, f"{name}ln_2")
-        self._qkv = _linear(load, f"{name}attn.c_attn")
-        self._out = _linear(load, f"{name}attn.c_proj")
-        self._up = _linear(load, f"{name}mlp.c_fc")
-        self._down = _linear(load, f"{name}mlp.c_proj")
+    def __init__(self, decoder: Decoder, load: Loader, layer: Layer, index: int) -> None:
+        self._shape, self._index, self._scale = decoder.shape, index, layer.scale
+        self._activation = ACTIVATIONS[decoder.activation]
+        self._attention_norm = _Norm(decoder, load, layer.norm1)
+        self._mlp_norm = _Norm(decoder, load, layer.norm2)
+        self._qkv = _linear(load, *layer.qkv)
+        self._out = _linear(load, layer.out)
+        self._up = _linear(load, *layer.up)
+        self._down = _linear(load, layer.down)
 
     def __call__(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
         """x [T, hidden] -> [T, hidden]."""
@@ -98,12 +60,13 @@ class _Layer:
 class Gpt2Model:
     """See models.Model."""
 
-    def __init__(self, config: Config, load: Loader) -> None:
-        self.shape = shape_of(config)
+    def __init__(self, decoder: Decoder, load: Loader) -> None:
+        self.shape = decoder.shape
         self.windows = {0}
-        self._embedding, self._positions = load.tensor("wte.weight"), load.tensor("wpe.weight")
-        self._layers = [_Layer(config, self.shape, load, index) for index in range(self.shape.layers)]
-        self._final_norm = _Norm(config, load, "ln_f")
+        self._embedding = load.tensor(f"{decoder.embedding}.weight")
+        self._positions = load.tensor(f"{decoder.positions}.weight")
+        self._layers = [_Layer(decoder, load, layer, i) for i, layer in enumerate(decoder.layers)]
+        self._final_norm = _Norm(decoder, load, decoder.final_norm)
         self._head = load.tied(self._embedding)
         self.weights_bytes = load.nbytes
 
@@ -118,13 +81,7 @@ class Gpt2Model:
         return self._head(hidden).float()
 
 
-def _scale(config: Config, shape: Shape, layer: int) -> float:
-    scale = shape.head_dim**-0.5 if config.flag("scale_attn_weights", True) else 1.0
-    return scale / (layer + 1) if config.flag("scale_attn_by_inverse_layer_idx", False) else scale
-
-
 def build(config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Gpt2Model:
-    config.refuse_unless(add_cross_attention=False, tie_word_embeddings=True, quantization_config=None)
-    checkpoint.drop_prefix("transformer.")
-    checkpoint.expect(_expected(config, shape_of(config)), _IGNORED)
-    return Gpt2Model(config, Loader(checkpoint, device, dtype))
+    decoder = describe(config)
+    decoder.expect(checkpoint)
+    return Gpt2Model(decoder, Loader(checkpoint, device, dtype))

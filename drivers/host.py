@@ -1,0 +1,54 @@
+"""What this machine is: cores, names, and the memory that is really free."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+import psutil  # type: ignore[import-untyped]
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def physical_cores() -> int:
+    """Cores that this process may use; hyper-threads share one and do not count."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed))
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.lower().startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def computes_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices in hardware; elsewhere float32 is faster and better."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    words = set(flags.split())
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16"})
+
+
+def memory() -> tuple[int, int]:
+    """(total, free) bytes. A container's limit counts as the machine's memory."""
+    found = psutil.virtual_memory()
+    total, free = int(found.total), int(found.available)
+    limit, used = _cgroup_number("memory.max"), _cgroup_number("memory.current")
+    if limit is not None and used is not None and limit < total:
+        total, free = limit, min(free, max(0, limit - used))
+    return total, free
+
+
+def _cgroup_number(name: str) -> int | None:
+    try:
+        return int((_CGROUP / name).read_text())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,535 @@
+// One step of a decoder: what each thread does between the barriers. See engine.h for what goes in and out.
+#include <new>
+#include <type_traits>
+
+#include "choose.h"
+#include "kernels.h"
+#include "pool.h"
+
+// A run cut into pieces of so few rows that all queries of a KV head fit one tile.
+struct Piece {
+    int run, row, rows, start;  // `row` in the batch, `start` its position
+};
+
+static constexpr int PRIVATE_ROWS = 2;   // so few rows are prepared by every thread for itself: no barrier
+static constexpr int MOST_SPLITS = 256;  // pieces x KV heads x chunks that are attended to side by side
+
+struct Engine {
+    llk_pool *pool;
+    const llk_model *model;
+    llk_step *step;
+    int rows, piece_count, splits;  // splits: chunks that a piece's context is cut into, 0: not cut
+    // workspace
+    float *x, *qkv, *attended, *inner, *cosines, *sines, *logits;
+    Rows shared;
+    Piece *pieces;
+    float *partials;
+    std::atomic<int32_t> *left;
+    uint8_t *thread_space;
+    size_t thread_bytes;
+    alignas(64) std::atomic<int32_t> next[2];
+};
+
+static inline int qkv_columns(const llk_model &m) { return (m.heads + 2 * m.kv_heads) * m.head_dim; }
+static inline int out_columns(const llk_model &m) { return (m.heads * m.head_dim + 31) / 32 * 32; }
+static inline int padded_vocab(const llk_model &m) { return (m.vocab + 15) / 16 * 16; }
+static inline int widest(const llk_model &m) { return imax(imax(m.hidden_padded, m.inner), out_columns(m)); }
+// Rows of a piece: as many as give all queries of a group a width that with_width has.
+static int piece_rows(const llk_model &m) {
+    const int group = m.heads / m.kv_heads;
+    for (int rows = TILE_ROWS / group; rows > 1; rows--) {
+        int width = rows * group;
+        if (width <= 4 || width == 6 || width == 8 || width == 12 || width == 16) return rows;
+    }
+    return 1;
+}
+
+struct Carver {
+    uint8_t *at;
+    size_t used = 0;
+    template <typename T> T *take(size_t count) {
+        T *here = (T *)(at ? at + used : nullptr);
+        used += (count * sizeof(T) + 127) / 64 * 64;  // a spare line: prefetches and vectors run over
+        return here;
+    }
+};
+
+static Rows take_rows(Carver &carver, int rows, int cols) {
+    Rows r;
+    r.cols = cols;
+    size_t all = (size_t)rows * cols;
+    r.q = carver.take<int8_t>(all);
+    r.scale = carver.take<float>(all / GROUP);
+    r.sum = carver.take<float>(all / GROUP);
+    r.minus = carver.take<int32_t>(all / GROUP);
+    r.half = carver.take<uint16_t>(all);
+    r.full = carver.take<float>(all);
+    return r;
+}
+
+static size_t partial_floats(const llk_model &m) { return (size_t)TILE_ROWS * (m.head_dim + 2); }
+
+// What a thread needs for itself: a norm, prepared rows, queries, partial sums, space to choose in.
+static size_t private_bytes(const llk_model &m) {
+    Carver carver{nullptr};
+    take_rows(carver, PRIVATE_ROWS, widest(m));
+    carver.take<float>((size_t)TILE_ROWS * m.head_dim);
+    carver.take<uint16_t>((size_t)TILE_ROWS * m.head_dim);
+    carver.take<int8_t>((size_t)TILE_ROWS * m.head_dim);
+    carver.take<float>(2 * (size_t)TILE_ROWS * m.head_dim);
+    carver.take<uint8_t>(ChooseSpace::bytes(padded_vocab(m)));
+    return carver.used;
+}
+
+struct Private {
+    Rows rows;
+    float *full;
+    uint16_t *half;
+    int8_t *q;
+    float *values;
+    ChooseSpace choose;
+    Private(const llk_model &m, uint8_t *at) {
+        Carver carver{at};
+        rows = take_rows(carver, PRIVATE_ROWS, widest(m));
+        full = carver.take<float>((size_t)TILE_ROWS * m.head_dim);
+        half = carver.take<uint16_t>((size_t)TILE_ROWS * m.head_dim);
+        q = carver.take<int8_t>((size_t)TILE_ROWS * m.head_dim);
+        values = carver.take<float>(2 * (size_t)TILE_ROWS * m.head_dim);
+        choose.place(carver.take<uint8_t>(ChooseSpace::bytes(padded_vocab(m))), padded_vocab(m));
+    }
+};
+
+static size_t lay_out(Engine &e, const llk_model &m, uint8_t *at, int max_rows, int max_picks, int threads) {
+    Carver carver{at};
+    e.x = carver.take<float>((size_t)max_rows * m.hidden_padded);
+    e.qkv = carver.take<float>((size_t)max_rows * qkv_columns(m));
+    e.attended = carver.take<float>((size_t)max_rows * out_columns(m));
+    e.inner = carver.take<float>((size_t)max_rows * m.inner);
+    e.cosines = carver.take<float>((size_t)max_rows * imax(1, m.rotary));
+    e.sines = carver.take<float>((size_t)max_rows * imax(1, m.rotary));
+    e.logits = carver.take<float>((size_t)max_picks * padded_vocab(m));
+    e.shared = take_rows(carver, imax(max_rows, max_picks), widest(m));
+    e.pieces = carver.take<Piece>((size_t)max_rows);
+    e.partials = carver.take<float>(MOST_SPLITS * partial_floats(m));
+    e.left = carver.take<std::atomic<int32_t>>(MOST_SPLITS);
+    e.thread_bytes = private_bytes(m);
+    e.thread_space = carver.take<uint8_t>(e.thread_bytes * (size_t)threads);
+    return carver.used;
+}
+
+extern "C" int32_t llk_abi(void) { return LLK_ABI; }
+extern "C" const char *llk_isa(void) { return LLK_ISA_NAME; }
+extern "C" int64_t llk_tile_bytes(const llk_model *m) { return (int64_t)tile_bytes(m->kv_format, m->head_dim); }
+extern "C" int64_t llk_workspace_bytes(const llk_pool *pool, const llk_model *m, int32_t max_rows, int32_t max_picks) {
+    Engine e;
+    return (int64_t)lay_out(e, *m, nullptr, max_rows, max_picks, pool->threads);
+}
+
+static inline void share(int count, int unit, int thread, int threads, int &begin, int &end) {
+    const long units = count / unit;
+    begin = (int)(units * thread / threads) * unit;
+    end = (int)(units * (thread + 1) / threads) * unit;
+}
+
+// Rows that are to be multiplied: row i is at `from + rows[i] * stride`, or at i if `rows` is NULL.
+struct Source {
+    const float *from;
+    int stride;
+    const int32_t *rows;
+    const float *row(int i) const { return from + (size_t)(rows ? rows[i] : i) * stride; }
+};
+
+// Prepares `count` rows, behind a norm if it has a weight, for a product with `matrix`. The threads share the
+// columns, not the rows, which lie interleaved; so each finds the norms of the rows that it needs for itself.
+static Rows prepare(Engine &e, Private &mine, int thread, const llk_matrix &matrix, const Source &source, int count, const Norm &by) {
+    const llk_model &m = *e.model;
+    const bool alone = count <= PRIVATE_ROWS;
+    Rows to = alone ? mine.rows : e.shared;
+    to.cols = matrix.cols;
+    const int groups = matrix.cols / GROUP, tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
+    int begin = 0, end = tiles * groups;
+    if (!alone) share(tiles * groups, 1, thread, e.pool->threads, begin, end);
+    for (int item = begin; item < end;) {
+        const int first = item / groups * TILE_ROWS, last = imin(count, first + TILE_ROWS);
+        const int group = item % groups, group_end = imin(groups, group + end - item);
+        for (int row = first; row < last; row++) {
+            const float *x = source.row(row);
+            const Tile tile = tile_of(row, count);
+            const RowNorm norm = by.weight ? norm_of(m.norm, x, m.hidden, m.hidden_padded, m.epsilon) : RowNorm{0, 1};
+            for (int g = group; g < group_end; g++) prepare_group(matrix.format, x, by, norm, to, tile, row - tile.first, g);
+        }
+        item += group_end - group;
+    }
+    if (!alone) e.pool->barrier();
+    return to;
+}
+
+static void multiply_shared(Engine &e, int thread, const llk_matrix &matrix, const Rows &x, int rows, Output out) {
+    int begin, end;
+    share(matrix.rows / 16, out.how == STORE_GATED ? 2 : 1, thread, e.pool->threads, begin, end);
+    multiply(matrix, x, rows, out, begin, end);
+    e.pool->barrier();
+}
+
+static void embed(Engine &e, int thread) {
+    const llk_model &m = *e.model;
+    int piece = 0, begin, end;
+    share(e.rows, 1, thread, e.pool->threads, begin, end);
+    for (int row = begin; row < end; row++) {
+        while (piece + 1 < e.piece_count && e.pieces[piece + 1].row <= row) piece++;
+        const llk_run &run = e.step->runs[e.pieces[piece].run];
+        const int position = e.pieces[piece].start + row - e.pieces[piece].row;
+        float *x = e.x + (size_t)row * m.hidden_padded;
+        unpack_row(m.embedding, (int)run.tokens[position - run.start], x);
+        if (m.positions)
+            for (int i = 0; i < m.hidden_padded; i += 16)
+                vf_store(x + i, vf_add(vf_load(x + i), vf_load(m.positions + (size_t)position * m.hidden_padded + i)));
+        for (int i = 0; i < m.rotary; i++) {
+            float angle = (float)position * m.frequencies[i];
+            e.cosines[(size_t)row * m.rotary + i] = cosf(angle) * m.rope_scale;
+            e.sines[(size_t)row * m.rotary + i] = sinf(angle) * m.rope_scale;
+        }
+        for (int i = m.heads * m.head_dim; i < out_columns(m); i++) e.attended[(size_t)row * out_columns(m) + i] = 0;
+    }
+    e.pool->barrier();
+}
+
+static void rotate(float *head, int pairs, const float *cosine, const float *sine) {
+    for (int i = 0; i < pairs; i++) {
+        float a = head[i], b = head[i + pairs];
+        head[i] = a * cosine[i] - b * sine[i];
+        head[i + pairs] = b * cosine[i] + a * sine[i];
+    }
+}
+
+// The cache at layer `index`; the tiles of a block's KV heads lie side by side, blocks `block_stride` apart.
+static inline uint8_t *layer_cache(const llk_model &m, int index) {
+    return m.kv + tile_bytes(m.kv_format, m.head_dim) * (size_t)m.kv_heads * (size_t)index;
+}
+static inline size_t block_stride(const llk_model &m) {
+    return tile_bytes(m.kv_format, m.head_dim) * (size_t)m.kv_heads * (size_t)m.layers;
+}
+
+// Rotates queries and keys, scales queries, writes keys and values.
+static void write_cache(Engine &e, int thread, int index) {
+    const llk_model &m = *e.model;
+    const llk_layer &layer = m.layer[index];
+    uint8_t *cache = layer_cache(m, index);
+    const size_t bytes = tile_bytes(m.kv_format, m.head_dim), stride = block_stride(m);
+    const int all = m.heads + 2 * m.kv_heads;
+    int begin, end, piece = 0;
+    share(e.rows * all, 1, thread, e.pool->threads, begin, end);
+    for (int item = begin; item < end; item++) {
+        const int row = item / all, head = item % all;
+        while (piece + 1 < e.piece_count && e.pieces[piece + 1].row <= row) piece++;
+        const llk_run &run = e.step->runs[e.pieces[piece].run];
+        const int position = e.pieces[piece].start + row - e.pieces[piece].row;
+        float *v = e.qkv + (size_t)row * qkv_columns(m) + (size_t)head * m.head_dim;
+        if (head < m.heads + m.kv_heads) {
+            const float *weight = head < m.heads ? layer.q_norm : layer.k_norm;
+            if (weight) {
+                const RowNorm norm = norm_of(LLK_RMS_NORM, v, m.head_size, m.head_dim, m.epsilon);
+                for (int i = 0; i < m.head_dim; i += 16) vf_store(v + i, normed(v, {weight, nullptr}, norm, i));
+            }
+            if (layer.rotated) rotate(v, m.rotary, e.cosines + (size_t)row * m.rotary, e.sines + (size_t)row * m.rotary);
+        }
+        if (head < m.heads) {
+            for (int i = 0; i < m.head_dim; i += 16) vf_store(v + i, vf_mul(vf_load(v + i), vf_set(layer.scale)));
+            continue;
+        }
+        const int kv_head = (head - m.heads) % m.kv_heads;
+        uint8_t *tile = cache + (size_t)run.blocks[position / BLOCK_TOKENS] * stride + (size_t)kv_head * bytes;
+        if (head < m.heads + m.kv_heads) write_key(m.kv_format, m.head_dim, tile, position % BLOCK_TOKENS, v);
+        else write_value(m.kv_format, m.head_dim, tile, position % BLOCK_TOKENS, v);
+    }
+    e.pool->barrier();
+}
+
+static void finish_queries(const Engine &e, const Piece &piece, int first_head, int per_row, int rows, const Partial *sums) {
+    const llk_model &m = *e.model;
+    for (int i = 0; i < rows; i++) {
+        float *to = e.attended + (size_t)(piece.row + i / per_row) * out_columns(m) + (size_t)(first_head + i % per_row) * m.head_dim;
+        vf inverse = vf_set(1.f / sums[i].sum);
+        for (int d = 0; d < m.head_dim; d += 16) vf_store(to + d, vf_mul(vf_load(sums[i].values + d), inverse));
+    }
+}
+
+// The queries of a piece at one KV head, from query head `first_head`, `per_row` of them a row.
+static void gather_queries(Engine &e, Private &mine, const Piece &piece, int first_head, int per_row, int window, Queries &query) {
+    const llk_model &m = *e.model;
+    query.full = mine.full;
+    query.half = mine.half;
+    query.q = mine.q;
+    query.count = piece.rows * per_row;
+    for (int i = 0; i < query.count; i++) {
+        const int r = i / per_row, h = first_head + i % per_row;
+        query.end[i] = piece.start + r + 1;
+        query.first[i] = window ? imax(0, query.end[i] - window) : 0;
+        prepare_query(m.kv_format, m.head_dim, query, i, e.qkv + (size_t)(piece.row + r) * qkv_columns(m) + (size_t)h * m.head_dim);
+    }
+}
+
+static void attend_piece(Engine &e, Private &mine, const llk_layer &layer, const Context &at, const Piece &piece,
+                         int first_head, int per_row) {
+    const llk_model &m = *e.model;
+    Queries query;
+    gather_queries(e, mine, piece, first_head, per_row, layer.window, query);
+    const int rows = query.count;
+    Partial sums[TILE_ROWS], next[TILE_ROWS];
+    for (int i = 0; i < rows; i++) {
+        sums[i] = {HIDDEN_SCORE, 0, mine.values + (size_t)i * m.head_dim};
+        next[i] = {HIDDEN_SCORE, 0, mine.values + (size_t)(TILE_ROWS + i) * m.head_dim};
+    }
+    const int end = query.end[rows - 1];
+    for (int begin = query.first[0] / CHUNK * CHUNK; begin < end; begin += CHUNK) {
+        attend(m.kv_format, at, query, begin, imin(end, begin + CHUNK), next);
+        for (int i = 0; i < rows; i++) merge(sums[i], next[i], m.head_dim);
+    }
+    finish_queries(e, piece, first_head, per_row, rows, sums);
+}
+
+// One chunk of a piece's context; whoever finishes a piece's last chunk puts them together, in order.
+static void attend_split(Engine &e, Private &mine, const llk_layer &layer, const Context &at, int item) {
+    const llk_model &m = *e.model;
+    const int unit = item / e.splits, chunk = item % e.splits, group = m.heads / m.kv_heads;
+    const int head = unit % m.kv_heads, begin = chunk * CHUNK;
+    const Piece &piece = e.pieces[unit / m.kv_heads];
+    Queries query;
+    gather_queries(e, mine, piece, head * group, group, layer.window, query);
+    const int rows = query.count;
+    const int end = query.end[rows - 1];
+    Partial mine_now[TILE_ROWS];
+    const auto place = [&](int which, int row) {
+        float *at = e.partials + ((size_t)(unit * e.splits + which) * TILE_ROWS + row) * (size_t)(m.head_dim + 2);
+        return at;
+    };
+    if (begin < end && begin + CHUNK > query.first[0]) {
+        for (int i = 0; i < rows; i++) mine_now[i] = {HIDDEN_SCORE, 0, place(chunk, i)};
+        attend(m.kv_format, at, query, begin, imin(end, begin + CHUNK), mine_now);
+        for (int i = 0; i < rows; i++) place(chunk, i)[m.head_dim] = mine_now[i].most, place(chunk, i)[m.head_dim + 1] = mine_now[i].sum;
+    } else {
+        for (int i = 0; i < rows; i++) place(chunk, i)[m.head_dim + 1] = 0;
+    }
+    if (e.left[unit].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    e.left[unit].store(e.splits, std::memory_order_relaxed);
+    Partial sums[TILE_ROWS];
+    for (int i = 0; i < rows; i++) {
+        sums[i] = {HIDDEN_SCORE, 0, mine.values + (size_t)i * m.head_dim};
+        for (int c = 0; c < e.splits; c++) {
+            float *at = place(c, i);
+            merge(sums[i], {at[m.head_dim], at[m.head_dim + 1], at}, m.head_dim);
+        }
+    }
+    finish_queries(e, piece, head * group, group, rows, sums);
+}
+
+static void attention(Engine &e, Private &mine, int thread, int index) {
+    const llk_model &m = *e.model;
+    const llk_layer &layer = m.layer[index];
+    const size_t bytes = tile_bytes(m.kv_format, m.head_dim), stride = block_stride(m);
+    const uint8_t *cache = layer_cache(m, index);
+    const int group = m.heads / m.kv_heads, units = e.piece_count * m.kv_heads;
+    const auto context = [&](int unit) {
+        const int32_t *blocks = e.step->runs[e.pieces[unit / m.kv_heads].run].blocks;
+        return Context{cache + bytes * (size_t)(unit % m.kv_heads), stride, blocks, m.head_dim};
+    };
+    std::atomic<int32_t> &next = e.next[index & 1];
+    if (thread == 0) e.next[(index + 1) & 1].store(0, std::memory_order_relaxed);  // for the next layer
+    if (e.splits) {
+        for (int item; (item = next.fetch_add(1, std::memory_order_relaxed)) < units * e.splits;)
+            attend_split(e, mine, layer, context(item / e.splits), item);
+    } else {
+        // The last piece of a prompt sees most: it goes first.
+        for (int item; (item = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
+            const int unit = units - 1 - item, head = unit % m.kv_heads;
+            const Piece &piece = e.pieces[unit / m.kv_heads];
+            for (int first = 0; first < group; first += TILE_ROWS)
+                attend_piece(e, mine, layer, context(unit), piece, head * group + first, imin(TILE_ROWS, group - first));
+        }
+    }
+    e.pool->barrier();
+}
+
+static void layer_step(Engine &e, Private &mine, int thread, int index) {
+    const llk_model &m = *e.model;
+    const llk_layer &y = m.layer[index];
+    const Source x = {e.x, m.hidden_padded, nullptr}, attended = {e.attended, out_columns(m), nullptr};
+    const Source inner = {e.inner, m.inner, nullptr};
+    const auto product = [&](const llk_matrix &matrix, const Source &source, const Norm &norm, const Output &out) {
+        multiply_shared(e, thread, matrix, prepare(e, mine, thread, matrix, source, e.rows, norm), e.rows, out);
+    };
+    const Output residual = {e.x, m.hidden_padded, STORE_ADD, 0};
+    product(y.qkv, x, {y.norm1, y.norm1_bias}, {e.qkv, qkv_columns(m), STORE_PLAIN, 0});
+    write_cache(e, thread, index);
+    attention(e, mine, thread, index);
+    product(y.out, attended, {nullptr, nullptr}, residual);
+    product(y.up, x, {y.norm2, y.norm2_bias}, {e.inner, m.inner, m.gated ? STORE_GATED : STORE_ACTIVATED, m.activation});
+    product(y.down, inner, {nullptr, nullptr}, residual);
+}
+
+// Logits of `count` rows of the hidden states, into `logits`.
+static void head(Engine &e, Private &mine, int thread, const int32_t *rows, int count, float *logits) {
+    const llk_model &m = *e.model;
+    const Source x = {e.x, m.hidden_padded, rows};
+    const Rows ready = prepare(e, mine, thread, m.head, x, count, {m.final_norm, m.final_norm_bias});
+    multiply_shared(e, thread, m.head, ready, count, {logits, padded_vocab(m), STORE_PLAIN, 0});
+}
+
+static void check_finite(Engine &e, int thread) {
+    const llk_model &m = *e.model;
+    int begin, end, row = 0;
+    share(e.step->run_count, 1, thread, e.pool->threads, begin, end);
+    for (int r = 0; r < end; r++) {
+        const int count = e.step->runs[r].count;
+        if (r >= begin) {
+            vf sound = vf_zero();
+            const float *x = e.x + (size_t)row * m.hidden_padded;
+            for (size_t i = 0; i < (size_t)count * m.hidden_padded; i += 16) sound = vf_fma(vf_load(x + i), vf_zero(), sound);
+            e.step->finite[r] = vf_sum(sound) == 0;
+        }
+        row += count;
+    }
+}
+
+struct HeadRows {
+    Engine *engine;
+    const int32_t *rows;
+    int count;
+    float *logits;
+};
+
+static void step_thread(void *argument, int thread) {
+    HeadRows &job = *(HeadRows *)argument;
+    Engine &e = *job.engine;
+    const llk_model &m = *e.model;
+    Private mine(m, e.thread_space + e.thread_bytes * (size_t)thread);
+    embed(e, thread);
+    for (int i = 0; i < m.layers; i++) layer_step(e, mine, thread, i);
+    check_finite(e, thread);
+    if (!job.count) return;
+    head(e, mine, thread, job.rows, job.count, job.logits);
+    for (int i = thread; i < job.count; i += e.pool->threads)
+        choose_row(e.step->picks[i], job.logits + (size_t)i * padded_vocab(m), m.vocab, padded_vocab(m), mine.choose);
+}
+
+static void head_thread(void *argument, int thread) {
+    HeadRows &job = *(HeadRows *)argument;
+    Private mine(*job.engine->model, job.engine->thread_space + job.engine->thread_bytes * (size_t)thread);
+    head(*job.engine, mine, thread, job.rows, job.count, job.logits);
+}
+
+static void open_engine(Engine &e, llk_pool *pool, const llk_model *model, llk_step *step) {
+    e.pool = pool;
+    e.model = model;
+    e.step = step;
+    e.rows = step->rows;
+    lay_out(e, *model, step->workspace, step->max_rows, step->max_picks, pool->threads);
+    e.next[0] = e.next[1] = 0;
+}
+
+extern "C" int32_t llk_run_step(llk_pool *pool, const llk_model *model, llk_step *step) {
+    Engine e;
+    open_engine(e, pool, model, step);
+    const int most = piece_rows(*model);
+    int32_t wanted[4096];
+    int row = 0, picks = 0, longest = 0;
+    e.piece_count = 0;
+    for (int r = 0; r < step->run_count; r++) {
+        const llk_run &run = step->runs[r];
+        for (int done = 0; done < run.count; done += most)
+            e.pieces[e.piece_count++] = {r, row + done, imin(most, run.count - done), run.start + done};
+        for (int i = run.count - run.wanted; i < run.count; i++) wanted[picks++] = row + i;
+        row += run.count;
+        longest = imax(longest, run.start + run.count);
+    }
+    // So few pieces that some threads would have none: cut their contexts into chunks.
+    const int units = e.piece_count * model->kv_heads, chunks = (longest + CHUNK - 1) / CHUNK;
+    const bool fits = model->heads / model->kv_heads <= TILE_ROWS && units * chunks <= MOST_SPLITS;
+    e.splits = pool->threads > 1 && units < 4 * pool->threads && chunks > 1 && fits ? chunks : 0;
+    if (e.splits)
+        for (int i = 0; i < units; i++) e.left[i].store(e.splits, std::memory_order_relaxed);
+    HeadRows job{&e, wanted, picks, e.logits};
+    pool->run(step_thread, &job);
+    return 0;
+}
+
+extern "C" int32_t llk_logits(llk_pool *pool, const llk_model *model, llk_step *step, const int32_t *rows, int32_t count,
+                              float *logits) {
+    Engine e;
+    open_engine(e, pool, model, step);
+    HeadRows job{&e, rows, count, logits};
+    pool->run(head_thread, &job);
+    return 0;
+}
+
+struct ChooseJob {
+    const llk_model *model;
+    float *logits;
+    llk_pick *picks;
+    int count, threads;
+    bool score;
+    uint8_t *space;
+};
+
+static void choose_thread(void *argument, int thread) {
+    ChooseJob &job = *(ChooseJob *)argument;
+    const int padded = padded_vocab(*job.model);
+    ChooseSpace space;
+    space.place(job.space + (ChooseSpace::bytes(padded) + 63) / 64 * 64 * (size_t)thread, padded);
+    for (int i = thread; i < job.count; i += job.threads)
+        (job.score ? score_row : choose_row)(job.picks[i], job.logits + (size_t)i * padded, job.model->vocab, padded, space);
+}
+
+static int32_t choose_all(llk_pool *pool, const llk_model *model, float *logits, llk_pick *picks, int count, bool score) {
+    const size_t each = (ChooseSpace::bytes(padded_vocab(*model)) + 63) / 64 * 64;
+    uint8_t *space = (uint8_t *)calloc((size_t)pool->threads, each);
+    if (!space) return -1;
+    ChooseJob job{model, logits, picks, count, pool->threads, score, space};
+    pool->run(choose_thread, &job);
+    free(space);
+    return 0;
+}
+
+extern "C" int32_t llk_score(llk_pool *pool, const llk_model *model, float *logits, llk_pick *picks, int32_t count) {
+    return choose_all(pool, model, logits, picks, count, true);
+}
+
+extern "C" int32_t llk_choose(llk_pool *pool, const llk_model *model, float *logits, llk_pick *picks, int32_t count) {
+    return choose_all(pool, model, logits, picks, count, false);
+}
+
+struct ProductJob {
+    llk_pool *pool;
+    const llk_matrix *matrix;
+    const float *x;
+    int rows;
+    float *y;
+    Rows prepared;
+};
+
+static void product_thread(void *argument, int thread) {
+    ProductJob &job = *(ProductJob *)argument;
+    int begin, end;
+    share(job.matrix->cols / GROUP, 1, thread, job.pool->threads, begin, end);
+    for (int row = 0; row < job.rows; row++) {
+        const Tile tile = tile_of(row, job.rows);
+        for (int g = begin; g < end; g++)
+            prepare_group(job.matrix->format, job.x + (size_t)row * job.matrix->cols, {nullptr, nullptr}, {0, 1}, job.prepared, tile,
+                          row - tile.first, g);
+    }
+    job.pool->barrier();
+    share(job.matrix->rows / 16, 1, thread, job.pool->threads, begin, end);
+    multiply(*job.matrix, job.prepared, job.rows, {job.y, job.matrix->rows, STORE_PLAIN, 0}, begin, end);
+}
+
+extern "C" int32_t llk_matmul(llk_pool *pool, const llk_matrix *matrix, const float *x, int32_t rows, float *y) {
+    Carver measure{nullptr};
+    take_rows(measure, rows, matrix->cols);
+    void *space = nullptr;
+    if (posix_memalign(&space, 64, measure.used)) return -1;
+    Carver carver{(uint8_t *)space};
+    ProductJob job{pool, matrix, x, rows, y, take_rows(carver, rows, matrix->cols)};
+    pool->run(product_thread, &job);
+    free(space);
+    return 0;
+}

@@ -1,0 +1,621 @@
+// The inner loops of a step, written once over the sixteen lanes of simd_*.h: products of a few rows with a
+// block of packed weights, attention of a few queries over a stretch of the KV cache, norms, activations.
+//
+// What a row gets never depends on how many rows are computed with it: sums run in the same order for every
+// template width (integer sums may be split, they are exact).
+#pragma once
+#include <math.h>
+#include <string.h>
+
+#include <type_traits>
+
+#include "engine.h"
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#include "simd_avx512.h"
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include "simd_avx2.h"
+#elif defined(__aarch64__) && defined(__ARM_FEATURE_DOTPROD)
+#include "simd_neon.h"
+#else
+#include "simd_portable.h"
+#endif
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+static constexpr int GROUP = 32;         // columns that share a scale
+static constexpr int BLOCK_TOKENS = 16;  // positions of a KV block
+static constexpr int CHUNK = 128;        // positions whose softmax is taken at once
+static constexpr float HIDDEN_SCORE = -1e30f;
+
+static inline int imin(int a, int b) { return a < b ? a : b; }
+static inline int imax(int a, int b) { return a > b ? a : b; }
+
+// exp by range reduction to [-ln2/2, ln2/2] and a polynomial (Cephes' expf); relative error below 2e-7.
+static inline vf vf_exp(vf x) {
+    x = vf_max(vf_min(x, vf_set(88.f)), vf_set(-87.f));
+    vf n = vf_round(vf_mul(x, vf_set(1.44269504f)));
+    vf r = vf_fma(n, vf_set(-0.693359375f), x);
+    r = vf_fma(n, vf_set(2.12194440e-4f), r);
+    vf p = vf_set(1.9875691e-4f);
+    p = vf_fma(p, r, vf_set(1.3981999e-3f));
+    p = vf_fma(p, r, vf_set(8.3334519e-3f));
+    p = vf_fma(p, r, vf_set(4.1665795e-2f));
+    p = vf_fma(p, r, vf_set(1.6666665e-1f));
+    p = vf_fma(p, r, vf_set(0.5f));
+    p = vf_fma(p, vf_mul(r, r), vf_add(r, vf_set(1.f)));
+    return vf_scale2(p, n);
+}
+
+static inline vf activate(int kind, vf x) {
+    switch (kind) {
+    case LLK_SILU:
+        return vf_div(x, vf_add(vf_set(1.f), vf_exp(vf_sub(vf_zero(), x))));
+    case LLK_GELU_TANH: {  // x * sigmoid(2 * sqrt(2 / pi) * (x + 0.044715 x^3)) is 0.5 x (1 + tanh(…))
+        vf cube = vf_mul(vf_mul(x, x), x);
+        vf inner = vf_mul(vf_set(1.5957691216f), vf_fma(vf_set(0.044715f), cube, x));
+        return vf_div(x, vf_add(vf_set(1.f), vf_exp(vf_sub(vf_zero(), inner))));
+    }
+    case LLK_GELU: {
+        float lanes[16];
+        vf_store(lanes, x);
+        for (float &v : lanes) v = 0.5f * v * (1.f + erff(v * 0.70710678f));
+        return vf_load(lanes);
+    }
+    default:
+        return vf_max(x, vf_zero());
+    }
+}
+
+// ------------------------------------------------------------------------------------------ activations
+
+// Calls f with the greatest width of the list that is at most n, as a constant, and returns that width.
+template <typename F> static inline int with_width(int n, F &&f) {
+#define WIDTH(k)                                                    \
+    if (k <= TILE_ROWS && n >= k) {                                 \
+        f(std::integral_constant<int, (k <= TILE_ROWS ? k : 1)>()); \
+        return k;                                                   \
+    }
+    WIDTH(16) WIDTH(12) WIDTH(8) WIDTH(6) WIDTH(4) WIDTH(3) WIDTH(2) WIDTH(1)
+#undef WIDTH
+    return n;
+}
+
+// The tile that row `row` of `rows` falls into when they are cut by with_width: its first row and its width.
+struct Tile {
+    int first, width;
+};
+static inline Tile tile_of(int row, int rows) {
+    Tile tile = {row / TILE_ROWS * TILE_ROWS, TILE_ROWS};
+    while (true) {
+        tile.width = with_width(rows - tile.first, [](auto) {});
+        if (row < tile.first + tile.width) return tile;
+        tile.first += tile.width;
+    }
+}
+
+// Rows prepared for a product with `cols` columns, in the form that the weights' format wants. The rows of a
+// tile lie interleaved, so that what a step of the inner loop reads is side by side:
+//   q      [cols / 4][width][4] int8 …       half  [cols / 2][width][2] bfloat16
+//   scale  [cols / 32][width] … of so much   full  [cols][width]
+//   sum    [cols / 32][width] scale * sum of the group
+//   minus  [cols / 32][width] -128 * sum of the group
+// The tile of first row f begins at f * (its size for one row).
+struct Rows {
+    int cols;
+    int8_t *q;
+    float *scale, *sum;
+    int32_t *minus;
+    uint16_t *half;
+    float *full;
+};
+
+// What a norm does to a row: (x - mean) * factor * weight + bias, weight and bias [padded] or NULL.
+struct Norm {
+    const float *weight, *bias;
+};
+struct RowNorm {
+    float mean, factor;
+};
+
+static inline RowNorm norm_of(int kind, const float *x, int size, int padded, float epsilon) {
+    RowNorm norm = {0, 1};
+    if (kind == LLK_LAYER_NORM) {  // behind `size` x is zero
+        vf s = vf_zero();
+        for (int i = 0; i < padded; i += 16) s = vf_add(s, vf_load(x + i));
+        norm.mean = vf_sum(s) / (float)size;
+    }
+    vf square = vf_zero(), shift = vf_set(norm.mean);
+    for (int i = 0; i < padded; i += 16) {
+        vf d = vf_between(0, size - i, vf_sub(vf_load(x + i), shift), vf_zero());
+        square = vf_fma(d, d, square);
+    }
+    norm.factor = 1.f / sqrtf(vf_sum(square) / (float)size + epsilon);
+    return norm;
+}
+
+static inline vf normed(const float *x, const Norm &by, const RowNorm &norm, int i) {
+    vf d = vf_mul(vf_sub(vf_load(x + i), vf_set(norm.mean)), vf_set(norm.factor));
+    return by.bias ? vf_fma(d, vf_load(by.weight + i), vf_load(by.bias + i)) : vf_mul(d, vf_load(by.weight + i));
+}
+
+// Prepares columns 32 g … 32 g + 31 of one row of a tile, behind its norm if `by` has a weight.
+static inline void prepare_group(int format, const float *x, const Norm &by, const RowNorm &norm, const Rows &to, const Tile &tile,
+                                 int lane, int g) {
+    const int width = tile.width, begin = g * GROUP, groups = to.cols / GROUP;
+    vf a = by.weight ? normed(x, by, norm, begin) : vf_load(x + begin);
+    vf b = by.weight ? normed(x, by, norm, begin + 16) : vf_load(x + begin + 16);
+    if (format == LLK_F32) {
+        float values[GROUP], *out = to.full + (size_t)tile.first * to.cols + (size_t)begin * width + lane;
+        vf_store(values, a);
+        vf_store(values + 16, b);
+        for (int k = 0; k < GROUP; k++) out[k * width] = values[k];
+        return;
+    }
+    if (format == LLK_BF16) {
+        uint16_t values[GROUP], *out = to.half + (size_t)tile.first * to.cols + (size_t)begin * width + lane * 2;
+        vf_store_bf16(values, a);
+        vf_store_bf16(values + 16, b);
+        for (int k = 0; k < GROUP; k += 2) memcpy(out + k * width, values + k, 4);
+        return;
+    }
+    float most = vf_highest(vf_max(vf_abs(a), vf_abs(b)));
+    most = most > 1e-20f ? most : 1e-20f;
+    vf inverse = vf_set(127.f / most);
+    int8_t q[GROUP], *out = to.q + (size_t)tile.first * to.cols + (size_t)begin * width + lane * 4;
+    vf_store_int8(q, vf_mul(a, inverse));
+    vf_store_int8(q + 16, vf_mul(b, inverse));
+    for (int k = 0; k < GROUP; k += 4) memcpy(out + k * width, q + k, 4);
+    const int32_t total = sum_int8(q);
+    const size_t place = (size_t)tile.first * groups + (size_t)g * width + lane;
+    to.scale[place] = most / 127.f;
+    to.sum[place] = most / 127.f * (float)total;
+    to.minus[place] = -128 * total;
+}
+
+// --------------------------------------------------------------------------------------------- products
+
+static inline size_t block_bytes(int format, int cols) {
+    switch (format) {
+    case LLK_F32: return (size_t)cols * 64;
+    case LLK_BF16: return (size_t)cols * 32;
+    case LLK_Q8: return (size_t)(cols / GROUP) * 544;
+    default: return (size_t)(cols / GROUP) * 320;
+    }
+}
+
+// acc[m] = the 16 outputs of a block of weights for row first + m of a tile of M rows.
+template <int FORMAT, int M> static inline void product(const uint8_t *w, const Rows &x, int first, vf *acc) {
+    const int cols = x.cols, groups = cols / GROUP;
+    UNROLL for (int m = 0; m < M; m++) acc[m] = vf_zero();
+    if (FORMAT == LLK_F32) {
+        const float *rows = x.full + (size_t)first * cols;
+        for (int k = 0; k < cols; k++, rows += M) {
+            vf weight = vf_load((const float *)w + k * 16);
+            UNROLL for (int m = 0; m < M; m++) acc[m] = vf_fma(weight, vf_set(rows[m]), acc[m]);
+        }
+        return;
+    }
+    if (FORMAT == LLK_BF16) {
+        const uint16_t *rows = x.half + (size_t)first * cols;
+        for (int k = 0; k < cols; k += 2, rows += 2 * M) {
+            vb weight = vb_load(w + k * 32);
+            fetch(w + k * 32 + 2048);
+            UNROLL for (int m = 0; m < M; m++) acc[m] = dot_bf16(acc[m], weight, rows + 2 * m);
+        }
+        return;
+    }
+    const int8_t *q = x.q + (size_t)first * cols;
+    const float *scale = x.scale + (size_t)first * groups, *sum = x.sum + (size_t)first * groups;
+    const int32_t *minus = x.minus + (size_t)first * groups;
+    for (int g = 0; g < groups; g++, q += GROUP * M, scale += M, sum += M, minus += M) {
+        vb weight[8];
+        vf d, least;
+        if (FORMAT == LLK_Q4) {
+            UNROLL for (int j = 0; j < 4; j++) {
+                vb both = vb_load(w + j * 64);
+                weight[j] = vb_low(both);
+                weight[4 + j] = vb_high(both);
+            }
+            d = vf_load_f16((const uint16_t *)(w + 256));
+            least = vf_load_f16((const uint16_t *)(w + 288));
+            UNROLL for (int j = 0; j < 5; j++) fetch(w + 320 * 8 + 64 * j);
+            w += 320;
+        } else {
+            UNROLL for (int j = 0; j < 8; j++) weight[j] = vb_load_q8(w + j * 64);
+            d = vf_load_f16((const uint16_t *)(w + 512));
+            UNROLL for (int j = 0; j < 9; j++) fetch(w + 544 * 6 + 64 * j);
+            w += 544;
+        }
+        UNROLL for (int m = 0; m < M; m++) {
+            vi dot = FORMAT == LLK_Q4 ? vi_zero() : q8_start(minus[m]);
+            if (M < 4) {  // two sums side by side hide the latency
+                vi other = vi_zero();
+                UNROLL for (int j = 0; j < 4; j++) {
+                    const int8_t *near = q + (j * M + m) * 4, *far = q + ((4 + j) * M + m) * 4;
+                    dot = FORMAT == LLK_Q4 ? dot_nibbles(dot, weight[j], near) : dot_q8(dot, weight[j], near);
+                    other = FORMAT == LLK_Q4 ? dot_nibbles(other, weight[4 + j], far) : dot_q8(other, weight[4 + j], far);
+                }
+                dot = vi_add(dot, other);
+            } else {
+                UNROLL for (int j = 0; j < 8; j++) {
+                    const int8_t *here = q + (j * M + m) * 4;
+                    dot = FORMAT == LLK_Q4 ? dot_nibbles(dot, weight[j], here) : dot_q8(dot, weight[j], here);
+                }
+            }
+            acc[m] = vf_fma(vf_mul(vi_float(dot), vf_set(scale[m])), d, acc[m]);
+            if (FORMAT == LLK_Q4) acc[m] = vf_fma(least, vf_set(sum[m]), acc[m]);
+        }
+    }
+}
+
+enum Store { STORE_PLAIN, STORE_ADD, STORE_ACTIVATED, STORE_GATED };
+
+struct Output {
+    float *to;
+    int stride;
+    Store how;
+    int activation;
+};
+
+template <int FORMAT, int M>
+static inline void rows_of_block(const llk_matrix &matrix, const Rows &x, int first, int block, const Output &out) {
+    const size_t bytes = block_bytes(FORMAT, x.cols);
+    const uint8_t *w = (const uint8_t *)matrix.data + bytes * (size_t)block;
+    vf acc[M], other[M];
+    product<FORMAT, M>(w, x, first, acc);
+    if (matrix.bias)
+        UNROLL for (int m = 0; m < M; m++) acc[m] = vf_add(acc[m], vf_load(matrix.bias + block * 16));
+    if (out.how == STORE_GATED) {
+        product<FORMAT, M>(w + bytes, x, first, other);
+        if (matrix.bias)
+            UNROLL for (int m = 0; m < M; m++) other[m] = vf_add(other[m], vf_load(matrix.bias + block * 16 + 16));
+        for (int m = 0; m < M; m++)
+            vf_store(out.to + (size_t)(first + m) * out.stride + block / 2 * 16,
+                     vf_mul(activate(out.activation, acc[m]), other[m]));
+        return;
+    }
+    for (int m = 0; m < M; m++) {
+        float *to = out.to + (size_t)(first + m) * out.stride + block * 16;
+        vf value = acc[m];
+        if (out.how == STORE_ADD) value = vf_add(value, vf_load(to));
+        if (out.how == STORE_ACTIVATED) value = activate(out.activation, value);
+        vf_store(to, value);
+    }
+}
+
+template <int FORMAT>
+static void multiply_as(const llk_matrix &matrix, const Rows &x, int rows, const Output &out, int begin, int end) {
+    const int step = out.how == STORE_GATED ? 2 : 1;
+    for (int block = begin; block < end; block += step)
+        for (int first = 0; first < rows;)
+            first += with_width(rows - first, [&](auto width) {
+                rows_of_block<FORMAT, decltype(width)::value>(matrix, x, first, block, out);
+            });
+}
+
+// Blocks begin … end-1 of the matrix times all rows.
+static void multiply(const llk_matrix &matrix, const Rows &x, int rows, const Output &out, int begin, int end) {
+    switch (matrix.format) {
+    case LLK_F32: return multiply_as<LLK_F32>(matrix, x, rows, out, begin, end);
+    case LLK_BF16: return multiply_as<LLK_BF16>(matrix, x, rows, out, begin, end);
+    case LLK_Q8: return multiply_as<LLK_Q8>(matrix, x, rows, out, begin, end);
+    default: return multiply_as<LLK_Q4>(matrix, x, rows, out, begin, end);
+    }
+}
+
+// One row of the embedding, unpacked.
+static inline float half_to_float(uint16_t h) {
+    uint16_t sixteen[16] = {h};
+    float lanes[16];
+    vf_store(lanes, vf_load_f16(sixteen));
+    return lanes[0];
+}
+static void unpack_row(const llk_matrix &matrix, int row, float *x) {
+    const int cols = matrix.cols, lane = row % 16;
+    const uint8_t *w = (const uint8_t *)matrix.data + block_bytes(matrix.format, cols) * (size_t)(row / 16);
+    switch (matrix.format) {
+    case LLK_F32:
+        for (int k = 0; k < cols; k++) x[k] = ((const float *)w)[k * 16 + lane];
+        return;
+    case LLK_BF16:
+        for (int k = 0; k < cols; k++) {
+            uint32_t bits = (uint32_t)((const uint16_t *)w)[(k / 2 * 16 + lane) * 2 + (k & 1)] << 16;
+            memcpy(x + k, &bits, 4);
+        }
+        return;
+    case LLK_Q8:
+        for (int g = 0; g < cols / GROUP; g++, w += 544) {
+            float d = half_to_float(((const uint16_t *)(w + 512))[lane]);
+            for (int k = 0; k < GROUP; k++) x[g * GROUP + k] = d * (float)((int)w[k / 4 * 64 + lane * 4 + k % 4] - 128);
+        }
+        return;
+    default:
+        for (int g = 0; g < cols / GROUP; g++, w += 320) {
+            float d = half_to_float(((const uint16_t *)(w + 256))[lane]);
+            float least = half_to_float(((const uint16_t *)(w + 288))[lane]);
+            for (int k = 0; k < GROUP; k++) {
+                int byte = w[k % 16 / 4 * 64 + lane * 4 + k % 4];
+                x[g * GROUP + k] = d * (float)(k < 16 ? byte & 15 : byte >> 4) + least;
+            }
+        }
+    }
+}
+
+// -------------------------------------------------------------------------------------------- attention
+
+// A tile holds the 16 positions of a block for one KV head: keys by dimension, values by position.
+//   F32   K [head_dim][16]        V [16][head_dim]
+//   BF16  K [head_dim / 2][16][2] V [8][head_dim][2]
+//   INT8  K [head_dim / 4][16][4] as value+128, V [4][head_dim][4], 16 scales of K, 16 scales of V (float)
+static inline size_t tile_bytes(int kv_format, int head_dim) {
+    switch (kv_format) {
+    case LLK_KV_F32: return (size_t)head_dim * 128;
+    case LLK_KV_BF16: return (size_t)head_dim * 64;
+    default: return (size_t)head_dim * 32 + 128;
+    }
+}
+
+static inline float quantise_head(const float *x, int size, int8_t *q) {
+    vf most = vf_zero();
+    for (int i = 0; i < size; i += 16) most = vf_max(most, vf_abs(vf_load(x + i)));
+    float top = vf_highest(most);
+    top = top > 1e-20f ? top : 1e-20f;
+    vf inverse = vf_set(127.f / top);
+    for (int i = 0; i < size; i += 16) vf_store_int8(q + i, vf_mul(vf_load(x + i), inverse));
+    return top / 127.f;
+}
+
+static inline void write_key(int kv_format, int head_dim, uint8_t *tile, int place, const float *k) {
+    if (kv_format == LLK_KV_F32) {
+        for (int d = 0; d < head_dim; d++) ((float *)tile)[d * 16 + place] = k[d];
+    } else if (kv_format == LLK_KV_BF16) {
+        uint16_t rounded[16];
+        for (int d = 0; d < head_dim; d += 16) {
+            vf_store_bf16(rounded, vf_load(k + d));
+            for (int i = 0; i < 16; i += 2) memcpy(tile + ((d + i) / 2 * 16 + place) * 4, rounded + i, 4);
+        }
+    } else {
+        int8_t q[512];
+        ((float *)(tile + (size_t)head_dim * 32))[place] = quantise_head(k, head_dim, q);
+        for (int d = 0; d < head_dim; d++) tile[d / 4 * 64 + place * 4 + d % 4] = (uint8_t)(q[d] + 128);
+    }
+}
+
+static inline void write_value(int kv_format, int head_dim, uint8_t *tile, int place, const float *v) {
+    if (kv_format == LLK_KV_F32) {
+        memcpy((float *)tile + (size_t)head_dim * 16 + (size_t)place * head_dim, v, (size_t)head_dim * 4);
+    } else if (kv_format == LLK_KV_BF16) {
+        uint16_t rounded[16], *to = (uint16_t *)(tile + (size_t)head_dim * 32) + (size_t)(place / 2) * head_dim * 2;
+        for (int d = 0; d < head_dim; d += 16) {
+            vf_store_bf16(rounded, vf_load(v + d));
+            for (int i = 0; i < 16; i++) to[(d + i) * 2 + place % 2] = rounded[i];
+        }
+    } else {
+        int8_t q[512], *to = (int8_t *)tile + (size_t)head_dim * 16 + (size_t)(place / 4) * head_dim * 4;
+        ((float *)(tile + (size_t)head_dim * 32))[16 + place] = quantise_head(v, head_dim, q);
+        for (int d = 0; d < head_dim; d++) to[d * 4 + place % 4] = q[d];
+    }
+}
+
+// Queries of one sequence and KV head in the form that the cache's format wants, interleaved by tiles as Rows.
+struct Queries {
+    int count;
+    float *full;     // [head_dim][width]
+    uint16_t *half;  // [head_dim / 2][width][2]
+    int8_t *q;       // [head_dim / 4][width][4]
+    float scale[TILE_ROWS];
+    int32_t minus[TILE_ROWS];
+    int first[TILE_ROWS], end[TILE_ROWS];  // the positions that a query sees
+};
+
+static inline void prepare_query(int kv_format, int head_dim, Queries &to, int row, const float *x) {
+    const Tile tile = tile_of(row, to.count);
+    const int width = tile.width, lane = row - tile.first, base = tile.first * head_dim;
+    if (kv_format == LLK_KV_F32) {
+        for (int d = 0; d < head_dim; d++) to.full[base + d * width + lane] = x[d];
+    } else if (kv_format == LLK_KV_BF16) {
+        uint16_t pairs[16];
+        for (int d = 0; d < head_dim; d += 16) {
+            vf_store_bf16(pairs, vf_load(x + d));
+            for (int k = 0; k < 16; k += 2) memcpy(to.half + base + (d + k) * width + lane * 2, pairs + k, 4);
+        }
+    } else {
+        int8_t q[512];
+        to.scale[row] = quantise_head(x, head_dim, q);
+        int32_t total = 0;
+        for (int d = 0; d < head_dim; d++) total += q[d];
+        for (int d = 0; d < head_dim; d += 4) memcpy(to.q + base + d * width + lane * 4, q + d, 4);
+        to.minus[row] = -128 * total;
+    }
+}
+
+// A softmax over some positions, not yet divided: its greatest score, the sum of its weights relative to
+// that, and the weighted sum of values [head_dim]. `sum` 0: no position was seen.
+struct Partial {
+    float most, sum;
+    float *values;
+};
+
+static inline void merge(Partial &into, const Partial &next, int head_dim) {
+    if (next.sum == 0) return;
+    if (into.sum == 0) {
+        into.most = next.most, into.sum = next.sum;
+        memcpy(into.values, next.values, (size_t)head_dim * 4);
+        return;
+    }
+    float most = into.most > next.most ? into.most : next.most;
+    float a = expf(into.most - most), b = expf(next.most - most);
+    into.most = most;
+    into.sum = fmaf(next.sum, b, into.sum * a);
+    for (int d = 0; d < head_dim; d += 16)
+        vf_store(into.values + d, vf_fma(vf_load(next.values + d), vf_set(b), vf_mul(vf_load(into.values + d), vf_set(a))));
+}
+
+// The cache of one layer at one KV head, for one sequence. `stride`: bytes from block to block.
+struct Context {
+    const uint8_t *tiles;
+    size_t stride;
+    const int32_t *blocks;
+    int head_dim;
+    const uint8_t *tile(int block) const { return tiles + stride * (size_t)blocks[block]; }
+};
+
+// Scores of the queries from … from+R-1, a tile, with blocks first … first+N-1. Several blocks at once only so
+// that their sums can run side by side.
+template <int KV, int R, int N>
+static inline void score_blocks(const Context &at, const Queries &query, int from, int first, vf (*s)[R]) {
+    const int head_dim = at.head_dim;
+    const uint8_t *tile[N];
+    UNROLL for (int n = 0; n < N; n++) tile[n] = at.tile(first + n);
+    if (KV == LLK_KV_F32) {
+        const float *x = query.full + from * head_dim;
+        UNROLL for (int n = 0; n < N; n++) UNROLL for (int r = 0; r < R; r++) s[n][r] = vf_zero();
+        for (int d = 0; d < head_dim; d++, x += R)
+            UNROLL for (int n = 0; n < N; n++) {
+                vf key = vf_load((const float *)tile[n] + d * 16);
+                UNROLL for (int r = 0; r < R; r++) s[n][r] = vf_fma(key, vf_set(x[r]), s[n][r]);
+            }
+    } else if (KV == LLK_KV_BF16) {
+        const uint16_t *x = query.half + from * head_dim;
+        UNROLL for (int n = 0; n < N; n++) UNROLL for (int r = 0; r < R; r++) s[n][r] = vf_zero();
+        for (int d = 0; d < head_dim; d += 2, x += 2 * R)
+            UNROLL for (int n = 0; n < N; n++) {
+                vb key = vb_load(tile[n] + d * 32);
+                UNROLL for (int r = 0; r < R; r++) s[n][r] = dot_bf16(s[n][r], key, x + 2 * r);
+            }
+    } else {
+        const int8_t *x = query.q + from * head_dim;
+        vi dot[N][R];
+        UNROLL for (int n = 0; n < N; n++) UNROLL for (int r = 0; r < R; r++) dot[n][r] = q8_start(query.minus[from + r]);
+        for (int d = 0; d < head_dim; d += 4, x += 4 * R)
+            UNROLL for (int n = 0; n < N; n++) {
+                vb key = vb_load_q8(tile[n] + d * 16);
+                UNROLL for (int r = 0; r < R; r++) dot[n][r] = dot_q8(dot[n][r], key, x + 4 * r);
+            }
+        UNROLL for (int n = 0; n < N; n++) {
+            vf scales = vf_load((const float *)(tile[n] + (size_t)head_dim * 32));
+            UNROLL for (int r = 0; r < R; r++) s[n][r] = vf_mul(vi_float(dot[n][r]), vf_mul(scales, vf_set(query.scale[from + r])));
+        }
+    }
+}
+
+// Weights of the positions of a chunk for R queries, in the form that the values' format wants.
+template <int KV, int R> struct Weights {
+    alignas(64) float full[R][CHUNK];
+    alignas(64) uint16_t half[KV == LLK_KV_BF16 ? R : 1][CHUNK];
+    alignas(64) uint8_t low[KV == LLK_KV_INT8 ? R : 1][CHUNK], high[KV == LLK_KV_INT8 ? R : 1][CHUNK];
+    float step[R];
+};
+
+// Columns i … i + 16 N - 1 of the weighted sums of the values of `count` blocks from `first`.
+template <int KV, int R, int N>
+static inline void sum_values(const Context &at, const Weights<KV, R> &weights, int first, int count, int i, Partial *out) {
+    const int head_dim = at.head_dim;
+    vf acc[N][R];
+    vi small[N][R], large[N][R];
+    UNROLL for (int n = 0; n < N; n++) UNROLL for (int r = 0; r < R; r++) {
+        acc[n][r] = vf_zero();
+        if (KV == LLK_KV_INT8) small[n][r] = large[n][r] = vi_zero();
+    }
+    for (int b = 0; b < count; b++) {
+        const uint8_t *tile = at.tile(first + b);
+        if (KV == LLK_KV_F32) {
+            const float *values = (const float *)tile + (size_t)head_dim * 16 + i;
+            for (int t = 0; t < 16; t++, values += head_dim)
+                UNROLL for (int n = 0; n < N; n++) {
+                    vf value = vf_load(values + 16 * n);
+                    UNROLL for (int r = 0; r < R; r++) acc[n][r] = vf_fma(value, vf_set(weights.full[r][b * 16 + t]), acc[n][r]);
+                }
+        } else if (KV == LLK_KV_BF16) {
+            const uint8_t *values = tile + (size_t)head_dim * 32 + i * 4;
+            for (int t = 0; t < 8; t++, values += head_dim * 4)
+                UNROLL for (int n = 0; n < N; n++) {
+                    vb value = vb_load(values + 64 * n);
+                    UNROLL for (int r = 0; r < R; r++) acc[n][r] = dot_bf16(acc[n][r], value, &weights.half[r][b * 16 + 2 * t]);
+                }
+        } else {
+            const uint8_t *values = tile + (size_t)head_dim * 16 + i * 4;
+            for (int t = 0; t < 4; t++, values += head_dim * 4)
+                UNROLL for (int n = 0; n < N; n++) {
+                    vb value = vb_load(values + 64 * n);
+                    UNROLL for (int r = 0; r < R; r++) {
+                        small[n][r] = dot_values(small[n][r], value, &weights.low[r][b * 16 + 4 * t]);
+                        large[n][r] = dot_values(large[n][r], value, &weights.high[r][b * 16 + 4 * t]);
+                    }
+                }
+        }
+    }
+    UNROLL for (int n = 0; n < N; n++) UNROLL for (int r = 0; r < R; r++) {
+        if (KV == LLK_KV_INT8)
+            acc[n][r] = vf_mul(vf_fma(vi_float(large[n][r]), vf_set(128.f), vi_float(small[n][r])), vf_set(weights.step[r]));
+        vf_store(out[r].values + i + 16 * n, acc[n][r]);
+    }
+}
+
+// The queries from … from+R-1, a tile, over positions begin … end-1, begin a multiple of CHUNK and
+// end - begin <= CHUNK.
+template <int KV, int R>
+static void attend_chunk(const Context &at, const Queries &query, int from, int begin, int end, Partial *out) {
+    // Sums that run side by side: about twelve hide the latency of one.
+    constexpr int N = TILE_ROWS < 16 ? 1 : R <= 3 ? 4 : R <= 6 ? 2 : 1;
+    const int first = begin / BLOCK_TOKENS, count = (end - begin + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+    const size_t bytes = tile_bytes(KV, at.head_dim);
+    Weights<KV, R> weights;
+    const auto seen = [&](int r, int b, vf yes, vf no) {
+        const int place = begin + b * BLOCK_TOKENS;
+        return vf_between(query.first[from + r] - place, query.end[from + r] - place, yes, no);
+    };
+    for (int b = 0; b < count;) {
+        for (int ahead = b + N; ahead < imin(count, b + 2 * N); ahead++)
+            for (size_t i = 0; i < bytes; i += 64) fetch_far(at.tile(first + ahead) + i);
+        vf s[N][R];
+        const int many = count - b >= N ? N : 1;
+        if (many == N) score_blocks<KV, R, N>(at, query, from, first + b, s);
+        else score_blocks<KV, R, 1>(at, query, from, first + b, s);
+        for (int n = 0; n < many; n++, b++)
+            UNROLL for (int r = 0; r < R; r++) vf_store(&weights.full[r][b * 16], seen(r, b, s[n][r], vf_set(HIDDEN_SCORE)));
+    }
+    for (int r = 0; r < R; r++) {
+        float *row = weights.full[r];
+        vf most = vf_set(HIDDEN_SCORE);
+        for (int b = 0; b < count; b++) most = vf_max(most, vf_load(row + b * 16));
+        out[r].most = vf_highest(most);
+        vf top = vf_set(out[r].most), sum = vf_zero(), heaviest = vf_zero();
+        for (int b = 0; b < count; b++) {
+            vf p = seen(r, b, vf_exp(vf_sub(vf_load(row + b * 16), top)), vf_zero());
+            sum = vf_add(sum, p);
+            if (KV == LLK_KV_BF16) vf_store_bf16(&weights.half[r][b * 16], p);
+            if (KV == LLK_KV_INT8) {  // the values' scales go into the weights
+                p = vf_mul(p, vf_load((const float *)(at.tile(first + b) + (size_t)at.head_dim * 32) + 16));
+                p = seen(r, b, p, vf_zero());
+                heaviest = vf_max(heaviest, p);
+            }
+            if (KV != LLK_KV_BF16) vf_store(row + b * 16, p);
+        }
+        out[r].sum = vf_sum(sum);
+        if (KV == LLK_KV_INT8) {
+            float weight = vf_highest(heaviest);
+            weight = weight > 1e-30f ? weight : 1e-30f;
+            weights.step[r] = weight / 16383.f;
+            vf factor = vf_set(16383.f / weight);
+            for (int b = 0; b < count; b++)
+                vf_store_split(&weights.low[r][b * 16], &weights.high[r][b * 16], vf_mul(vf_load(row + b * 16), factor));
+        }
+    }
+    int i = 0;
+    for (; i + 16 * N <= at.head_dim; i += 16 * N) sum_values<KV, R, N>(at, weights, first, count, i, out);
+    for (; i < at.head_dim; i += 16) sum_values<KV, R, 1>(at, weights, first, count, i, out);
+}
+
+// All queries over one chunk of positions.
+static void attend(int kv_format, const Context &at, const Queries &query, int begin, int end, Partial *out) {
+    for (int from = 0; from < query.count;)
+        from += with_width(query.count - from, [&](auto width) {
+            constexpr int R = decltype(width)::value;
+            switch (kv_format) {
+            case LLK_KV_F32: return attend_chunk<LLK_KV_F32, R>(at, query, from, begin, end, out + from);
+            case LLK_KV_BF16: return attend_chunk<LLK_KV_BF16, R>(at, query, from, begin, end, out + from);
+            default: return attend_chunk<LLK_KV_INT8, R>(at, query, from, begin, end, out + from);
+            }
+        });
+}

@@ -1,0 +1,51 @@
+"""How long a step takes: learnt from the steps that were measured, one pool on one device at a time.
+
+    seconds = fixed + row · (rows that generate) + token · (tokens of prompts)
+
+A running estimate by normalised least mean squares (Widrow and Hoff, 1960), so that it follows when contexts
+grow or somebody else takes the cores. One step that was held up changes it little.
+"""
+
+from __future__ import annotations
+
+FIRST_CHUNK = 64
+"""Prompt tokens of a bounded step while nobody knows what a token costs."""
+
+LEAST_CHUNK = 16
+"""A bounded step carries so many prompt tokens at least: prompts always get on."""
+
+_RATE = 0.2  # of an error goes into the estimate
+_YOUNG = 5  # so many steps are believed more than that
+_FIXED_GAIN = 64.0  # reading the weights is most of a step, until rows and tokens prove otherwise
+
+
+class Pace:
+    """All parts in seconds; zero until learnt."""
+
+    __slots__ = ("_seen", "fixed", "row", "token")
+
+    def __init__(self) -> None:
+        self.fixed = self.row = self.token = 0.0
+        self._seen = 0
+
+    def expected(self, rows: int, tokens: int) -> float | None:
+        """Seconds of a step; None before the first one."""
+        return self.fixed + self.row * rows + self.token * tokens if self._seen else None
+
+    def learn(self, rows: int, tokens: int, seconds: float) -> None:
+        expected = self.fixed + self.row * rows + self.token * tokens
+        error = seconds - expected
+        if self._seen >= _YOUNG:
+            error = max(-expected / 2, min(error, expected))
+        self._seen += 1
+        rate = max(_RATE, 1 / self._seen)
+        share = rate * error / (_FIXED_GAIN + rows * rows + tokens * tokens)
+        self.fixed = max(0.0, self.fixed + _FIXED_GAIN * share)
+        self.row = max(0.0, self.row + rows * share)
+        self.token = max(0.0, self.token + tokens * share)
+
+    def tokens_within(self, rows: int, seconds: float) -> int:
+        """Prompt tokens that a step of `rows` generating rows may carry to stay within `seconds`."""
+        if self.token <= 0:
+            return FIRST_CHUNK
+        return max(LEAST_CHUNK, int((seconds - self.fixed - self.row * rows) / self.token))
