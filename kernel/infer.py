@@ -50,28 +50,25 @@ class Infer:
     held: list[InferEvent] = field(default_factory=list)
     finish: Finish | None = None  # set when generation is over but the reader has not taken it all
 
-    @property
-    def samples(self) -> bool:
-        """Whether a token is to be sampled (an infer with max_tokens 0 only takes its input in)."""
-        return self.limit > self.start
+    samples: bool = field(init=False)  # a token is to be sampled (with max_tokens 0, input is only taken in)
+    drafts: bool = field(init=False)  # guesses may be made
 
-    @property
-    def scoring(self) -> bool:
-        """Whether scores of the input are still to come."""
-        return self.sampling.prompt_logprobs and self.scored < self.start
-
-    @property
-    def drafts(self) -> bool:
-        """Whether guesses may be made: penalties and bans change with every token, so nothing is chosen
-        for several positions at once."""
+    def __post_init__(self) -> None:
         sampling = self.sampling
-        return (
+        self.samples = self.limit > self.start
+        # Penalties and bans change with every token: nothing can be chosen for several positions at once.
+        self.drafts = (
             self.beams is None
             and sampling.repetition_penalty == 1
             and sampling.presence_penalty == 0
             and sampling.frequency_penalty == 0
             and sampling.no_repeat_ngram_size == 0
         )
+
+    @property
+    def scoring(self) -> bool:
+        """Whether scores of the input are still to come."""
+        return self.sampling.prompt_logprobs and self.scored < self.start
 
     @property
     def blocked(self) -> bool:

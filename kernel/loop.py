@@ -230,13 +230,14 @@ class Kernel:
 
         def reserve(process: Process, count: int) -> bool:
             nonlocal must_land
-            if process.pid in settled or self._is_filled_elsewhere(device, process, keys):
+            if process.pid in settled or (count > 1 and self._is_filled_elsewhere(device, process, keys)):
                 return False
             if not self._reserve(process, count, settled):
                 must_land |= scheduler.victim(pool.processes, process, settled, flying=True) is not None
                 return False
             settled.add(process.pid)
-            keys.update(_filled(process, count))
+            if count >= base.BLOCK_TOKENS:
+                keys.update(_filled(process, count))
             return True
 
         shares = scheduler.plan(queue, most, step_tokens, chunk_tokens, reserve)
@@ -272,20 +273,19 @@ class Kernel:
     def _is_filled_elsewhere(self, device: Device, process: Process, keys: set[bytes]) -> bool:
         """Whether the next block of a prompt is being computed for somebody else, in flight or in the step
         being planned (`keys`): to wait for it is cheaper than to compute it twice."""
-        start = process.computed + process.ahead
-        infer = process.infer
+        infer, start = process.infer, process.computed + process.ahead
         if (
-            process.lacking <= base.BLOCK_TOKENS
-            or start % base.BLOCK_TOKENS
-            or infer is None
+            infer is None
             or infer.scoring
+            or process.lacking <= base.BLOCK_TOKENS
+            or start % base.BLOCK_TOKENS
         ):
             return False
-        flights = [flight.keys for flight in device.flights if flight.pool is process.pool and flight.keys]
-        if not keys and not flights:
+        filled = [keys, *(flight.keys for flight in device.flights if flight.pool is process.pool)]
+        if not any(filled):
             return False
         key = process.pool.memory.key(process.table, process.tokens, start // base.BLOCK_TOKENS)
-        return key in keys or any(key in filled for filled in flights)
+        return any(key in names for names in filled)
 
     def _reserve(self, process: Process, count: int, settled: set[int]) -> bool:
         """Makes room for `count` more tokens of `process`, taken from others if need be."""
@@ -557,8 +557,6 @@ class Kernel:
 
 def _filled(process: Process, count: int) -> list[bytes]:
     """The names of the blocks that the next `count` positions of a prompt complete."""
-    if count < base.BLOCK_TOKENS:
-        return []
     start = process.computed + process.ahead
     memory, table, tokens = process.pool.memory, process.table, process.tokens
     whole = range(start // base.BLOCK_TOKENS, (start + count) // base.BLOCK_TOKENS)

@@ -44,6 +44,9 @@ class Room:
     copies: list[tuple[int, int]]
 
 
+_NOTHING = Room([])
+
+
 class Memory:
     """The blocks 0 … `total`-1 of one pool."""
 
@@ -86,6 +89,10 @@ class Memory:
     def reserve(self, table: Table, start: int, end: int) -> Room | None:
         """Makes positions start … end-1 of `table` writable. None: no room, and nothing was changed."""
         first = start // BLOCK_TOKENS
+        if end <= len(table.blocks) * BLOCK_TOKENS and table.shown <= first == len(table.blocks) - 1:
+            tail = table.blocks[first]
+            if self._count[tail] == 1 and self._key[tail] is None:
+                return _NOTHING  # who generates is here, at 15 of 16 tokens
         shared = [i for i in range(first, min(blocks_for(end), len(table.blocks))) if self._shared(table, i)]
         missing = max(0, blocks_for(end) - len(table.blocks))
         if len(shared) + missing > len(self._free):

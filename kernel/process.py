@@ -95,7 +95,11 @@ class Process:
     @property
     def lacking(self) -> int:
         """Positions that a step planned now could compute."""
-        return self.goal + self.coming - self.computed - self.ahead
+        infer = self.infer
+        if infer is None:
+            return 0
+        goal = self.goal if infer.beams is not None else len(self.tokens) - (not infer.samples)
+        return goal + self.coming - self.computed - self.ahead
 
     @property
     def runnable(self) -> bool:

@@ -8,6 +8,7 @@ stamped on each message), so what it owned is freed at once, also when it had no
 from __future__ import annotations
 
 import json
+import math
 import os
 import pwd
 import signal
@@ -177,8 +178,8 @@ class Sockets:
 
     def _timeout(self) -> int | None:
         due = self._kernel.next_timer()
-        # poll takes no more than 2**31 ms; waking once a minute is as good.
-        return None if due is None else max(0, int(min(60.0, due - self._kernel.now()) * 1000) + 1)
+        # poll takes no more than 2**31 ms; waking once a minute is as good. Rounded up: early is too early.
+        return None if due is None else max(0, math.ceil(min(60.0, due - self._kernel.now()) * 1000))
 
     def _serve(self, ready: dict[Any, int]) -> None:
         if self._monitor in ready:

@@ -32,7 +32,7 @@ class Matrix(ctypes.Structure):
         ("rows", c_int32),
         ("cols", c_int32),
         ("format", c_int32),
-        ("reserved", c_int32),
+        ("fine", c_int32),
     ]
 
 

@@ -30,6 +30,10 @@ MAX_PICKS = 64
 MOST_LISTED = 64
 """Tokens that one row lists at most: 20 log-probabilities, or the continuations of 16 beams."""
 
+FINE = ("qkv", "head")
+"""Matrices whose activations have 15 bits where weights are integers: they cost a ninth of a prompt's work and
+cause most of the error (docs/decisions.md)."""
+
 NOT_FINITE = "the model's logits are not finite: it overflowed or its weights are broken"
 NOTHING_LEFT = "no token is left to choose: no_repeat_ngram_size or min_new_tokens forbid all"
 
@@ -98,6 +102,7 @@ class NativeModel:
                 rows=tensor.rows,
                 cols=tensor.cols,
                 format=library.FORMATS[tensor.format],
+                fine=name.rpartition('.')[2] in FINE,
             )
 
         for i, (settings, layer) in enumerate(zip(a.layers, self._layers, strict=True)):
@@ -211,6 +216,27 @@ class NativeModel:
                 result.prompt = self._score(piece, row)  # overwrites what the picks had listed
             row += piece.end - piece.start
         return results
+
+    def all_logits(self, tokens: list[int], chunk: int = MAX_ROWS) -> Floats:
+        """Logits [len(tokens), vocab_size] at every position of a context that fits the pool, computed
+        `chunk` positions at a time (benchmarks of quality, tests)."""
+        sequence = array("I", tokens)
+        blocks = array("i", range(-(-len(tokens) // BLOCK_TOKENS)))
+        logits = np.empty((len(tokens), self.architecture.vocab_size), np.float32)
+        step = self._step
+        step.run_count, step.pick_count = 1, 0
+        run = self._runs[0]
+        run.blocks = blocks.buffer_info()[0]
+        for start in range(0, len(tokens), chunk):
+            count = min(chunk, len(tokens) - start)
+            run.tokens, run.start, run.count, run.wanted = sequence.buffer_info()[0] + 4 * start, start, count, 0
+            step.rows = count
+            self._functions.llk_run_step(self._pool, self._model, step)
+            for row in range(0, count, MAX_PICKS):
+                rows = list(range(row, min(row + MAX_PICKS, count)))
+                part = self._logits(rows)[:, : self.architecture.vocab_size]
+                logits[start + row : start + row + len(rows)] = part
+        return logits
 
     def _ask(self, pick: Pick, piece: Piece, row: int) -> None:
         """What to choose from the logits behind `row` of the piece's guesses."""

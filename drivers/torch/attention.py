@@ -1,23 +1,36 @@
 """The paged KV pool and attention over it, for any mixture of decoding sequences and prefill chunks.
 
-A step is a flat batch of rows (`Plan`). Sequences that decode one token are computed together, padded to the
-longest of their group; each prefill chunk is computed alone. Keys and values are gathered block by block
-into a workspace that all layers of a step share, because fresh memory for every gather costs more in page
-faults than the gather itself.
+A step is a flat batch of rows (`Plan`). Pieces of few rows, most of them decoding, are attended together: through
+their block tables where a kernel can, else padded to the longest of their group. Each prefill chunk is computed
+alone. What has to be gathered is gathered block by block into a workspace that all layers of a step share,
+because fresh memory for every gather costs more in page faults than the gather itself.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from typing import Any, Protocol
+
 import numpy as np
 import torch
 from llmasos.syscalls import errors
 from torch.nn import functional
+from torch.nn.attention.bias import causal_lower_right
 
 from ..base import BLOCK_TOKENS
+from ..draft import LONGEST
 from ..mirror import Piece
 from .config import Shape
+from .ops import PagedRows, Turn, ops_for
+from .transfer import send
+
+FEW_ROWS = LONGEST + 1
+"""A piece of at most so many rows, a token and its guesses, attends row by row where a kernel pages: keys that
+are read again come from the cache. A larger chunk is worth a product of matrices."""
+
+PENDING = 0xFFFF_FFFF
+"""Stands in a mirror for a token that was chosen on the device and is not known to the host yet."""
 
 # Bytes that one group of decoding sequences may gather in a layer: on a CPU it should stay in the cache.
 _GATHER_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
@@ -30,12 +43,14 @@ class KvPool:
 
     Head before block, so that a gathered head is one contiguous matrix. Memory is committed only when a
     block is first written (CPU). It starts as zeros: padding is read, though masked, and a NaN in it would
-    pass through the mask.
+    pass through the mask. One block more than the kernel knows of, `scratch`, takes what padding writes.
     """
 
     def __init__(self, shape: Shape, blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.blocks, self.dtype, self.device = shape, blocks, dtype, device
-        size = (shape.layers, 2 * shape.kv_heads, blocks, BLOCK_TOKENS, shape.head_dim)
+        self.ops = ops_for(device)
+        self.scratch = blocks
+        size = (shape.layers, 2 * shape.kv_heads, blocks + 1, BLOCK_TOKENS, shape.head_dim)
         if device.type == "cpu":
             # numpy's zeros come from calloc, untouched; torch.zeros would write every page.
             raw = np.zeros(int(np.prod(size)) * dtype.itemsize, np.uint8)
@@ -47,6 +62,10 @@ class KvPool:
     @staticmethod
     def block_bytes(shape: Shape, dtype: torch.dtype) -> int:
         return shape.layers * 2 * shape.kv_heads * BLOCK_TOKENS * shape.head_dim * dtype.itemsize
+
+    def layer(self, index: int) -> torch.Tensor:
+        """[2 * kv_heads, blocks + 1, 16, head_dim]"""
+        return self._data[index]
 
     def write(self, layer: int, slots: torch.Tensor, kv: torch.Tensor) -> None:
         """Puts kv [T, 2 * kv_heads, head_dim] into slots [T]."""
@@ -90,11 +109,80 @@ class KvPool:
         return torch.tensor(blocks, dtype=torch.int64, device=self.device)
 
 
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """Tokens [R] that a step under way chooses, and which of them a sequence will get, by its id."""
+
+    tokens: torch.Tensor
+    places: dict[int, int]
+
+    def fill(self, known: torch.Tensor, pieces: list[Piece]) -> None:
+        """Puts the tokens that are PENDING at the ends of single-row pieces into `known` [T], in the order of
+        the pieces."""
+        rows, places, row = [], [], 0
+        for piece in pieces:
+            row += piece.end - piece.start
+            if piece.sequence.tokens[piece.end - 1] == PENDING:
+                rows.append(row - 1)
+                places.append(self.places[piece.sequence.id])
+        if rows:
+            at, source = (send(np.array(part), known.device) for part in (rows, places))
+            # Where nothing could be chosen the sequence is at its end; any token will do.
+            known.index_copy_(0, at, self.tokens.index_select(0, source).clamp_(min=0))
+
+
+class FlatRows:
+    """The rows of some pieces one after another, on the host: int64 arrays of tokens (0 where PENDING),
+    positions and slots."""
+
+    def __init__(self, pieces: list[Piece]) -> None:
+        tokens, positions, slots = [], [], []
+        for piece in pieces:
+            places = np.arange(piece.start, piece.end)
+            table = np.array(piece.sequence.blocks, np.int64)
+            tokens.append(np.array(piece.sequence.tokens[piece.start : piece.end], np.int64))
+            positions.append(places)
+            slots.append(table[places // BLOCK_TOKENS] * BLOCK_TOKENS + places % BLOCK_TOKENS)
+        self.tokens, self.positions, self.slots = map(np.concatenate, (tokens, positions, slots))
+        self.tokens[self.tokens == PENDING] = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def fill_tables(pieces: list[Piece], tables: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+    """Writes the block table of each row of `pieces` into the first rows of tables [R, width]."""
+    row = 0
+    for piece in pieces:
+        rows = piece.end - piece.start
+        own = piece.sequence.blocks[: blocks_of(piece)]
+        tables[row : row + rows, : len(own)] = own
+        row += rows
+
+
+def blocks_of(piece: Piece) -> int:
+    return -(-piece.end // BLOCK_TOKENS)
+
+
+class StepRows(Protocol):
+    """What a model of ours is told of a step: token ids and positions [T], and who attends."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+
+    def attend_heads(
+        self, layer: int, rows: torch.Tensor, scale: float, window: int = 0, turn: Turn | None = None
+    ) -> torch.Tensor:
+        """rows [T, heads + 2 * kv_heads, head_dim]: queries, keys and values of a layer, overwritten. Keys and
+        values are turned and kept, then queries attend. Returns [T, heads * head_dim]."""
+        ...
+
+
 @dataclass(slots=True)
 class _Group:
-    """Sequences computed together: rows `first` … of the flat batch, `queries` rows each. `length` is the
+    """Pieces computed together: rows `first` … of the flat batch, `queries` rows each. `length` is the
     longest context; `masks` is what to add to the scores for each window size, None where nothing is hidden
-    but by causality from position 0."""
+    but by causality, the last row seeing everything."""
 
     first: int
     sequences: int
@@ -105,32 +193,44 @@ class _Group:
 
 
 class Plan:
-    """A step as flat rows, decoding sequences first. `rows` maps a piece's index to its first row;
-    `windows` are the sliding windows of the model's layers (0: everything)."""
+    """A step as flat rows, pieces of few rows first. `rows` maps a piece's index to its first row; `windows`
+    are the sliding windows of the model's layers (0: everything). See StepRows."""
 
-    def __init__(self, pool: KvPool, pieces: list[Piece], windows: set[int]) -> None:
+    def __init__(
+        self, pool: KvPool, pieces: list[Piece], windows: set[int], coming: Coming | None = None
+    ) -> None:
         self._pool = pool
         self._windows = windows
         self._groups: list[_Group] = []
         self.rows: dict[int, int] = {}
-        single = sorted((p for p in pieces if p.end - p.start == 1), key=lambda piece: piece.end)
-        chunks = [piece for piece in pieces if piece.end - piece.start > 1]
-        ordered = single + chunks
-        tokens, positions, slots = [], [], []
+        most = FEW_ROWS if pool.ops.pages else 1
+        few = sorted((p for p in pieces if p.end - p.start <= most), key=lambda piece: piece.end)
+        chunks = [piece for piece in pieces if piece.end - piece.start > most]
+        ordered = few + chunks
         row = 0
         for piece in ordered:
             self.rows[piece.index] = row
             row += piece.end - piece.start
-            places = np.arange(piece.start, piece.end)
-            table = np.array(piece.sequence.blocks, np.int64)
-            tokens.append(np.array(piece.sequence.tokens[piece.start : piece.end], np.int64))
-            positions.append(places)
-            slots.append(table[places // BLOCK_TOKENS] * BLOCK_TOKENS + places % BLOCK_TOKENS)
+        flat = FlatRows(ordered)
         self.tokens, self.positions, self._slots = (
-            torch.from_numpy(np.concatenate(part)).to(pool.device) for part in (tokens, positions, slots)
+            send(part, pool.device) for part in (flat.tokens, flat.positions, flat.slots)
         )
-        for group in [*self._batches(single), *([chunk] for chunk in chunks)]:
+        if coming is not None:
+            coming.fill(self.tokens, ordered)
+        self._paged: PagedRows | None = None
+        if pool.ops.pages and few:
+            self._paged = self._by_tables(few, flat.positions)
+            few = []
+        for group in [*self._batches(few), *([chunk] for chunk in chunks)]:
             self._groups.append(self._group(group))
+
+    def _by_tables(self, few: list[Piece], positions: np.ndarray[Any, Any]) -> PagedRows:
+        rows = sum(piece.end - piece.start for piece in few)
+        tables = np.zeros((rows, max(map(blocks_of, few))), np.int32)
+        fill_tables(few, tables)
+        lengths = (positions[:rows] + 1).astype(np.int32)
+        device = self._pool.device
+        return PagedRows(send(tables, device), send(lengths, device), int(lengths.max()))
 
     def _batches(self, single: list[Piece]) -> list[list[Piece]]:
         """Cuts decoding sequences, shortest first, into groups with little padding that fit the workspace."""
@@ -155,7 +255,7 @@ class Plan:
         # Rows that are shorter read their own first block as padding, never another sequence's.
         table = np.empty((len(pieces), blocks), np.int64)
         for row, piece in enumerate(pieces):
-            own = piece.sequence.blocks[: -(-piece.end // BLOCK_TOKENS)]
+            own = piece.sequence.blocks[: blocks_of(piece)]
             table[row] = piece.sequence.blocks[0]
             table[row, : len(own)] = own
         return _Group(
@@ -168,11 +268,13 @@ class Plan:
         )
 
     def _mask(self, pieces: list[Piece], length: int, window: int) -> torch.Tensor | None:
-        """[sequences, 1, queries, length] to add to the scores, or None if nothing but causality from
-        position 0 hides a key. A window of w lets a token see itself and the w-1 before it."""
+        """[sequences, 1, queries, length] to add to the scores, or None if nothing but causality hides a key.
+        A window of w lets a token see itself and the w-1 before it."""
         narrow = bool(window) and length > window
         chunk = pieces[0].end - pieces[0].start > 1
-        if not narrow and (pieces[0].start == 0 if chunk else pieces[0].end == length):
+        # Beyond position 0 a CPU has no kernel for causality alone and would make a mask in every layer.
+        free = pieces[0].start == 0 or self._pool.device.type == "cuda"
+        if not narrow and (free if chunk else pieces[0].end == length):
             return None  # pieces are sorted: if the first is as long as the longest, all are
         device, dtype = self._pool.device, self._pool.dtype
         query = torch.tensor([range(piece.start, piece.end) for piece in pieces], device=device)[
@@ -198,7 +300,31 @@ class Plan:
         Returns [T, heads * head_dim]. `softcap` c > 0 bends scores to c * tanh(score / c) (Gemma 2); `sinks`
         [heads] are scores of keys without a value (StreamingLLM, gpt-oss)."""
         self._pool.write(layer, self._slots, kv)
+        return self._attend(layer, query, scale, window, softcap, sinks)
+
+    def attend_heads(
+        self, layer: int, rows: torch.Tensor, scale: float, window: int = 0, turn: Turn | None = None
+    ) -> torch.Tensor:
+        """See StepRows."""
+        shape = self._pool.shape
+        self._pool.ops.place(rows, self._pool.layer(layer), self._slots, turn)
+        return self._attend(layer, rows[:, : shape.heads], scale, window, 0.0, None)
+
+    def _attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        scale: float,
+        window: int,
+        softcap: float,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        if self._paged is not None:
+            rows = len(self._paged.lengths)
+            out[:rows] = self._pool.ops.attend(
+                query[:rows], self._pool.layer(layer), self._paged, scale, window, softcap, sinks
+            )
         for group in self._groups:
             end = group.first + group.sequences * group.queries
             part = query[group.first : end]
@@ -233,6 +359,9 @@ class Plan:
         self, layer: int, group: _Group, query: torch.Tensor, scale: float, mask: torch.Tensor | None
     ) -> torch.Tensor:
         keys, values = self._context(layer, group)
+        from_start = group.length == group.queries
+        if mask is None and not from_start:
+            mask = causal_lower_right(group.queries, group.length)  # never written out by flash attention
         found = functional.scaled_dot_product_attention(
             query.transpose(0, 1)[None],
             keys.transpose(0, 1),
@@ -269,8 +398,9 @@ class Plan:
                 scores = softcap * torch.tanh(scores / softcap)
             if mask is not None:
                 scores = scores + mask[:, 0, None, part]
-            elif group.queries > 1:  # a chunk from position 0
-                later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(first + 1)
+            elif group.queries > 1:
+                later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device)
+                later.triu_(length - group.queries + first + 1)
                 scores = scores.masked_fill(later, float("-inf"))
             if sinks is not None:
                 column = sinks.float().view(kv_heads, 1, -1, 1, 1).expand(*scores.shape[:-1], 1)

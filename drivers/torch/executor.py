@@ -1,7 +1,8 @@
 """The torch driver: one executor for `cpu` and `cuda`, the device a parameter.
 
-Keeps resident models by handle, sizes their KV pools from what is really free, and computes steps in the
-order in which they were submitted, each when it is collected.
+Keeps resident models by handle, sizes their KV pools from what is really free, and starts steps in the order in
+which they are submitted. Two steps of a model may be under way: the second takes the tokens that the first
+chooses from the device's memory, and if it cannot, the first is waited for.
 """
 
 from __future__ import annotations
@@ -9,21 +10,28 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
 from llmasos.syscalls import errors
 
-from ..base import BLOCK_TOKENS, Batch, Description, Loaded, LoadSpec, StepResult
+from ..base import BLOCK_TOKENS, Batch, Description, Loaded, LoadSpec, SeqOut, StepResult
 from ..mirror import Mirror
-from . import host, linear
-from .attention import KvPool
+from . import host, linear, quantised
+from .attention import Coming, KvPool
 from .config import Config, Shape
-from .models import family_of
+from .flight import Flight
+from .graphs import StaticDecode
+from .models import Model, build, family_of, is_ours
+from .ops import has_triton
 from .resident import Resident
 from .weights import Checkpoint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Steps of a model that may be under way at once.
+_DEPTH = 2
 
 # No pool holds more than this many contexts or tokens: nobody has so many users on one device.
 _MOST_CONTEXTS = 64
@@ -32,22 +40,39 @@ _MOST_TOKENS = 1 << 20
 _T = TypeVar("_T")
 
 
-class TorchDriver:
-    """Computes on `cpu`, `cuda` or `cuda:<n>`. Raises NoSuchDevice if torch has no such device."""
+@dataclass(slots=True)
+class _Ticket:
+    """A submitted step, until it is collected: under way as `flight`, ended with `outputs`, or failed."""
 
-    def __init__(self, device: str) -> None:
+    resident: Resident | None
+    batch: Batch
+    begun: float
+    flight: Flight | None = None
+    outputs: list[SeqOut] | None = None
+    problem: BaseException | None = None
+    seconds: float = 0.0
+
+
+class TorchDriver:
+    """Computes on `cpu`, `cuda` or `cuda:<n>`. Raises NoSuchDevice if torch has no such device. `static`: decode
+    steps have fixed shapes, on CUDA as captured graphs; on a CPU only tests want that."""
+
+    def __init__(self, device: str, static: bool | None = None) -> None:
         self._name = device
         self._device = torch.device(device)
+        self._static = self._device.type == "cuda" and has_triton() if static is None else static
         if self._device.type == "cuda":
             if not torch.cuda.is_available() or (self._device.index or 0) >= torch.cuda.device_count():
                 raise errors.NoSuchDevice(
                     f"torch {torch.__version__} sees no {device}",
                     hint="use --device cpu, or a CUDA build of torch",
                 )
+            torch.cuda.set_device(self._device)  # graphs and kernels go to the current device
         elif "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(host.physical_cores())
         self._residents: dict[int, Resident] = {}
-        self._pending: dict[int, Batch] = {}
+        self._tickets: dict[int, _Ticket] = {}
+        self._settled = 0.0  # when the last step ended
 
     def describe(self) -> Description:
         cuda = self._device.type == "cuda"
@@ -57,7 +82,7 @@ class TorchDriver:
             text=self._text(),
             memory_total=total,
             memory_free=free,
-            dtypes=list(_DTYPES),
+            dtypes=[*_DTYPES, *self._formats()],
             step_tokens=4096 if cuda else 256,
             max_sequences=256 if cuda else 32,
         )
@@ -73,6 +98,25 @@ class TorchDriver:
         packed = "oneDNN packed weights" if linear.can_pack(self._device, dtype) else "plain matrices"
         return f"torch {torch.__version__}, {packed}"
 
+    def _engine_of(self, model: Model, name: str, static: bool) -> str:
+        """What computes a model whose weights are in `name`."""
+        own: str = getattr(model, "engine", "")
+        if own:
+            return own
+        if self._device.type != "cuda":
+            return self._engine(_DTYPES[name])
+        if not has_triton():
+            return f"{self._engine(torch.bfloat16)}: there is no Triton here"
+        decode = "CUDA graphs" if static else "eager"
+        return f"torch {torch.__version__}, {decode}, Triton paged attention, {name} weights"
+
+    def _formats(self) -> tuple[str, ...]:
+        """The quantised weights that this device computes with: without our kernels they would only be slow."""
+        if self._device.type != "cuda" or not has_triton():
+            return ()
+        float8 = torch.cuda.get_device_capability(self._device) >= (8, 9)
+        return quantised.FORMATS if float8 else tuple(f for f in quantised.FORMATS if f != "float8")
+
     def _dtype(self, spec: LoadSpec, checkpoint: Checkpoint) -> str:
         """What to compute in. Half the bytes are half the time only where they are multiplied as they are."""
         if spec.dtype:
@@ -83,10 +127,11 @@ class TorchDriver:
         return "bfloat16" if halved and host.computes_bfloat16() else "float32"
 
     def load(self, spec: LoadSpec) -> Loaded:
-        if spec.dtype and spec.dtype not in _DTYPES:
+        known = (*_DTYPES, *self._formats())
+        if spec.dtype and spec.dtype not in known:
             raise errors.UnsupportedModel(
                 f"{self._name} does not compute in {spec.dtype!r}",
-                hint=f"one of {', '.join(_DTYPES)}, or none: what suits the model",
+                hint=f"one of {', '.join(known)}, or none: what suits the model",
             )
         self.unload(spec.handle)
         with torch.inference_mode():
@@ -97,24 +142,26 @@ class TorchDriver:
     def _load(self, spec: LoadSpec) -> Resident:
         checkpoint = Checkpoint(spec.files)
         name = self._dtype(spec, checkpoint)
-        dtype = _DTYPES[name]
-        if spec.kv_dtype not in ("", name):
+        format_ = name if name in quantised.FORMATS else ""
+        kv_name = "bfloat16" if format_ else name
+        dtype = _DTYPES[kv_name]
+        if spec.kv_dtype not in ("", kv_name):
             raise errors.UnsupportedModel(
-                f"{self._name} keeps KV in the dtype of the weights, {name}, not in {spec.kv_dtype[:32]!r}",
+                f"{self._name} keeps KV in {kv_name} beside weights in {name}, not in {spec.kv_dtype[:32]!r}",
                 hint="leave kv_dtype empty",
             )
         config = Config(checkpoint.config)
-        family = family_of(config)
-        shape = family.shape_of(config)
-        self._check_weights(checkpoint, dtype)
-        model = family.build(config, checkpoint, self._device, dtype)
+        shape = family_of(config).shape_of(config)
+        self._check_weights(checkpoint, quantised.BYTES.get(format_, dtype.itemsize))
+        model = build(config, checkpoint, self._device, dtype, format_)
+        static = self._static and is_ours(config)
         block_bytes = KvPool.block_bytes(shape, dtype)
         blocks = self._blocks(shape, block_bytes, spec.kv_fraction)
         loaded = Loaded(
             handle=spec.handle,
             dtype=name,
-            kv_dtype=name,
-            engine=getattr(model, "engine", "") or self._engine(dtype),
+            kv_dtype=kv_name,
+            engine=self._engine_of(model, name, static),
             context_length=shape.context_length,
             vocab_size=shape.vocab_size,
             blocks=blocks,
@@ -122,10 +169,13 @@ class TorchDriver:
             weights_bytes=model.weights_bytes,
         )
         pool = KvPool(shape, blocks, dtype, self._device)
-        return Resident(loaded, model, pool, Mirror(blocks, shape.vocab_size, shape.context_length))
+        mirror = Mirror(blocks, shape.vocab_size, shape.context_length)
+        captured = self._device.type == "cuda"
+        decode = StaticDecode(model, pool, shape.context_length, captured) if static else None
+        return Resident(loaded, model, pool, mirror, decode)
 
-    def _check_weights(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-        needed = checkpoint.numel * dtype.itemsize
+    def _check_weights(self, checkpoint: Checkpoint, value_bytes: float) -> None:
+        needed = int(checkpoint.numel * value_bytes)
         _, free = host.memory(self._device)
         if needed > free:
             raise errors.NeverFits(
@@ -153,28 +203,65 @@ class TorchDriver:
         return blocks
 
     def unload(self, handle: int) -> None:
-        if self._residents.pop(handle, None) is not None:
+        if (resident := self._residents.pop(handle, None)) is not None:
+            self._tickets = {n: t for n, t in self._tickets.items() if t.resident is not resident}
             self._drop_caches()
 
     def submit(self, batch: Batch) -> int:
-        self._pending[batch.ticket] = batch
-        return batch.ticket
-
-    def collect(self, ticket: int) -> StepResult:
-        if ticket not in self._pending:
-            raise errors.DeviceFault(f"no step with ticket {ticket} was submitted")
-        batch = self._pending.pop(ticket)
-        resident = self._resident(batch.handle)
-        begun = time.perf_counter()
-        step = resident.mirror.apply(batch)
-        rows = sum(piece.end - piece.start for piece in step.pieces)
+        """Starts a step. What goes wrong is raised when it is collected."""
+        resident = self._residents.get(batch.handle)
+        ticket = self._tickets[batch.ticket] = _Ticket(resident, batch, time.perf_counter())
+        if resident is None:
+            ticket.problem = errors.DeviceFault(f"no model is loaded under handle {batch.handle}")
+            return batch.ticket
         try:
             with torch.inference_mode():
-                outputs = self._twice(lambda: resident.compute(step), f"a step of {rows} tokens")
-        except BaseException:
+                ticket.flight = self._launch(resident, batch)
+                resident.flights.append(ticket.flight)
+        except BaseException as problem:
             resident.mirror.forget(batch)
-            raise
-        return StepResult(ticket, outputs, time.perf_counter() - begun)
+            ticket.problem = problem
+        return batch.ticket
+
+    def _launch(self, resident: Resident, batch: Batch) -> Flight:
+        while len(resident.flights) >= _DEPTH:
+            self._settle(resident)
+        coming: Coming | None = None
+        if resident.flights:
+            before = resident.flights[-1]
+            if resident.static is not None and before.may_precede(batch):
+                coming = before.defer()
+            else:
+                self._settle(resident)
+        step = resident.mirror.apply(batch)
+        rows = sum(piece.end - piece.start for piece in step.pieces)
+        return self._twice(lambda: resident.launch(step, coming), f"a step of {rows} tokens")
+
+    def _settle(self, resident: Resident) -> None:
+        """Waits for the resident's oldest step."""
+        flight = resident.flights.pop(0)
+        ticket = next(ticket for ticket in self._tickets.values() if ticket.flight is flight)
+        later = resident.flights[0] if resident.flights else None
+        try:
+            ticket.outputs = flight.settle(resident.pool, later)
+        except BaseException as problem:
+            resident.mirror.forget(ticket.batch)
+            ticket.problem = problem
+        now = time.perf_counter()
+        ticket.seconds = now - max(ticket.begun, self._settled)
+        self._settled = now
+
+    def collect(self, ticket: int) -> StepResult:
+        if (found := self._tickets.get(ticket)) is None:
+            raise errors.DeviceFault(f"no step with ticket {ticket} was submitted")
+        with torch.inference_mode():
+            while found.resident is not None and found.outputs is None and found.problem is None:
+                self._settle(found.resident)
+        del self._tickets[ticket]
+        if found.problem is not None:
+            raise found.problem
+        assert found.outputs is not None
+        return StepResult(ticket, found.outputs, found.seconds)
 
     def export_blocks(self, handle: int, blocks: list[int]) -> bytes:
         with torch.inference_mode():
@@ -185,7 +272,7 @@ class TorchDriver:
             self._resident(handle).pool.write_blocks(blocks, data)
 
     def close(self) -> None:
-        self._pending.clear()
+        self._tickets.clear()
         self._residents.clear()
         self._drop_caches()
 

@@ -1,4 +1,4 @@
-"""Places the tensors of a checkpoint on a device, in one dtype, and counts what they take."""
+"""Places the tensors of a checkpoint on a device, in one dtype or quantised, and counts what they take."""
 
 from __future__ import annotations
 
@@ -7,16 +7,22 @@ from collections.abc import Callable
 import torch
 
 from .linear import Linear
+from .ops import ops_for
+from .quantised import QuantisedLinear, quantise
 from .weights import Checkpoint
 
 Edit = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Loader:
-    """`nbytes` is the sum of what was loaded so far."""
+    """`nbytes` is the sum of what was loaded so far. `format_`: one of quantised.FORMATS for the matrices, or
+    none."""
 
-    def __init__(self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-        self.checkpoint, self.device, self.dtype = checkpoint, device, dtype
+    def __init__(
+        self, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, format_: str = ""
+    ) -> None:
+        self.checkpoint, self.device, self.dtype, self._format = checkpoint, device, dtype, format_
+        self.ops = ops_for(device)
         self.nbytes = 0
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -24,7 +30,7 @@ class Loader:
         self.nbytes += tensor.nbytes
         return tensor
 
-    def linear(self, *names: str, edit: dict[str, Edit] | None = None) -> Linear:
+    def linear(self, *names: str, edit: dict[str, Edit] | None = None) -> Linear | QuantisedLinear:
         """Layers of one input as one matrix [out, in]; `edit` changes weight and bias of single ones."""
 
         def read(name: str, part: str) -> torch.Tensor:
@@ -34,12 +40,32 @@ class Loader:
         weight = torch.cat([read(name, "weight") for name in names])
         biased = f"{names[0]}.bias" in self.checkpoint
         bias = torch.cat([read(name, "bias") for name in names]) if biased else None
-        layer = Linear(weight, bias, self.device)
-        self.nbytes += layer.nbytes
-        return layer
+        return self._place(weight, bias, self._format)
 
-    def tied(self, embedding: torch.Tensor) -> Linear:
+    def head(self, name: str) -> Linear | QuantisedLinear:
+        """The matrix that makes logits: never in 4 bits, which would hurt it most."""
+        return self._place(self.checkpoint.tensor(f"{name}.weight", self.dtype), None, self._head_format)
+
+    def tied(self, embedding: torch.Tensor) -> Linear | QuantisedLinear:
         """A head that is the embedding: shared where the layout allows it."""
+        if self._format:
+            return self._place(embedding, None, self._head_format)
         layer = Linear(embedding, None, self.device)
         self.nbytes += layer.nbytes if layer.packed else 0
+        return layer
+
+    @property
+    def _head_format(self) -> str:
+        return "int8" if self._format == "int4" else self._format
+
+    def _place(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, format_: str
+    ) -> Linear | QuantisedLinear:
+        layer: Linear | QuantisedLinear
+        if format_:
+            bias = None if bias is None else bias.to(self.device)
+            layer = quantise(weight.to(self.device), bias, format_, self.ops)
+        else:
+            layer = Linear(weight, bias, self.device)
+        self.nbytes += layer.nbytes
         return layer

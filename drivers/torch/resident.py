@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from llmasos.syscalls import types as t
 
-from ..base import BLOCK_TOKENS, Loaded, SeqOut
-from ..mirror import Choice, Mirror, Piece, Step
+from ..base import Loaded
+from ..mirror import Mirror, Piece, Sequence, Step
 from . import sampler
-from .attention import KvPool, Plan
+from .attention import Coming, KvPool, Plan
+from .flight import Flight
+from .graphs import StaticDecode
 from .models import Model
+from .transfer import fetch, send
 
 # Rows whose whole logits are held at once when the prompt is scored.
 _SCORED_ROWS = 128
@@ -19,57 +23,67 @@ _SCORED_ROWS = 128
 
 @dataclass(slots=True)
 class Resident:
+    """`static` decodes with fixed shapes, if the model can. `flights` are the steps that were started and not
+    settled, oldest first."""
+
     loaded: Loaded
     model: Model
     pool: KvPool
     mirror: Mirror
+    static: StaticDecode | None = None
+    flights: list[Flight] = field(default_factory=list)
 
     @property
     def kv_bytes(self) -> int:
         return self.loaded.blocks * self.loaded.block_bytes
 
-    def compute(self, step: Step) -> list[SeqOut]:
-        """Runs an applied batch. May be repeated when it fails: the mirror changes only at its end."""
+    def launch(self, step: Step, coming: Coming | None) -> Flight:
+        """Starts an applied batch, whose PENDING tokens are in `coming`. May be repeated when it fails: it
+        leaves the mirror as it is."""
         for source, target in step.copies:
             self.pool.copy(source, target)
+        flight = Flight(step)
         if not step.pieces:
-            return step.outputs
-        plan = Plan(self.pool, step.pieces, self.model.windows)
-        hidden = self.model.forward(plan)
-        broken = self._broken(step.pieces, plan, hidden)
-        sound = [piece for piece in step.pieces if piece.index not in broken]
-        prompts = {
-            piece.index: self._score_prompt(piece, hidden[plan.rows[piece.index] :])
-            for piece in sound
-            if piece.scores_prompt
-        }
-        choices, beams = self._continue(sound, plan, hidden)
-        # From here on nothing can fail, so all is booked or nothing.
-        outputs = list(step.outputs)
-        for piece in step.pieces:
-            index = piece.index
-            if index in broken:
-                outputs[index] = piece.failed(sampler.NOT_FINITE)
-            else:
-                outputs[index] = piece.done(
-                    choices.get(index, []), prompts.get(index, []), beams.get(index, [])
-                )
-        return outputs
+            return flight
+        flight.choosing = [piece for piece in step.pieces if piece.choose]
+        if self.static is not None and self.static.takes(step.pieces):
+            self._decode(self.static, flight, coming)
+        else:
+            self._mixed(flight, coming)
+        if self.pool.device.type == "cuda":
+            flight.event = torch.cuda.Event()
+            flight.event.record()
+        return flight
 
-    def _broken(self, pieces: list[Piece], plan: Plan, hidden: torch.Tensor) -> set[int]:
-        """The pieces whose hidden states are not finite. They fail alone, and what they wrote is cleared:
-        a NaN left in a block would pass through the mask of the sequence that gets the block next."""
-        finite = hidden.isfinite().all(dim=1).tolist()
-        if all(finite):
-            return set()
-        broken = set()
+    def _decode(self, static: StaticDecode, flight: Flight, coming: Coming | None) -> None:
+        row = 0
+        for piece in flight.step.pieces:
+            flight.rows[piece.index] = row
+            row += piece.end - piece.start
+        logits, finite = static.run(flight.step.pieces, coming)
+        flight.finite = fetch(finite)
+        if flight.choosing:
+            places, rows = _last_rows(flight.choosing, flight.rows)
+            flight.drawn = self.pool.ops.choose(logits, places, rows)
+
+    def _mixed(self, flight: Flight, coming: Coming | None) -> None:
+        pieces = flight.step.pieces
+        plan = Plan(self.pool, pieces, self.model.windows, coming)
+        hidden = self.model.forward(plan)
+        flight.rows = plan.rows
+        flight.finite = fetch(hidden.isfinite().all(dim=1))
         for piece in pieces:
-            row = plan.rows[piece.index]
-            if not all(finite[row : row + piece.end - piece.start]):
-                broken.add(piece.index)
-                first, last = piece.start // BLOCK_TOKENS, -(-piece.end // BLOCK_TOKENS)
-                self.pool.clear(piece.sequence.blocks[first:last].tolist())
-        return broken
+            if piece.scores_prompt:
+                flight.prompts[piece.index] = self._score_prompt(piece, hidden[plan.rows[piece.index] :])
+            if piece.beams:
+                last = plan.rows[piece.index] + piece.end - piece.start - 1
+                logits = self.model.logits(hidden[last : last + 1])[0]
+                flight.beams[piece.index] = sampler.best_continuations(logits, piece.sequence, piece.beams)
+        if flight.choosing:
+            places, rows = _last_rows(flight.choosing, plan.rows)
+            last_hidden = hidden.index_select(0, send(np.array(places), hidden.device))
+            logits = self.model.logits(last_hidden)
+            flight.drawn = self.pool.ops.choose(logits, list(range(len(rows))), rows)
 
     def _score_prompt(self, piece: Piece, hidden: torch.Tensor) -> list[t.Chosen]:
         """Scores of the tokens at `piece.scored`; `hidden` begins at the piece's first row."""
@@ -82,28 +96,14 @@ class Resident:
             scores += sampler.score(logits, wanted, [sampling.logprobs or 0] * len(wanted))
         return scores
 
-    def _continue(
-        self, pieces: list[Piece], plan: Plan, hidden: torch.Tensor
-    ) -> tuple[dict[int, list[Choice]], dict[int, list[t.TokenLogprob]]]:
-        """By a piece's index: the tokens chosen for its last rows, or its best continuations."""
-        choices: dict[int, list[Choice]] = {}
-        beams: dict[int, list[t.TokenLogprob]] = {}
-        last = [
-            (piece, position)
-            for piece in pieces
-            if piece.choose or piece.beams
-            for position in range(piece.known, piece.end + 1)
-        ]
-        if not last:
-            return choices, beams
-        places = [plan.rows[piece.index] + position - 1 - piece.start for piece, position in last]
-        logits = self.model.logits(hidden[places])
-        for row, (piece, _) in enumerate(last):
-            if piece.beams:
-                beams[piece.index] = sampler.best_continuations(logits[row], piece.sequence, piece.beams)
-        drawn = [row for row, (piece, _) in enumerate(last) if piece.choose]
-        if drawn:
-            rows = [(last[row][0].sequence, last[row][1]) for row in drawn]
-            for row, choice in zip(drawn, sampler.choose(logits[drawn], rows), strict=True):
-                choices.setdefault(last[row][0].index, []).append(choice)
-        return choices, beams
+
+def _last_rows(
+    choosing: list[Piece], first: dict[int, int]
+) -> tuple[list[int], list[tuple[Sequence, int]]]:
+    """The rows that choose, and for each its sequence and the position of the token that is chosen."""
+    places, rows = [], []
+    for piece in choosing:
+        for position in range(piece.known, piece.end + 1):
+            places.append(first[piece.index] + position - 1 - piece.start)
+            rows.append((piece.sequence, position))
+    return places, rows

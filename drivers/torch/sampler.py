@@ -17,6 +17,7 @@ import torch
 from llmasos.syscalls import types as t
 
 from ..mirror import Choice, Sequence
+from .transfer import fetch, send
 
 _Ids = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -45,8 +46,7 @@ def choose(logits: torch.Tensor, rows: list[tuple[Sequence, int]]) -> list[Choic
     ]
     if working:
         scores = logits[working]
-        for index, row in enumerate(working):
-            process(scores[index], rows[row][0])
+        process_rows(scores, [(index, rows[row][0]) for index, row in enumerate(working)])
         for row, found in zip(working, _draw(scores, [rows[row] for row in working]), strict=True):
             choices[row] = Choice(found) if found >= 0 else Choice(-1, error=NOTHING_LEFT)
     asked = [
@@ -62,19 +62,33 @@ def choose(logits: torch.Tensor, rows: list[tuple[Sequence, int]]) -> list[Choic
     return choices
 
 
+class Scored:
+    """Natural log-probabilities by the raw logits [R, vocab_size]: of one token a row (`tokens` [R]), of the
+    best `tops`. Read by `chosen` once the device has come so far."""
+
+    def __init__(self, logits: torch.Tensor, tokens: torch.Tensor, tops: list[int]) -> None:
+        logprobs = torch.log_softmax(logits, dim=-1)
+        self._tops, self._most = tops, min(max(tops), logits.shape[1])
+        self._own = fetch(logprobs.gather(1, tokens[:, None])[:, 0])
+        self._best = tuple(fetch(part) for part in logprobs.topk(self._most)) if self._most else ()
+
+    def chosen(self) -> list[t.Chosen]:
+        own = self._own.tolist()
+        if not self._most:
+            return [t.Chosen(value) for value in own]
+        values, ids = (part.tolist() for part in self._best)
+        return [
+            t.Chosen(own[row], [t.TokenLogprob(ids[row][i], values[row][i]) for i in range(min(top, self._most))])
+            for row, top in enumerate(self._tops)
+        ]
+
+
 def score(logits: torch.Tensor, tokens: list[int], tops: list[int]) -> list[t.Chosen]:
-    """Natural log-probabilities by the raw logits [R, vocab_size]: of one token a row, of the best `tops`."""
-    logprobs = torch.log_softmax(logits, dim=-1)
-    index = torch.tensor(tokens, device=logits.device)[:, None]
-    own = logprobs.gather(1, index)[:, 0].tolist()
-    most = min(max(tops), logits.shape[1])
-    if not most:
-        return [t.Chosen(value) for value in own]
-    values, ids = (part.tolist() for part in logprobs.topk(most))
-    return [
-        t.Chosen(own[row], [t.TokenLogprob(ids[row][i], values[row][i]) for i in range(min(top, most))])
-        for row, top in enumerate(tops)
-    ]
+    """See Scored."""
+    scored = Scored(logits, torch.tensor(tokens, device=logits.device), tops)
+    if logits.device.type == "cuda":
+        torch.cuda.current_stream(logits.device).synchronize()
+    return scored.chosen()
 
 
 def best_continuations(logits: torch.Tensor, sequence: Sequence, count: int) -> list[t.TokenLogprob]:
@@ -89,25 +103,42 @@ def best_continuations(logits: torch.Tensor, sequence: Sequence, count: int) -> 
 
 def process(scores: torch.Tensor, sequence: Sequence) -> None:
     """Applies the penalties and bans of `sequence` to its scores [vocab_size], in place."""
-    if not sequence.processed:
-        return
-    sampling = sequence.sampling
-    tokens = np.array(sequence.tokens, np.int64)
-    if sampling.repetition_penalty != 1:
-        seen = torch.from_numpy(np.unique(tokens)).to(scores.device)
-        had = scores[seen]
-        penalty = sampling.repetition_penalty
-        scores[seen] = torch.where(had < 0, had * penalty, had / penalty)
-    if sampling.presence_penalty or sampling.frequency_penalty:
-        made, times = np.unique(tokens[sequence.prompt_length :], return_counts=True)
-        cost = sampling.presence_penalty + sampling.frequency_penalty * times
-        scores[torch.from_numpy(made).to(scores.device)] -= torch.from_numpy(cost).to(scores)
-    if sampling.no_repeat_ngram_size:
-        banned = _completes_ngram(tokens, sampling.no_repeat_ngram_size)
-        scores[torch.from_numpy(banned).to(scores.device)] = -math.inf
-    if sequence.generated < sampling.min_new_tokens:
-        stops = [token for token in sampling.stop_token_ids if token < len(scores)]
-        scores[torch.tensor(stops, dtype=torch.int64, device=scores.device)] = -math.inf
+    process_rows(scores[None], [(0, sequence)])
+
+
+def process_rows(scores: torch.Tensor, rows: list[tuple[int, Sequence]]) -> None:
+    """Applies penalties and bans to scores [R, vocab_size], in place, all rows at once: each entry is a row of
+    the scores and its sequence. What changes is found on the host and sent as lists of places."""
+    size = scores.shape[1]
+    seen, penalties, made, costs, banned = [], [], [], [], []
+    for row, sequence in rows:
+        if not sequence.processed:
+            continue
+        sampling, first = sequence.sampling, row * size
+        tokens = np.array(sequence.tokens, np.int64)
+        if sampling.repetition_penalty != 1:
+            seen.append(np.unique(tokens) + first)
+            penalties.append(np.full(len(seen[-1]), sampling.repetition_penalty, np.float32))
+        if sampling.presence_penalty or sampling.frequency_penalty:
+            generated, times = np.unique(tokens[sequence.prompt_length :], return_counts=True)
+            made.append(generated + first)
+            cost = sampling.presence_penalty + sampling.frequency_penalty * times
+            costs.append(cost.astype(np.float32))
+        if sampling.no_repeat_ngram_size:
+            banned.append(_completes_ngram(tokens, sampling.no_repeat_ngram_size) + first)
+        if sequence.generated < sampling.min_new_tokens:
+            stops = [token for token in sampling.stop_token_ids if token < size]
+            banned.append(np.array(stops, np.int64) + first)
+    flat, device = scores.view(-1), scores.device
+    if seen:
+        places, penalty = send(np.concatenate(seen), device), send(np.concatenate(penalties), device)
+        had = flat[places]
+        flat[places] = torch.where(had < 0, had * penalty, had / penalty)
+    if made:
+        places = send(np.concatenate(made), device)
+        flat[places] = flat[places] - send(np.concatenate(costs), device)
+    if banned:
+        flat.index_fill_(0, send(np.concatenate(banned), device), -math.inf)
 
 
 def _completes_ngram(tokens: _Ids, size: int) -> _Ids:
@@ -176,9 +207,10 @@ def _keep_nucleus(scores: torch.Tensor, rows: list[int], mass: torch.Tensor) -> 
     part = scores[rows]
     probabilities = torch.softmax(part, dim=-1)
     for count in (min(_NUCLEUS, scores.shape[1]), scores.shape[1]):
-        values, ids = probabilities.topk(count)
+        values = probabilities.topk(count).values
         collected = values.cumsum(dim=-1)
         if count == scores.shape[1] or bool((collected[:, -1:] >= mass).all()):
             break
-    keep = torch.zeros_like(part, dtype=torch.bool).scatter_(1, ids, collected - values < mass)
-    scores[rows] = part.masked_fill(~keep, -math.inf)
+    # Ties with the least of them stay, so that what is kept does not depend on how equals are sorted.
+    least = values.masked_fill(collected - values >= mass, math.inf).amin(dim=-1, keepdim=True)
+    scores[rows] = part.masked_fill(probabilities < least, -math.inf)

@@ -58,7 +58,7 @@ static Rows take_rows(Carver &carver, int rows, int cols) {
     Rows r;
     r.cols = cols;
     size_t all = (size_t)rows * cols;
-    r.q = carver.take<int8_t>(all);
+    r.q = carver.take<int8_t>(2 * all);
     r.scale = carver.take<float>(all / GROUP);
     r.sum = carver.take<float>(all / GROUP);
     r.minus = carver.take<int32_t>(all / GROUP);
@@ -156,7 +156,7 @@ static Rows prepare(Engine &e, Private &mine, int thread, const llk_matrix &matr
             const float *x = source.row(row);
             const Tile tile = tile_of(row, count);
             const RowNorm norm = by.weight ? norm_of(m.norm, x, m.hidden, m.hidden_padded, m.epsilon) : RowNorm{0, 1};
-            for (int g = group; g < group_end; g++) prepare_group(matrix.format, x, by, norm, to, tile, row - tile.first, g);
+            for (int g = group; g < group_end; g++) prepare_group(matrix, x, by, norm, to, tile, row - tile.first, g);
         }
         item += group_end - group;
     }
@@ -514,7 +514,7 @@ static void product_thread(void *argument, int thread) {
     for (int row = 0; row < job.rows; row++) {
         const Tile tile = tile_of(row, job.rows);
         for (int g = begin; g < end; g++)
-            prepare_group(job.matrix->format, job.x + (size_t)row * job.matrix->cols, {nullptr, nullptr}, {0, 1}, job.prepared, tile,
+            prepare_group(*job.matrix, job.x + (size_t)row * job.matrix->cols, {nullptr, nullptr}, {0, 1}, job.prepared, tile,
                           row - tile.first, g);
     }
     job.pool->barrier();

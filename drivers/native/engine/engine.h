@@ -39,7 +39,7 @@ typedef struct {
     const float *bias;  // [rows] or NULL
     int32_t rows, cols; // padded
     int32_t format;
-    int32_t reserved;
+    int32_t fine;       // Q8, Q4: whether activations have 15 bits instead of 8, at almost twice the cost
 } llk_matrix;
 
 typedef struct {

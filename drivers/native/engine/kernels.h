@@ -95,10 +95,12 @@ static inline Tile tile_of(int row, int rows) {
 
 // Rows prepared for a product with `cols` columns, in the form that the weights' format wants. The rows of a
 // tile lie interleaved, so that what a step of the inner loop reads is side by side:
-//   q      [cols / 4][width][4] int8 …       half  [cols / 2][width][2] bfloat16
-//   scale  [cols / 32][width] … of so much   full  [cols][width]
+//   q      [cols / 4][width][4] int8; fine: [cols / 4][2][width][4], whole numbers of 15 bits as 128 * high + low
+//   scale  [cols / 32][width] what one of them is worth
 //   sum    [cols / 32][width] scale * sum of the group
 //   minus  [cols / 32][width] -128 * sum of the group
+//   half   [cols / 2][width][2] bfloat16
+//   full   [cols][width]
 // The tile of first row f begins at f * (its size for one row).
 struct Rows {
     int cols;
@@ -139,9 +141,9 @@ static inline vf normed(const float *x, const Norm &by, const RowNorm &norm, int
 }
 
 // Prepares columns 32 g … 32 g + 31 of one row of a tile, behind its norm if `by` has a weight.
-static inline void prepare_group(int format, const float *x, const Norm &by, const RowNorm &norm, const Rows &to, const Tile &tile,
+static inline void prepare_group(const llk_matrix &matrix, const float *x, const Norm &by, const RowNorm &norm, const Rows &to, const Tile &tile,
                                  int lane, int g) {
-    const int width = tile.width, begin = g * GROUP, groups = to.cols / GROUP;
+    const int format = matrix.format, width = tile.width, begin = g * GROUP, groups = to.cols / GROUP;
     vf a = by.weight ? normed(x, by, norm, begin) : vf_load(x + begin);
     vf b = by.weight ? normed(x, by, norm, begin + 16) : vf_load(x + begin + 16);
     if (format == LLK_F32) {
@@ -160,15 +162,32 @@ static inline void prepare_group(int format, const float *x, const Norm &by, con
     }
     float most = vf_highest(vf_max(vf_abs(a), vf_abs(b)));
     most = most > 1e-20f ? most : 1e-20f;
-    vf inverse = vf_set(127.f / most);
-    int8_t q[GROUP], *out = to.q + (size_t)tile.first * to.cols + (size_t)begin * width + lane * 4;
-    vf_store_int8(q, vf_mul(a, inverse));
-    vf_store_int8(q + 16, vf_mul(b, inverse));
-    for (int k = 0; k < GROUP; k += 4) memcpy(out + k * width, q + k, 4);
-    const int32_t total = sum_int8(q);
+    const float range = matrix.fine ? 127.f * 128.f : 127.f, scale = most / range;
+    const int planes = matrix.fine ? 2 : 1;
+    vf inverse = vf_set(range / most);
+    int8_t high[GROUP], low[GROUP], *out = to.q + planes * ((size_t)tile.first * to.cols + (size_t)begin * width) + lane * 4;
+    int32_t total;
+    if (matrix.fine) {
+        UNROLL for (int half = 0; half < 2; half++) {
+            vf whole = vf_round(vf_mul(half ? b : a, inverse));
+            vf top = vf_round(vf_mul(whole, vf_set(1.f / 128.f)));
+            vf_store_int8(high + 16 * half, top);
+            vf_store_int8(low + 16 * half, vf_fma(top, vf_set(-128.f), whole));
+        }
+        for (int k = 0; k < GROUP; k += 4) {
+            memcpy(out + 2 * k * width, high + k, 4);
+            memcpy(out + (2 * k + 4) * width, low + k, 4);
+        }
+        total = 128 * sum_int8(high) + sum_int8(low);
+    } else {
+        vf_store_int8(high, vf_mul(a, inverse));
+        vf_store_int8(high + 16, vf_mul(b, inverse));
+        for (int k = 0; k < GROUP; k += 4) memcpy(out + k * width, high + k, 4);
+        total = sum_int8(high);
+    }
     const size_t place = (size_t)tile.first * groups + (size_t)g * width + lane;
-    to.scale[place] = most / 127.f;
-    to.sum[place] = most / 127.f * (float)total;
+    to.scale[place] = scale;
+    to.sum[place] = scale * (float)total;
     to.minus[place] = -128 * total;
 }
 
@@ -184,7 +203,7 @@ static inline size_t block_bytes(int format, int cols) {
 }
 
 // acc[m] = the 16 outputs of a block of weights for row first + m of a tile of M rows.
-template <int FORMAT, int M> static inline void product(const uint8_t *w, const Rows &x, int first, vf *acc) {
+template <int FORMAT, bool FINE, int M> static inline void product(const uint8_t *w, const Rows &x, int first, vf *acc) {
     const int cols = x.cols, groups = cols / GROUP;
     UNROLL for (int m = 0; m < M; m++) acc[m] = vf_zero();
     if (FORMAT == LLK_F32) {
@@ -204,10 +223,10 @@ template <int FORMAT, int M> static inline void product(const uint8_t *w, const 
         }
         return;
     }
-    const int8_t *q = x.q + (size_t)first * cols;
+    const int8_t *q = x.q + (FINE ? 2 : 1) * (size_t)first * cols;
     const float *scale = x.scale + (size_t)first * groups, *sum = x.sum + (size_t)first * groups;
     const int32_t *minus = x.minus + (size_t)first * groups;
-    for (int g = 0; g < groups; g++, q += GROUP * M, scale += M, sum += M, minus += M) {
+    for (int g = 0; g < groups; g++, q += (FINE ? 2 : 1) * GROUP * M, scale += M, sum += M, minus += M) {
         vb weight[8];
         vf d, least;
         if (FORMAT == LLK_Q4) {
@@ -227,23 +246,93 @@ template <int FORMAT, int M> static inline void product(const uint8_t *w, const 
             w += 544;
         }
         UNROLL for (int m = 0; m < M; m++) {
-            vi dot = FORMAT == LLK_Q4 ? vi_zero() : q8_start(minus[m]);
-            if (M < 4) {  // two sums side by side hide the latency
-                vi other = vi_zero();
-                UNROLL for (int j = 0; j < 4; j++) {
-                    const int8_t *near = q + (j * M + m) * 4, *far = q + ((4 + j) * M + m) * 4;
-                    dot = FORMAT == LLK_Q4 ? dot_nibbles(dot, weight[j], near) : dot_q8(dot, weight[j], near);
-                    other = FORMAT == LLK_Q4 ? dot_nibbles(other, weight[4 + j], far) : dot_q8(other, weight[4 + j], far);
-                }
-                dot = vi_add(dot, other);
-            } else {
-                UNROLL for (int j = 0; j < 8; j++) {
-                    const int8_t *here = q + (j * M + m) * 4;
-                    dot = FORMAT == LLK_Q4 ? dot_nibbles(dot, weight[j], here) : dot_q8(dot, weight[j], here);
+            const auto dot4 = [&](vi sum, int j, const int8_t *at) {
+                return FORMAT == LLK_Q4 ? dot_nibbles(sum, weight[j], at) : dot_q8(sum, weight[j], at);
+            };
+            // Whole numbers: however they are added, the sum is the same. Two sums side by side hide the latency.
+            vi dot = FORMAT == LLK_Q4 ? vi_zero() : q8_start(minus[m]), other = vi_zero();
+            UNROLL for (int j = 0; j < 8; j++) {
+                if (FINE) {
+                    other = dot4(other, j, q + (2 * j * M + m) * 4);
+                    dot = dot4(dot, j, q + ((2 * j + 1) * M + m) * 4);
+                } else if (M < 4 && j >= 4) {
+                    other = dot4(other, j, q + (j * M + m) * 4);
+                } else {
+                    dot = dot4(dot, j, q + (j * M + m) * 4);
                 }
             }
+            if (FINE) dot = vi_join(other, dot);
+            else if (M < 4) dot = vi_add(dot, other);
             acc[m] = vf_fma(vf_mul(vi_float(dot), vf_set(scale[m])), d, acc[m]);
             if (FORMAT == LLK_Q4) acc[m] = vf_fma(least, vf_set(sum[m]), acc[m]);
+        }
+    }
+}
+
+// The same for two blocks, w0 and w1, and M rows from `lane` of a tile of WIDTH rows: what is read of the rows
+// serves both blocks.
+template <int FORMAT, bool FINE, int M, int WIDTH>
+static inline void product_pair(const uint8_t *w0, const uint8_t *w1, const Rows &x, int first, int lane, vf *acc0, vf *acc1) {
+    const int cols = x.cols, groups = cols / GROUP;
+    constexpr int PLANES = FINE ? 2 : 1, BYTES = FORMAT == LLK_Q4 ? 320 : 544;
+    const size_t next = 2 * (size_t)groups * BYTES;
+    const int8_t *q = x.q + PLANES * (size_t)first * cols + 4 * lane;
+    const size_t place = (size_t)first * groups + lane;
+    const float *scale = x.scale + place, *sum = x.sum + place;
+    const int32_t *minus = x.minus + place;
+    UNROLL for (int m = 0; m < M; m++) acc0[m] = acc1[m] = vf_zero();
+    for (int g = 0; g < groups; g++, q += PLANES * GROUP * WIDTH, scale += WIDTH, sum += WIDTH, minus += WIDTH, w0 += BYTES, w1 += BYTES) {
+        vi dot0[M], dot1[M], high0[M], high1[M];
+        UNROLL for (int m = 0; m < M; m++) {
+            dot0[m] = dot1[m] = FORMAT == LLK_Q4 ? vi_zero() : q8_start(minus[m]);
+            if (FINE) high0[m] = high1[m] = vi_zero();
+        }
+        const auto both = [&](vb weight0, vb weight1, int j) {
+            UNROLL for (int m = 0; m < M; m++) {
+                const int8_t *at = q + ((PLANES * j + PLANES - 1) * WIDTH + m) * 4, *top = q + (PLANES * j * WIDTH + m) * 4;
+                if (FORMAT == LLK_Q4) {
+                    dot0[m] = dot_nibbles(dot0[m], weight0, at);
+                    dot1[m] = dot_nibbles(dot1[m], weight1, at);
+                    if (FINE) high0[m] = dot_nibbles(high0[m], weight0, top);
+                    if (FINE) high1[m] = dot_nibbles(high1[m], weight1, top);
+                } else {
+                    dot0[m] = dot_q8(dot0[m], weight0, at);
+                    dot1[m] = dot_q8(dot1[m], weight1, at);
+                    if (FINE) high0[m] = dot_q8(high0[m], weight0, top);
+                    if (FINE) high1[m] = dot_q8(high1[m], weight1, top);
+                }
+            }
+        };
+        if (FORMAT == LLK_Q4) {
+            UNROLL for (int j = 0; j < 4; j++) {
+                vb b0 = vb_load(w0 + j * 64), b1 = vb_load(w1 + j * 64);
+                both(vb_low(b0), vb_low(b1), j);
+                both(vb_high(b0), vb_high(b1), 4 + j);
+            }
+        } else {
+            UNROLL for (int j = 0; j < 8; j++) both(vb_load_q8(w0 + j * 64), vb_load_q8(w1 + j * 64), j);
+        }
+        if (first + lane == 0)  // the next pair of blocks, while this one is used for the first time
+            UNROLL for (int j = 0; j < (BYTES + 63) / 64; j++) {
+                fetch(w0 + next + 64 * j);
+                fetch(w1 + next + 64 * j);
+            }
+        constexpr int SCALES = FORMAT == LLK_Q4 ? 256 : 512;
+        vf d0 = vf_load_f16((const uint16_t *)(w0 + SCALES)), d1 = vf_load_f16((const uint16_t *)(w1 + SCALES)), least0, least1;
+        if (FORMAT == LLK_Q4) {
+            least0 = vf_load_f16((const uint16_t *)(w0 + 288));
+            least1 = vf_load_f16((const uint16_t *)(w1 + 288));
+        }
+        UNROLL for (int m = 0; m < M; m++) {
+            if (FINE) dot0[m] = vi_join(high0[m], dot0[m]), dot1[m] = vi_join(high1[m], dot1[m]);
+            vf by = vf_set(scale[m]);
+            acc0[m] = vf_fma(vf_mul(vi_float(dot0[m]), by), d0, acc0[m]);
+            acc1[m] = vf_fma(vf_mul(vi_float(dot1[m]), by), d1, acc1[m]);
+            if (FORMAT == LLK_Q4) {
+                vf with = vf_set(sum[m]);
+                acc0[m] = vf_fma(least0, with, acc0[m]);
+                acc1[m] = vf_fma(least1, with, acc1[m]);
+            }
         }
     }
 }
@@ -257,49 +346,71 @@ struct Output {
     int activation;
 };
 
-template <int FORMAT, int M>
-static inline void rows_of_block(const llk_matrix &matrix, const Rows &x, int first, int block, const Output &out) {
-    const size_t bytes = block_bytes(FORMAT, x.cols);
-    const uint8_t *w = (const uint8_t *)matrix.data + bytes * (size_t)block;
-    vf acc[M], other[M];
-    product<FORMAT, M>(w, x, first, acc);
-    if (matrix.bias)
-        UNROLL for (int m = 0; m < M; m++) acc[m] = vf_add(acc[m], vf_load(matrix.bias + block * 16));
-    if (out.how == STORE_GATED) {
-        product<FORMAT, M>(w + bytes, x, first, other);
-        if (matrix.bias)
-            UNROLL for (int m = 0; m < M; m++) other[m] = vf_add(other[m], vf_load(matrix.bias + block * 16 + 16));
-        for (int m = 0; m < M; m++)
-            vf_store(out.to + (size_t)(first + m) * out.stride + block / 2 * 16,
-                     vf_mul(activate(out.activation, acc[m]), other[m]));
+static inline void store_row(const llk_matrix &matrix, const Output &out, int row, int block, vf value) {
+    float *to = out.to + (size_t)row * out.stride + block * 16;
+    if (matrix.bias) value = vf_add(value, vf_load(matrix.bias + block * 16));
+    if (out.how == STORE_ADD) value = vf_add(value, vf_load(to));
+    if (out.how == STORE_ACTIVATED) value = activate(out.activation, value);
+    vf_store(to, value);
+}
+
+static inline void store_pair(const llk_matrix &matrix, const Output &out, int row, int block, vf first, vf second) {
+    if (out.how != STORE_GATED) {
+        store_row(matrix, out, row, block, first);
+        store_row(matrix, out, row, block + 1, second);
         return;
     }
+    if (matrix.bias) {
+        first = vf_add(first, vf_load(matrix.bias + block * 16));
+        second = vf_add(second, vf_load(matrix.bias + block * 16 + 16));
+    }
+    vf_store(out.to + (size_t)row * out.stride + block / 2 * 16, vf_mul(activate(out.activation, first), second));
+}
+
+// Blocks `block` and, if `pair`, `block` + 1 for a tile of M rows.
+template <int FORMAT, bool FINE, int M>
+static inline void rows_of_blocks(const llk_matrix &matrix, const Rows &x, int first, int block, bool pair, const Output &out) {
+    const size_t bytes = block_bytes(FORMAT, x.cols);
+    const uint8_t *w = (const uint8_t *)matrix.data + bytes * (size_t)block;
+    if constexpr (FORMAT >= LLK_Q8 && M >= 4 && TILE_ROWS == 16) {
+        if (pair) {
+            // As many rows as leave both blocks' sums in registers.
+            constexpr int PART = FINE ? (M % 4 ? M / 2 : 4) : M == 16 ? 8 : M;
+            for (int lane = 0; lane < M; lane += PART) {
+                vf acc0[PART], acc1[PART];
+                product_pair<FORMAT, FINE, PART, M>(w, w + bytes, x, first, lane, acc0, acc1);
+                for (int m = 0; m < PART; m++) store_pair(matrix, out, first + lane + m, block, acc0[m], acc1[m]);
+            }
+            return;
+        }
+    }
+    vf acc[M], other[M];
+    product<FORMAT, FINE, M>(w, x, first, acc);
+    if (pair) product<FORMAT, FINE, M>(w + bytes, x, first, other);
     for (int m = 0; m < M; m++) {
-        float *to = out.to + (size_t)(first + m) * out.stride + block * 16;
-        vf value = acc[m];
-        if (out.how == STORE_ADD) value = vf_add(value, vf_load(to));
-        if (out.how == STORE_ACTIVATED) value = activate(out.activation, value);
-        vf_store(to, value);
+        if (pair) store_pair(matrix, out, first + m, block, acc[m], other[m]);
+        else store_row(matrix, out, first + m, block, acc[m]);
     }
 }
 
-template <int FORMAT>
+template <int FORMAT, bool FINE>
 static void multiply_as(const llk_matrix &matrix, const Rows &x, int rows, const Output &out, int begin, int end) {
-    const int step = out.how == STORE_GATED ? 2 : 1;
-    for (int block = begin; block < end; block += step)
+    for (int block = begin; block < end; block += 2)
         for (int first = 0; first < rows;)
             first += with_width(rows - first, [&](auto width) {
-                rows_of_block<FORMAT, decltype(width)::value>(matrix, x, first, block, out);
+                rows_of_blocks<FORMAT, FINE, decltype(width)::value>(matrix, x, first, block, block + 1 < end, out);
             });
 }
 
 // Blocks begin … end-1 of the matrix times all rows.
 static void multiply(const llk_matrix &matrix, const Rows &x, int rows, const Output &out, int begin, int end) {
-    switch (matrix.format) {
-    case LLK_F32: return multiply_as<LLK_F32>(matrix, x, rows, out, begin, end);
-    case LLK_BF16: return multiply_as<LLK_BF16>(matrix, x, rows, out, begin, end);
-    case LLK_Q8: return multiply_as<LLK_Q8>(matrix, x, rows, out, begin, end);
-    default: return multiply_as<LLK_Q4>(matrix, x, rows, out, begin, end);
+    switch (matrix.format * 2 + (matrix.format >= LLK_Q8 && matrix.fine)) {
+    case LLK_F32 * 2: return multiply_as<LLK_F32, false>(matrix, x, rows, out, begin, end);
+    case LLK_BF16 * 2: return multiply_as<LLK_BF16, false>(matrix, x, rows, out, begin, end);
+    case LLK_Q8 * 2: return multiply_as<LLK_Q8, false>(matrix, x, rows, out, begin, end);
+    case LLK_Q8 * 2 + 1: return multiply_as<LLK_Q8, true>(matrix, x, rows, out, begin, end);
+    case LLK_Q4 * 2: return multiply_as<LLK_Q4, false>(matrix, x, rows, out, begin, end);
+    default: return multiply_as<LLK_Q4, true>(matrix, x, rows, out, begin, end);
     }
 }
 
@@ -556,14 +667,16 @@ static inline void sum_values(const Context &at, const Weights<KV, R> &weights, 
 // end - begin <= CHUNK.
 template <int KV, int R>
 static void attend_chunk(const Context &at, const Queries &query, int from, int begin, int end, Partial *out) {
-    // Sums that run side by side: about twelve hide the latency of one.
-    constexpr int N = TILE_ROWS < 16 ? 1 : R <= 3 ? 4 : R <= 6 ? 2 : 1;
+    // Sums that run side by side hide each other's latency, and what is read of the queries serves all.
+    constexpr int N = TILE_ROWS < 16 ? 1 : R <= 6 ? 4 : R <= 12 ? 2 : 1;
     const int first = begin / BLOCK_TOKENS, count = (end - begin + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
     const size_t bytes = tile_bytes(KV, at.head_dim);
     Weights<KV, R> weights;
+    bool whole[R];  // whether a query sees all of these positions
+    for (int r = 0; r < R; r++) whole[r] = query.first[from + r] <= begin && query.end[from + r] >= begin + count * BLOCK_TOKENS;
     const auto seen = [&](int r, int b, vf yes, vf no) {
         const int place = begin + b * BLOCK_TOKENS;
-        return vf_between(query.first[from + r] - place, query.end[from + r] - place, yes, no);
+        return whole[r] ? yes : vf_between(query.first[from + r] - place, query.end[from + r] - place, yes, no);
     };
     for (int b = 0; b < count;) {
         for (int ahead = b + N; ahead < imin(count, b + 2 * N); ahead++)
@@ -602,8 +715,9 @@ static void attend_chunk(const Context &at, const Queries &query, int from, int 
                 vf_store_split(&weights.low[r][b * 16], &weights.high[r][b * 16], vf_mul(vf_load(row + b * 16), factor));
         }
     }
+    constexpr int COLUMNS = KV == LLK_KV_INT8 ? (N + 1) / 2 : N;  // two sums a column there
     int i = 0;
-    for (; i + 16 * N <= at.head_dim; i += 16 * N) sum_values<KV, R, N>(at, weights, first, count, i, out);
+    for (; i + 16 * COLUMNS <= at.head_dim; i += 16 * COLUMNS) sum_values<KV, R, COLUMNS>(at, weights, first, count, i, out);
     for (; i < at.head_dim; i += 16) sum_values<KV, R, 1>(at, weights, first, count, i, out);
 }
 

@@ -62,6 +62,7 @@ static inline void vf_store_split(uint8_t *low, uint8_t *high, vf v) {
 
 static inline vi vi_zero() { return _mm512_setzero_si512(); }
 static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+static inline vi vi_join(vi high, vi low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low); }  // 128 high + low
 static inline vf vi_float(vi a) { return _mm512_cvtepi32_ps(a); }
 
 static inline vb vb_load(const void *p) { return _mm512_loadu_si512(p); }

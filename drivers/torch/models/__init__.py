@@ -1,4 +1,4 @@
-"""Model families. A family is a module with `build(config, checkpoint, device, dtype) -> Model`."""
+"""Model families. A family is a module with `shape_of` and `build`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol, cast
 import torch
 from llmasos.syscalls import errors
 
-from ..attention import Plan
+from ..attention import StepRows
 from ..config import Config, Shape
 from ..weights import Checkpoint
 
@@ -30,8 +30,9 @@ class Model(Protocol):
     windows: set[int]
     weights_bytes: int
 
-    def forward(self, plan: Plan) -> torch.Tensor:
-        """The last hidden states [T, hidden] of a step's rows, after the final norm; writes their KV."""
+    def forward(self, plan: StepRows) -> torch.Tensor:
+        """The last hidden states [T, hidden] of a step's rows, after the final norm; writes their KV. A family
+        of ours waits for nothing, so that its steps can be captured."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -45,10 +46,16 @@ class Family(Protocol):
         ...
 
     def build(
-        self, config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
+        self, config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *formats: str
     ) -> Model:
-        """Raises Corrupt or UnsupportedModel before it reads the first tensor."""
+        """A family of ours takes one of quantised.FORMATS too. Raises Corrupt or UnsupportedModel before it
+        reads the first tensor."""
         ...
+
+
+def is_ours(config: Config) -> bool:
+    """Whether a family here computes the architecture, not transformers' code."""
+    return str(config.get("model_type")) in FAMILIES
 
 
 def family_of(config: Config) -> Family:
@@ -61,3 +68,18 @@ def family_of(config: Config) -> Family:
             )
     module = FAMILIES.get(str(config.get("model_type")), "transformers_code")
     return cast(Family, importlib.import_module(f".{module}", __name__))
+
+
+def build(
+    config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, format_: str
+) -> Model:
+    """A model that computes in `dtype`, its matrices in one of quantised.FORMATS, if any. Raises Corrupt or
+    UnsupportedModel."""
+    family = family_of(config)
+    if not format_:
+        return family.build(config, checkpoint, device, dtype)
+    if not is_ours(config):
+        raise errors.UnsupportedModel(
+            f"transformers' code does not compute with weights in {format_}", hint="leave dtype empty"
+        )
+    return family.build(config, checkpoint, device, dtype, format_)

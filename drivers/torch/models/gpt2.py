@@ -10,10 +10,11 @@ from torch.nn import functional
 
 from ...families.decoder import Decoder, Layer
 from ...families.gpt2 import describe, shape_of
-from ..attention import Plan
+from ..attention import StepRows
 from ..config import ACTIVATIONS, Config
 from ..linear import Linear
 from ..loader import Loader
+from ..quantised import QuantisedLinear
 from ..weights import Checkpoint
 
 __all__ = ["build", "shape_of"]
@@ -30,7 +31,7 @@ class _Norm:
         return functional.layer_norm(x, (x.shape[-1],), self._weight, self._bias, self._epsilon)
 
 
-def _linear(load: Loader, name: str) -> Linear:
+def _linear(load: Loader, name: str) -> Linear | QuantisedLinear:
     def turn(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.t() if tensor.dim() == 2 else tensor
 
@@ -48,12 +49,11 @@ class _Layer:
         self._up = _linear(load, *layer.up)
         self._down = _linear(load, layer.down)
 
-    def __call__(self, x: torch.Tensor, plan: Plan) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, plan: StepRows) -> torch.Tensor:
         """x [T, hidden] -> [T, hidden]."""
         shape = self._shape
         rows = self._qkv(self._attention_norm(x)).view(len(x), 3 * shape.heads, shape.head_dim)
-        found = plan.attend(self._index, rows[:, : shape.heads], rows[:, shape.heads :], self._scale)
-        x = x + self._out(found)
+        x = x + self._out(plan.attend_heads(self._index, rows, self._scale))
         return x + self._down(self._activation(self._up(self._mlp_norm(x))))
 
 
@@ -70,7 +70,7 @@ class Gpt2Model:
         self._head = load.tied(self._embedding)
         self.weights_bytes = load.nbytes
 
-    def forward(self, plan: Plan) -> torch.Tensor:
+    def forward(self, plan: StepRows) -> torch.Tensor:
         x = functional.embedding(plan.tokens, self._embedding)
         x = x + functional.embedding(plan.positions, self._positions)
         for layer in self._layers:
@@ -81,7 +81,9 @@ class Gpt2Model:
         return self._head(hidden).float()
 
 
-def build(config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Gpt2Model:
+def build(
+    config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, format_: str = ""
+) -> Gpt2Model:
     decoder = describe(config)
     decoder.expect(checkpoint)
-    return Gpt2Model(decoder, Loader(checkpoint, device, dtype))
+    return Gpt2Model(decoder, Loader(checkpoint, device, dtype, format_))

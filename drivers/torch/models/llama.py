@@ -11,10 +11,11 @@ from torch.nn import functional
 
 from ...families.decoder import Decoder, Layer
 from ...families.llama import describe, shape_of
-from ..attention import Plan
+from ..attention import StepRows
 from ..config import ACTIVATIONS, Activation, Config, Shape
 from ..loader import Edit, Loader
-from ..rope import Rotary, interleave, rotate
+from ..ops import Ops, Turn
+from ..rope import Rotary, interleave
 from ..weights import Checkpoint
 
 __all__ = ["build", "shape_of"]
@@ -27,9 +28,7 @@ class _Settings:
     shape: Shape
     epsilon: float
     activation: Activation
-
-    def norm(self, x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        return functional.rms_norm(x, (x.shape[-1],), weight, self.epsilon)
+    ops: Ops
 
 
 class _Layer:
@@ -54,21 +53,17 @@ class _Layer:
             wide = [norm.expand(n, -1) for norm, n in zip(pair, counts.values(), strict=True)]
             self._head_norm = torch.cat(wide)
 
-    def __call__(self, x: torch.Tensor, turns: torch.Tensor, plan: Plan) -> torch.Tensor:
-        """x [T, hidden] -> [T, hidden]."""
-        settings, shape = self._settings, self._settings.shape
-        rows = self._qkv(settings.norm(x, self._attention_norm))
+    def __call__(
+        self, x: torch.Tensor, delta: torch.Tensor | None, turns: torch.Tensor, plan: StepRows
+    ) -> torch.Tensor:
+        """x [T, hidden], to which `delta` has still to be added; adds in place, returns the next delta."""
+        settings, shape, ops = self._settings, self._settings.shape, self._settings.ops
+        rows = self._qkv(ops.add_norm(x, delta, self._attention_norm, settings.epsilon))
         rows = rows.view(len(x), shape.heads + 2 * shape.kv_heads, shape.head_dim)
-        turning = rows[:, : shape.heads + shape.kv_heads]
-        if self._head_norm is not None:
-            turning.copy_(settings.norm(turning, None) * self._head_norm)
-        if self._turned:
-            rotate(turning, turns)
-        query, kv = rows[:, : shape.heads], rows[:, shape.heads :]
-        found = plan.attend(self._index, query, kv, self._scale, self._window)
-        x = x + self._out(found)
-        gate, up = self._gate_up(settings.norm(x, self._mlp_norm)).chunk(2, dim=-1)
-        return x + self._down(settings.activation(gate).mul_(up))
+        turn = Turn(turns if self._turned else None, self._head_norm, settings.epsilon)
+        found = plan.attend_heads(self._index, rows, self._scale, self._window, turn)
+        normed = ops.add_norm(x, self._out(found), self._mlp_norm, settings.epsilon)
+        return self._down(ops.gate(self._gate_up(normed), settings.activation))
 
 
 class LlamaModel:
@@ -78,26 +73,29 @@ class LlamaModel:
         assert decoder.rotation is not None
         self.shape = decoder.shape
         self.windows = {layer.window for layer in decoder.layers}
-        self._settings = _Settings(self.shape, decoder.epsilon, ACTIVATIONS[decoder.activation])
+        self._settings = _Settings(self.shape, decoder.epsilon, ACTIVATIONS[decoder.activation], load.ops)
         self._rotary = Rotary(decoder.rotation, load.device)
         self._embedding = load.tensor(f"{decoder.embedding}.weight")
         self._layers = [_Layer(self._settings, load, layer, i) for i, layer in enumerate(decoder.layers)]
         self._final_norm = load.tensor(f"{decoder.final_norm}.weight")
-        self._head = load.linear(decoder.head) if decoder.head else load.tied(self._embedding)
+        self._head = load.head(decoder.head) if decoder.head else load.tied(self._embedding)
         self.weights_bytes = load.nbytes
 
-    def forward(self, plan: Plan) -> torch.Tensor:
+    def forward(self, plan: StepRows) -> torch.Tensor:
         x = functional.embedding(plan.tokens, self._embedding)
         turns = self._rotary.turns(plan.positions)
+        delta: torch.Tensor | None = None
         for layer in self._layers:
-            x = layer(x, turns, plan)
-        return self._settings.norm(x, self._final_norm)
+            delta = layer(x, delta, turns, plan)
+        return self._settings.ops.add_norm(x, delta, self._final_norm, self._settings.epsilon)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._head(hidden).float()
 
 
-def build(config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> LlamaModel:
+def build(
+    config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, format_: str = ""
+) -> LlamaModel:
     decoder = describe(config)
     decoder.expect(checkpoint)
-    return LlamaModel(decoder, Loader(checkpoint, device, dtype))
+    return LlamaModel(decoder, Loader(checkpoint, device, dtype, format_))
