@@ -11,20 +11,35 @@ struct Piece {
     int run, row, rows, start;  // `row` in the batch, `start` its position
 };
 
-static constexpr int PRIVATE_ROWS = 2;   // so few rows are prepared by every thread for itself: no barrier
-static constexpr int MOST_SPLITS = 256;  // pieces x KV heads x chunks that are attended to side by side
+// A row whose context is attended to chunk by chunk, each chunk together with the rows that share its blocks:
+// forks, agents with a common prefix, guesses. Its partial sums of chunk c are number `partial` + c.
+struct SplitRow {
+    int run, row, position, chunks, partial;
+};
+
+// A chunk of positions for `count` rows, which are split_rows[order[first]] and those after it.
+struct Item {
+    int first, count, chunk;
+};
+
+static constexpr int PRIVATE_ROWS = 2;  // so few rows are prepared by every thread for itself: no barrier
+static constexpr size_t PARTIAL_FLOATS = 1 << 22;
 
 struct Engine {
     llk_pool *pool;
     const llk_model *model;
     llk_step *step;
-    int rows, piece_count, splits;  // splits: chunks that a piece's context is cut into, 0: not cut
+    int rows, piece_count, split_count, item_count;
     // workspace
     float *x, *qkv, *attended, *inner, *cosines, *sines, *logits;
     Rows shared;
     Piece *pieces;
+    int32_t *row_run, *row_position;  // of every row of the batch
+    SplitRow *split_rows;
+    int32_t *order;  // of the split rows, those with equal beginnings side by side
+    Item *items;
     float *partials;
-    std::atomic<int32_t> *left;
+    std::atomic<int32_t> *left;  // [split rows][KV heads] chunks that are still to come
     uint8_t *thread_space;
     size_t thread_bytes;
     alignas(64) std::atomic<int32_t> next[2];
@@ -67,7 +82,9 @@ static Rows take_rows(Carver &carver, int rows, int cols) {
     return r;
 }
 
-static size_t partial_floats(const llk_model &m) { return (size_t)TILE_ROWS * (m.head_dim + 2); }
+// A row's partial sums of one chunk at one KV head: values, greatest score and sum of weights of each query.
+static inline int partial_floats(const llk_model &m) { return m.heads / m.kv_heads * (m.head_dim + 2); }
+static inline int most_partials(const llk_model &m) { return (int)(PARTIAL_FLOATS / (size_t)(partial_floats(m) * m.kv_heads)); }
 
 // What a thread needs for itself: a norm, prepared rows, queries, partial sums, space to choose in.
 static size_t private_bytes(const llk_model &m) {
@@ -110,8 +127,13 @@ static size_t lay_out(Engine &e, const llk_model &m, uint8_t *at, int max_rows, 
     e.logits = carver.take<float>((size_t)max_picks * padded_vocab(m));
     e.shared = take_rows(carver, imax(max_rows, max_picks), widest(m));
     e.pieces = carver.take<Piece>((size_t)max_rows);
-    e.partials = carver.take<float>(MOST_SPLITS * partial_floats(m));
-    e.left = carver.take<std::atomic<int32_t>>(MOST_SPLITS);
+    e.row_run = carver.take<int32_t>((size_t)max_rows);
+    e.row_position = carver.take<int32_t>((size_t)max_rows);
+    e.split_rows = carver.take<SplitRow>((size_t)max_rows);
+    e.order = carver.take<int32_t>((size_t)max_rows);
+    e.items = carver.take<Item>((size_t)most_partials(m));
+    e.partials = carver.take<float>(PARTIAL_FLOATS);
+    e.left = carver.take<std::atomic<int32_t>>((size_t)max_rows * m.kv_heads);
     e.thread_bytes = private_bytes(m);
     e.thread_space = carver.take<uint8_t>(e.thread_bytes * (size_t)threads);
     return carver.used;
@@ -173,12 +195,11 @@ static void multiply_shared(Engine &e, int thread, const llk_matrix &matrix, con
 
 static void embed(Engine &e, int thread) {
     const llk_model &m = *e.model;
-    int piece = 0, begin, end;
+    int begin, end;
     share(e.rows, 1, thread, e.pool->threads, begin, end);
     for (int row = begin; row < end; row++) {
-        while (piece + 1 < e.piece_count && e.pieces[piece + 1].row <= row) piece++;
-        const llk_run &run = e.step->runs[e.pieces[piece].run];
-        const int position = e.pieces[piece].start + row - e.pieces[piece].row;
+        const llk_run &run = e.step->runs[e.row_run[row]];
+        const int position = e.row_position[row];
         float *x = e.x + (size_t)row * m.hidden_padded;
         unpack_row(m.embedding, (int)run.tokens[position - run.start], x);
         if (m.positions)
@@ -217,13 +238,12 @@ static void write_cache(Engine &e, int thread, int index) {
     uint8_t *cache = layer_cache(m, index);
     const size_t bytes = tile_bytes(m.kv_format, m.head_dim), stride = block_stride(m);
     const int all = m.heads + 2 * m.kv_heads;
-    int begin, end, piece = 0;
+    int begin, end;
     share(e.rows * all, 1, thread, e.pool->threads, begin, end);
     for (int item = begin; item < end; item++) {
         const int row = item / all, head = item % all;
-        while (piece + 1 < e.piece_count && e.pieces[piece + 1].row <= row) piece++;
-        const llk_run &run = e.step->runs[e.pieces[piece].run];
-        const int position = e.pieces[piece].start + row - e.pieces[piece].row;
+        const llk_run &run = e.step->runs[e.row_run[row]];
+        const int position = e.row_position[row];
         float *v = e.qkv + (size_t)row * qkv_columns(m) + (size_t)head * m.head_dim;
         if (head < m.heads + m.kv_heads) {
             const float *weight = head < m.heads ? layer.q_norm : layer.k_norm;
@@ -245,107 +265,118 @@ static void write_cache(Engine &e, int thread, int index) {
     e.pool->barrier();
 }
 
-static void finish_queries(const Engine &e, const Piece &piece, int first_head, int per_row, int rows, const Partial *sums) {
+// Writes what `per_row` queries of a row, from query head `first_head`, have found.
+static void finish_row(const Engine &e, int row, int first_head, int per_row, const Partial *sums) {
     const llk_model &m = *e.model;
-    for (int i = 0; i < rows; i++) {
-        float *to = e.attended + (size_t)(piece.row + i / per_row) * out_columns(m) + (size_t)(first_head + i % per_row) * m.head_dim;
+    for (int i = 0; i < per_row; i++) {
+        float *to = e.attended + (size_t)row * out_columns(m) + (size_t)(first_head + i) * m.head_dim;
         vf inverse = vf_set(1.f / sums[i].sum);
         for (int d = 0; d < m.head_dim; d += 16) vf_store(to + d, vf_mul(vf_load(sums[i].values + d), inverse));
     }
 }
 
-// The queries of a piece at one KV head, from query head `first_head`, `per_row` of them a row.
-static void gather_queries(Engine &e, Private &mine, const Piece &piece, int first_head, int per_row, int window, Queries &query) {
-    const llk_model &m = *e.model;
+static void open_queries(const Private &mine, int count, Queries &query) {
     query.full = mine.full;
     query.half = mine.half;
     query.q = mine.q;
-    query.count = piece.rows * per_row;
-    for (int i = 0; i < query.count; i++) {
-        const int r = i / per_row, h = first_head + i % per_row;
-        query.end[i] = piece.start + r + 1;
-        query.first[i] = window ? imax(0, query.end[i] - window) : 0;
-        prepare_query(m.kv_format, m.head_dim, query, i, e.qkv + (size_t)(piece.row + r) * qkv_columns(m) + (size_t)h * m.head_dim);
-    }
+    query.count = count;
 }
 
-static void attend_piece(Engine &e, Private &mine, const llk_layer &layer, const Context &at, const Piece &piece,
-                         int first_head, int per_row) {
+// Query `index` is head `head` of a row of the batch.
+static void add_query(const Engine &e, Queries &query, int index, int row, int head, int window) {
+    const llk_model &m = *e.model;
+    query.end[index] = e.row_position[row] + 1;
+    query.first[index] = window ? imax(0, query.end[index] - window) : 0;
+    prepare_query(m.kv_format, m.head_dim, query, index, e.qkv + (size_t)row * qkv_columns(m) + (size_t)head * m.head_dim);
+}
+
+// The cache of a run at a KV head of a layer.
+static Context context_of(const Engine &e, int layer, int run, int kv_head) {
+    const llk_model &m = *e.model;
+    const uint8_t *tiles = layer_cache(m, layer) + tile_bytes(m.kv_format, m.head_dim) * (size_t)kv_head;
+    return {tiles, block_stride(m), e.step->runs[run].blocks, m.head_dim};
+}
+
+// A piece at a KV head, `per_row` queries of each row from query head `first_head`.
+static void attend_piece(Engine &e, Private &mine, int layer, const Piece &piece, int kv_head, int first_head, int per_row) {
     const llk_model &m = *e.model;
     Queries query;
-    gather_queries(e, mine, piece, first_head, per_row, layer.window, query);
-    const int rows = query.count;
+    const int count = piece.rows * per_row;
+    open_queries(mine, count, query);
     Partial sums[TILE_ROWS], next[TILE_ROWS];
-    for (int i = 0; i < rows; i++) {
+    for (int i = 0; i < count; i++) {
+        add_query(e, query, i, piece.row + i / per_row, first_head + i % per_row, m.layer[layer].window);
         sums[i] = {HIDDEN_SCORE, 0, mine.values + (size_t)i * m.head_dim};
         next[i] = {HIDDEN_SCORE, 0, mine.values + (size_t)(TILE_ROWS + i) * m.head_dim};
     }
-    const int end = query.end[rows - 1];
+    const Context at = context_of(e, layer, piece.run, kv_head);
+    const int end = query.end[count - 1];
     for (int begin = query.first[0] / CHUNK * CHUNK; begin < end; begin += CHUNK) {
         attend(m.kv_format, at, query, begin, imin(end, begin + CHUNK), next);
-        for (int i = 0; i < rows; i++) merge(sums[i], next[i], m.head_dim);
+        for (int i = 0; i < count; i++) merge(sums[i], next[i], m.head_dim);
     }
-    finish_queries(e, piece, first_head, per_row, rows, sums);
+    for (int r = 0; r < piece.rows; r++) finish_row(e, piece.row + r, first_head, per_row, sums + r * per_row);
 }
 
-// One chunk of a piece's context; whoever finishes a piece's last chunk puts them together, in order.
-static void attend_split(Engine &e, Private &mine, const llk_layer &layer, const Context &at, int item) {
+// Where the partial sums of a split row lie.
+static inline float *partial_at(const Engine &e, const SplitRow &row, int chunk, int kv_head, int query) {
     const llk_model &m = *e.model;
-    const int unit = item / e.splits, chunk = item % e.splits, group = m.heads / m.kv_heads;
-    const int head = unit % m.kv_heads, begin = chunk * CHUNK;
-    const Piece &piece = e.pieces[unit / m.kv_heads];
+    return e.partials + ((size_t)(row.partial + chunk) * m.kv_heads + kv_head) * partial_floats(m) + (size_t)query * (m.head_dim + 2);
+}
+
+// A chunk of some rows at a KV head; whoever finishes a row's last chunk puts them together, in order.
+static void attend_item(Engine &e, Private &mine, int layer, const Item &item, int kv_head) {
+    const llk_model &m = *e.model;
+    const int group = m.heads / m.kv_heads, count = item.count * group, size = m.head_dim, begin = item.chunk * CHUNK;
     Queries query;
-    gather_queries(e, mine, piece, head * group, group, layer.window, query);
-    const int rows = query.count;
-    const int end = query.end[rows - 1];
-    Partial mine_now[TILE_ROWS];
-    const auto place = [&](int which, int row) {
-        float *at = e.partials + ((size_t)(unit * e.splits + which) * TILE_ROWS + row) * (size_t)(m.head_dim + 2);
-        return at;
-    };
-    if (begin < end && begin + CHUNK > query.first[0]) {
-        for (int i = 0; i < rows; i++) mine_now[i] = {HIDDEN_SCORE, 0, place(chunk, i)};
-        attend(m.kv_format, at, query, begin, imin(end, begin + CHUNK), mine_now);
-        for (int i = 0; i < rows; i++) place(chunk, i)[m.head_dim] = mine_now[i].most, place(chunk, i)[m.head_dim + 1] = mine_now[i].sum;
-    } else {
-        for (int i = 0; i < rows; i++) place(chunk, i)[m.head_dim + 1] = 0;
-    }
-    if (e.left[unit].fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-    e.left[unit].store(e.splits, std::memory_order_relaxed);
+    open_queries(mine, count, query);
     Partial sums[TILE_ROWS];
-    for (int i = 0; i < rows; i++) {
-        sums[i] = {HIDDEN_SCORE, 0, mine.values + (size_t)i * m.head_dim};
-        for (int c = 0; c < e.splits; c++) {
-            float *at = place(c, i);
-            merge(sums[i], {at[m.head_dim], at[m.head_dim + 1], at}, m.head_dim);
-        }
+    int end = 0, first = begin + CHUNK;
+    for (int i = 0; i < count; i++) {
+        const SplitRow &row = e.split_rows[e.order[item.first + i / group]];
+        add_query(e, query, i, row.row, kv_head * group + i % group, m.layer[layer].window);
+        sums[i] = {HIDDEN_SCORE, 0, partial_at(e, row, item.chunk, kv_head, i % group)};
+        end = imax(end, query.end[i]);
+        first = imin(first, query.first[i]);
     }
-    finish_queries(e, piece, head * group, group, rows, sums);
+    if (first < begin + CHUNK) {
+        const Context at = context_of(e, layer, e.split_rows[e.order[item.first]].run, kv_head);
+        attend(m.kv_format, at, query, begin, imin(end, begin + CHUNK), sums);
+    }
+    for (int i = 0; i < count; i++) sums[i].values[size] = sums[i].most, sums[i].values[size + 1] = sums[i].sum;
+    for (int r = 0; r < item.count; r++) {
+        const int index = e.order[item.first + r];
+        const SplitRow &row = e.split_rows[index];
+        std::atomic<int32_t> &left = e.left[index * m.kv_heads + kv_head];
+        if (left.fetch_sub(1, std::memory_order_acq_rel) != 1) continue;
+        left.store(row.chunks, std::memory_order_relaxed);  // for the next layer
+        Partial whole[TILE_ROWS];
+        for (int q = 0; q < group; q++) {
+            whole[q] = {HIDDEN_SCORE, 0, mine.values + (size_t)q * size};
+            for (int chunk = 0; chunk < row.chunks; chunk++) {
+                float *at = partial_at(e, row, chunk, kv_head, q);
+                merge(whole[q], {at[size], at[size + 1], at}, size);
+            }
+        }
+        finish_row(e, row.row, kv_head * group, group, whole);
+    }
 }
 
-static void attention(Engine &e, Private &mine, int thread, int index) {
+static void attention(Engine &e, Private &mine, int thread, int layer) {
     const llk_model &m = *e.model;
-    const llk_layer &layer = m.layer[index];
-    const size_t bytes = tile_bytes(m.kv_format, m.head_dim), stride = block_stride(m);
-    const uint8_t *cache = layer_cache(m, index);
-    const int group = m.heads / m.kv_heads, units = e.piece_count * m.kv_heads;
-    const auto context = [&](int unit) {
-        const int32_t *blocks = e.step->runs[e.pieces[unit / m.kv_heads].run].blocks;
-        return Context{cache + bytes * (size_t)(unit % m.kv_heads), stride, blocks, m.head_dim};
-    };
-    std::atomic<int32_t> &next = e.next[index & 1];
-    if (thread == 0) e.next[(index + 1) & 1].store(0, std::memory_order_relaxed);  // for the next layer
-    if (e.splits) {
-        for (int item; (item = next.fetch_add(1, std::memory_order_relaxed)) < units * e.splits;)
-            attend_split(e, mine, layer, context(item / e.splits), item);
-    } else {
-        // The last piece of a prompt sees most: it goes first.
-        for (int item; (item = next.fetch_add(1, std::memory_order_relaxed)) < units;) {
-            const int unit = units - 1 - item, head = unit % m.kv_heads;
-            const Piece &piece = e.pieces[unit / m.kv_heads];
-            for (int first = 0; first < group; first += TILE_ROWS)
-                attend_piece(e, mine, layer, context(unit), piece, head * group + first, imin(TILE_ROWS, group - first));
+    const int group = m.heads / m.kv_heads, items = e.item_count * m.kv_heads, all = items + e.piece_count * m.kv_heads;
+    std::atomic<int32_t> &next = e.next[layer & 1];
+    if (thread == 0) e.next[(layer + 1) & 1].store(0, std::memory_order_relaxed);  // for the next layer
+    for (int work; (work = next.fetch_add(1, std::memory_order_relaxed)) < all;) {
+        // The last piece of a prompt sees most: it goes first. Items are small and fill the end.
+        if (work >= e.piece_count * m.kv_heads) {
+            const int item = work - e.piece_count * m.kv_heads;
+            attend_item(e, mine, layer, e.items[item / m.kv_heads], item % m.kv_heads);
+            continue;
         }
+        const int unit = e.piece_count * m.kv_heads - 1 - work, kv_head = unit % m.kv_heads;
+        for (int first = 0; first < group; first += TILE_ROWS)
+            attend_piece(e, mine, layer, e.pieces[unit / m.kv_heads], kv_head, kv_head * group + first, imin(TILE_ROWS, group - first));
     }
     e.pool->barrier();
 }
@@ -427,28 +458,100 @@ static void open_engine(Engine &e, llk_pool *pool, const llk_model *model, llk_s
     e.next[0] = e.next[1] = 0;
 }
 
+// Blocks of a chunk that a row sees.
+static inline int chunk_blocks(const SplitRow &row, int chunk) {
+    return (imin(row.position + 1, (chunk + 1) * CHUNK) - chunk * CHUNK + BLOCK_TOKENS - 1) / BLOCK_TOKENS;
+}
+
+static bool same_blocks(const Engine &e, const SplitRow &a, const SplitRow &b, int chunk) {
+    if (chunk >= a.chunks || chunk >= b.chunks || chunk_blocks(a, chunk) != chunk_blocks(b, chunk)) return false;
+    const int32_t *left = e.step->runs[a.run].blocks, *right = e.step->runs[b.run].blocks;
+    const int from = chunk * (CHUNK / BLOCK_TOKENS);
+    return left == right || !memcmp(left + from, right + from, (size_t)chunk_blocks(a, chunk) * 4);
+}
+
+// Puts rows with equal beginnings of their block tables side by side and makes one item of each chunk that
+// neighbours share.
+static void make_items(Engine &e) {
+    for (int i = 0; i < e.split_count; i++) e.order[i] = i;
+    std::sort(e.order, e.order + e.split_count, [&](int a, int b) {
+        const SplitRow &x = e.split_rows[a], &y = e.split_rows[b];
+        const int32_t *left = e.step->runs[x.run].blocks, *right = e.step->runs[y.run].blocks;
+        if (left != right) {
+            const int blocks = imin(x.position, y.position) / BLOCK_TOKENS + 1;
+            for (int i = 0; i < blocks; i++)
+                if (left[i] != right[i]) return left[i] < right[i];
+        }
+        return x.position != y.position ? x.position < y.position : a < b;
+    });
+    const int most = piece_rows(*e.model);
+    int longest = 0;
+    for (int i = 0; i < e.split_count; i++) longest = imax(longest, e.split_rows[i].chunks);
+    e.item_count = 0;
+    for (int chunk = 0; chunk < longest; chunk++)
+        for (int i = 0; i < e.split_count;) {
+            const SplitRow &row = e.split_rows[e.order[i]];
+            int count = 1;
+            if (row.chunks > chunk) {
+                while (i + count < e.split_count && count < most && same_blocks(e, row, e.split_rows[e.order[i + count]], chunk)) count++;
+                e.items[e.item_count++] = {i, count, chunk};
+            }
+            i += count;
+        }
+    for (int i = 0; i < e.split_count; i++)
+        for (int h = 0; h < e.model->kv_heads; h++)
+            e.left[i * e.model->kv_heads + h].store(e.split_rows[i].chunks, std::memory_order_relaxed);
+}
+
+// Whether two runs begin with the same chunk.
+static bool share_a_chunk(const llk_step &step) {
+    for (int a = 0; a < step.run_count; a++)
+        for (int b = a + 1; b < step.run_count; b++)
+            if (step.runs[a].start >= CHUNK && step.runs[b].start >= CHUNK && step.runs[a].blocks[0] == step.runs[b].blocks[0]) return true;
+    return false;
+}
+
+// Decides how each row is attended to: generating ones chunk by chunk where that pays, for it gives every thread
+// something to do, or reads a common beginning once; the others in pieces.
+static int lay_out_rows(Engine &e, int32_t *wanted) {
+    const llk_model &m = *e.model;
+    const llk_step &step = *e.step;
+    const int most = piece_rows(m), group = m.heads / m.kv_heads;
+    int row = 0, picks = 0, partials = 0, generating = 0;
+    for (int r = 0; r < step.run_count; r++) generating += step.runs[r].count <= TILE_ROWS;
+    const bool few = e.pool->threads > 1 && generating * m.kv_heads < 4 * e.pool->threads;
+    const bool split = group <= TILE_ROWS && (few || share_a_chunk(step));
+    e.piece_count = e.split_count = e.item_count = 0;
+    for (int r = 0; r < step.run_count; r++) {
+        const llk_run &run = step.runs[r];
+        int needed = 0;
+        for (int i = 0; i < run.count; i++) {
+            e.row_run[row + i] = r;
+            e.row_position[row + i] = run.start + i;
+            needed += (run.start + i) / CHUNK + 1;
+        }
+        if (split && run.count <= TILE_ROWS && partials + needed <= most_partials(m)) {
+            for (int i = 0; i < run.count; i++) {
+                const int chunks = (run.start + i) / CHUNK + 1;
+                e.split_rows[e.split_count++] = {r, row + i, run.start + i, chunks, partials};
+                partials += chunks;
+            }
+        } else {
+            for (int done = 0; done < run.count; done += most)
+                e.pieces[e.piece_count++] = {r, row + done, imin(most, run.count - done), run.start + done};
+        }
+        for (int i = run.count - run.wanted; i < run.count; i++) wanted[picks++] = row + i;
+        row += run.count;
+    }
+    make_items(e);
+    return picks;
+}
+
 extern "C" int32_t llk_run_step(llk_pool *pool, const llk_model *model, llk_step *step) {
     Engine e;
     open_engine(e, pool, model, step);
-    const int most = piece_rows(*model);
     int32_t wanted[4096];
-    int row = 0, picks = 0, longest = 0;
-    e.piece_count = 0;
-    for (int r = 0; r < step->run_count; r++) {
-        const llk_run &run = step->runs[r];
-        for (int done = 0; done < run.count; done += most)
-            e.pieces[e.piece_count++] = {r, row + done, imin(most, run.count - done), run.start + done};
-        for (int i = run.count - run.wanted; i < run.count; i++) wanted[picks++] = row + i;
-        row += run.count;
-        longest = imax(longest, run.start + run.count);
-    }
-    // So few pieces that some threads would have none: cut their contexts into chunks.
-    const int units = e.piece_count * model->kv_heads, chunks = (longest + CHUNK - 1) / CHUNK;
-    const bool fits = model->heads / model->kv_heads <= TILE_ROWS && units * chunks <= MOST_SPLITS;
-    e.splits = pool->threads > 1 && units < 4 * pool->threads && chunks > 1 && fits ? chunks : 0;
-    if (e.splits)
-        for (int i = 0; i < units; i++) e.left[i].store(e.splits, std::memory_order_relaxed);
-    HeadRows job{&e, wanted, picks, e.logits};
+    HeadRows job{&e, wanted, lay_out_rows(e, wanted), e.logits};
     pool->run(step_thread, &job);
     return 0;
 }

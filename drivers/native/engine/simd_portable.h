@@ -64,6 +64,7 @@ static inline void vf_store_split(uint8_t *low, uint8_t *high, vf v) {
 }
 static inline vi vi_zero() { vi r; EACH r.v[i] = 0; return r; }
 static inline vi vi_add(vi a, vi b) { EACH a.v[i] += b.v[i]; return a; }
+static inline vi vi_join(vi h, vi l) { EACH l.v[i] += 128 * h.v[i]; return l; }
 static inline vf vi_float(vi a) { vf r; EACH r.v[i] = (float)a.v[i]; return r; }
 static inline vb vb_load(const void *p) { vb r; memcpy(r.v, p, 64); return r; }
 static inline vb vb_low(vb v) { for (int i = 0; i < 64; i++) v.v[i] &= 15; return v; }
