@@ -51,9 +51,9 @@ class CpuDriver:
                 return loaded
             except errors.UnsupportedModel as problem:
                 reason = problem.message
-        torch = self._fallback()
-        loaded = torch.load(spec)
-        self._drivers[spec.handle] = torch
+        fallback = self._fallback()
+        loaded = fallback.load(spec)
+        self._drivers[spec.handle] = fallback
         self._note(
             "warn", f"model {spec.handle}: torch computes it, for the native engine does not: {reason}"
         )

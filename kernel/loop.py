@@ -159,7 +159,7 @@ class Kernel:
 
     def take_effects(self) -> list[Effect]:
         effects, self.effects = self.effects, []
-        sends, self.sessions.outbox = self.sessions.outbox, []
+        sends = self.sessions.take_outbox()
         return [*sends, *effects]
 
     def next_timer(self) -> float | None:

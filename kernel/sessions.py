@@ -15,6 +15,9 @@ from llmasos.syscalls.types import Wire
 
 from .tenants import Subject
 
+MOST_ITEMS = 64
+"""Items in one message at most: the largest have 150 KB."""
+
 Request = tuple[bytes, int]
 """A request: (session, the client's id)."""
 
@@ -53,7 +56,8 @@ class Sessions:
 
     def __init__(self) -> None:
         self.by_id: dict[bytes, Session] = {}
-        self.outbox: list[Send] = []
+        self._outbox: list[Send] = []
+        self._items: dict[bytes, list[tuple[int, int, Wire]]] = {}  # not yet sent, to go in one message
 
     def open(self, session: Session, id_: int, call: type[Call], limit: int) -> None:
         """Registers a request. Raises InvalidArgument for a reused id, QueueFull over `limit`."""
@@ -85,14 +89,30 @@ class Sessions:
 
     def item(self, request: Request, seq: int, item: Wire) -> None:
         if self._entry(request):
-            self._send(request, wire.encode_item(request[1], seq, item))
+            waiting = self._items.setdefault(request[0], [])
+            waiting.append((request[1], seq, item))
+            if len(waiting) >= MOST_ITEMS:
+                self._flush(request[0])
 
     def refuse(self, session: bytes, id_: int | None, error: errors.LLMasOSError) -> None:
         """Answers a frame that opened no request."""
-        self.outbox.append(Send(session, wire.encode_error(id_ or 0, error)))
+        self._flush(session)
+        self._outbox.append(Send(session, wire.encode_error(id_ or 0, error)))
+
+    def take_outbox(self) -> list[Send]:
+        """What is to be sent now, in order."""
+        for session in list(self._items):
+            self._flush(session)
+        outbox, self._outbox = self._outbox, []
+        return outbox
 
     def _send(self, request: Request, frames: list[bytes]) -> None:
-        self.outbox.append(Send(request[0], frames))
+        self._flush(request[0])  # a request's items come before its answer
+        self._outbox.append(Send(request[0], frames))
+
+    def _flush(self, session: bytes) -> None:
+        if items := self._items.pop(session, None):
+            self._outbox.append(Send(session, wire.encode_items(items)))
 
     def _entry(self, request: Request) -> Open | None:
         session = self.by_id.get(request[0])

@@ -5,10 +5,10 @@ bytes, at most MAX_PAYLOAD, that msgpack never parses. The frame size is the mem
 a frame up about 72 times (measured), so control frames are small.
 
     client -> kernel   [REQUEST, id, name, arguments, credits]   [CREDIT, id, n]   [CANCEL, id]
-    kernel -> client   [REPLY, id, reply]   [ERROR, id, error]   [ITEM, id, seq, item]
+    kernel -> client   [REPLY, id, reply]   [ERROR, id, error]   [ITEMS, [id, seq, item], …]
 
-Every REQUEST gets exactly one REPLY or ERROR, after all its ITEMs. ITEMs count from 0 and stop when the
-credits are used up, until CREDIT gives more.
+Every REQUEST gets exactly one REPLY or ERROR, after all its items. Items count from 0 and stop when the
+credits are used up, until CREDIT gives more. What a step has made for one client's streams travels together.
 
 The driver bus uses `FrameReader`/`frame`: a little-endian u32 length before each msgpack message.
 """
@@ -16,6 +16,7 @@ The driver bus uses `FrameReader`/`frame`: a little-endian u32 length before eac
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
@@ -42,7 +43,7 @@ class Kind(enum.IntEnum):
     CANCEL = 3
     REPLY = 4
     ERROR = 5
-    ITEM = 6
+    ITEMS = 6
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -184,8 +185,9 @@ def encode_error(id_: int, error: errors.LLMasOSError) -> list[bytes]:
     return [_control([Kind.ERROR, id_, errors.to_wire(error)])]
 
 
-def encode_item(id_: int, seq: int, item: Wire) -> list[bytes]:
-    return [_control([Kind.ITEM, id_, seq, item])]
+def encode_items(items: Sequence[tuple[int, int, Wire]]) -> list[bytes]:
+    """Stream items as (request id, sequence number, item)."""
+    return [_control([Kind.ITEMS, *items])]
 
 
 class FromKernel(msgspec.Struct, frozen=True):
@@ -198,18 +200,26 @@ class FromKernel(msgspec.Struct, frozen=True):
     payload: bytes
 
 
-def decode_answer(frames: list[bytes]) -> FromKernel:
-    """What the kernel sent. Raises BadFrame."""
+def decode_answers(frames: list[bytes]) -> list[FromKernel]:
+    """What the kernel sent: one answer, or any number of items. Raises BadFrame."""
     if not 1 <= len(frames) <= 2:
         raise errors.BadFrame(f"message of {len(frames)} frames, 1 or 2 allowed")
     payload = frames[1] if len(frames) == 2 else b""
     match _unpack(frames[0], MAX_REPLY, MAX_REPLY):
         case [Kind.REPLY | Kind.ERROR as kind, int(id_), dict(body)]:
-            return FromKernel(Kind(kind), id_, 0, body, payload)
-        case [Kind.ITEM, int(id_), int(seq), dict(body)]:
-            return FromKernel(Kind.ITEM, id_, seq, body, payload)
+            return [FromKernel(Kind(kind), id_, 0, body, payload)]
+        case [Kind.ITEMS, *items] if not payload:
+            return [_item(item) for item in items]
         case _:
             raise errors.BadFrame("unknown envelope")
+
+
+def _item(item: Any) -> FromKernel:
+    match item:
+        case [int(id_), int(seq), dict(body)]:
+            return FromKernel(Kind.ITEMS, id_, seq, body, b"")
+        case _:
+            raise errors.BadFrame("unknown envelope of an item")
 
 
 def typed_reply(call: type[Call], answer: FromKernel) -> Wire:

@@ -200,17 +200,20 @@ class Session:
 
     def receive(self, frames: list[bytes]) -> list[Event]:
         """What a message of the kernel means."""
+        events: list[Event] = []
         try:
-            answer = wire.decode_answer(frames)
-            if answer.id == self._hello_id:
-                return self._greeting(answer)
-            if answer.id == 0:
-                raise errors.BadFrame(f"the kernel could not read a message: {_error(answer)}")
-            if (pending := self._pending.get(answer.id)) is None or not pending.sent:
-                raise errors.BadFrame(f"answer to request {answer.id}, which is not under way")
-            return [self._answer(answer, pending)]
+            for answer in wire.decode_answers(frames):
+                if answer.id == self._hello_id:
+                    events += self._greeting(answer)
+                    continue
+                if answer.id == 0:
+                    raise errors.BadFrame(f"the kernel could not read a message: {_error(answer)}")
+                if (pending := self._pending.get(answer.id)) is None or not pending.sent:
+                    raise errors.BadFrame(f"answer to request {answer.id}, which is not under way")
+                events.append(self._answer(answer, pending))
         except errors.BadFrame as problem:
-            return [Broken(errors.ConnectionLost(f"protocol error: {problem.message}"))]
+            events.append(Broken(errors.ConnectionLost(f"protocol error: {problem.message}")))
+        return events
 
     def _greeting(self, answer: wire.FromKernel) -> list[Event]:
         if answer.kind is not wire.Kind.REPLY:
@@ -226,7 +229,7 @@ class Session:
 
     def _answer(self, answer: wire.FromKernel, pending: _Pending) -> Event:
         match answer.kind:
-            case wire.Kind.ITEM:
+            case wire.Kind.ITEMS:
                 if answer.seq != pending.next_seq:
                     raise errors.BadFrame(f"stream item {answer.seq} instead of {pending.next_seq}")
                 if pending.next_seq >= pending.credits:

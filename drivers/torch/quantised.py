@@ -55,8 +55,8 @@ class QuantisedLinear:
         if self._lows is None:
             return (self._stored.to(dtype) * self._scales[:, None]).to(dtype)
         halves = torch.stack((self._stored & 15, self._stored >> 4), dim=1)  # [out, 2, groups * 16]
-        values = halves.unflatten(2, (-1, GROUP // 2)).transpose(1, 2).flatten(2).to(self._scales.dtype)
-        values = torch.addcmul(self._lows[..., None], values, self._scales[..., None])
+        values = halves.unflatten(2, (-1, GROUP // 2)).transpose(1, 2).flatten(2).float()
+        values = torch.addcmul(self._lows.float()[..., None], values, self._scales.float()[..., None])
         return values.flatten(1).to(dtype)
 
     def _scaled(self, x: torch.Tensor) -> torch.Tensor:

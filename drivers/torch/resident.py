@@ -97,9 +97,7 @@ class Resident:
         return scores
 
 
-def _last_rows(
-    choosing: list[Piece], first: dict[int, int]
-) -> tuple[list[int], list[tuple[Sequence, int]]]:
+def _last_rows(choosing: list[Piece], first: dict[int, int]) -> tuple[list[int], list[tuple[Sequence, int]]]:
     """The rows that choose, and for each its sequence and the position of the token that is chosen."""
     places, rows = [], []
     for piece in choosing:

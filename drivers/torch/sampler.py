@@ -78,7 +78,9 @@ class Scored:
             return [t.Chosen(value) for value in own]
         values, ids = (part.tolist() for part in self._best)
         return [
-            t.Chosen(own[row], [t.TokenLogprob(ids[row][i], values[row][i]) for i in range(min(top, self._most))])
+            t.Chosen(
+                own[row], [t.TokenLogprob(ids[row][i], values[row][i]) for i in range(min(top, self._most))]
+            )
             for row, top in enumerate(self._tops)
         ]
 

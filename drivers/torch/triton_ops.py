@@ -54,9 +54,7 @@ class TritonOps:
     ) -> torch.Tensor:
         longest = min(rows.longest, window) if window else rows.longest
         splits = attention.splits_of(len(query), pool.shape[0] // 2, longest, self._processors)
-        return attention.attend(
-            query, pool, rows.tables, rows.lengths, scale, window, softcap, sinks, splits
-        )
+        return attention.attend(query, pool, rows.tables, rows.lengths, scale, window, softcap, sinks, splits)
 
     def few_rows(
         self,

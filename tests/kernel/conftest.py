@@ -82,7 +82,7 @@ class World:
     def carry_out(self, effect: object) -> None:
         match effect:
             case Send(session, frames):
-                self.inbox.setdefault(session, []).append(wire.decode_answer(frames))
+                self.inbox.setdefault(session, []).extend(wire.decode_answers(frames))
             case ToWorker(worker, message) if worker in self.drivers:
                 self.answer(worker, message)
             case KillWorker(pid):
@@ -137,7 +137,7 @@ class World:
 
     def result(self, id_: int, session: bytes = b"\0a") -> wire.FromKernel:
         """The one final answer."""
-        final = [a for a in self.answers(id_, session) if a.kind != wire.Kind.ITEM]
+        final = [a for a in self.answers(id_, session) if a.kind != wire.Kind.ITEMS]
         assert len(final) == 1, f"{len(final)} final answers"
         assert self.answers(id_, session)[-1] is final[0], "an item after the final answer"
         return final[0]
@@ -148,7 +148,7 @@ class World:
         return type(errors.from_wire(final.body))
 
     def tokens(self, id_: int) -> list[int]:
-        items = [a for a in self.answers(id_) if a.kind == wire.Kind.ITEM]
+        items = [a for a in self.answers(id_) if a.kind == wire.Kind.ITEMS]
         assert [a.seq for a in items] == list(range(len(items)))
         return [token for a in items for token in a.body["tokens"]]
 
@@ -193,10 +193,11 @@ class Machine(World):
         self.flush()
 
     def carry_out(self, effect: object) -> None:
+        known = len(self.inbox.get(effect.session, ())) if isinstance(effect, Send) else 0
         super().carry_out(effect)
         if isinstance(effect, Send):
-            answer = self.inbox[effect.session][-1]
-            self.seen.setdefault(answer.id, []).append((self.now, answer))
+            for answer in self.inbox[effect.session][known:]:
+                self.seen.setdefault(answer.id, []).append((self.now, answer))
 
     def run(self, until: Callable[[], Any] | float) -> None:
         """Moves the clock from event to event, to a moment or until something is so."""
@@ -225,11 +226,11 @@ class Machine(World):
                 return
 
     def ended(self, id_: int) -> bool:
-        return any(answer.kind != wire.Kind.ITEM for _, answer in self.seen.get(id_, ()))
+        return any(answer.kind != wire.Kind.ITEMS for _, answer in self.seen.get(id_, ()))
 
     def first_token_s(self, id_: int) -> float:
         """When the first token of a request came."""
-        return next(at for at, answer in self.seen[id_] if answer.kind == wire.Kind.ITEM)
+        return next(at for at, answer in self.seen[id_] if answer.kind == wire.Kind.ITEMS)
 
 
 def infer(tokens: list[int], **arguments: object) -> table.Infer:

@@ -241,7 +241,7 @@ def test_batch_work_yields_to_interactive_within_a_step(world: World) -> None:
     world.turn(10)
     made = len(world.tokens(batch))
     chat = world.send(infer([2], model="tiny", max_tokens=20))
-    while not world.answers(chat) or world.answers(chat)[-1].kind == wire.Kind.ITEM:
+    while not world.answers(chat) or world.answers(chat)[-1].kind == wire.Kind.ITEMS:
         world.turn()
     assert world.result(chat).kind == wire.Kind.REPLY
     assert len(world.tokens(batch)) - made <= 4  # two steps in flight when it came, two behind its last
@@ -272,7 +272,7 @@ def test_prompt_scores_come_once_even_when_recomputed(world: World) -> None:
     world.die()
     world.attach(2)
     world.turn(20)
-    items = [a.body for a in world.answers(id_) if a.kind == wire.Kind.ITEM]
+    items = [a.body for a in world.answers(id_) if a.kind == wire.Kind.ITEMS]
     scores = [score for item in items for score in item["prompt_logprobs"]]
     assert len(scores) == len(prompt)
     assert scores[0][0] != scores[0][0], "the first token has nothing to be scored by"
@@ -349,7 +349,7 @@ def test_a_cancelled_reader_gets_no_more_than_its_credits(world: World) -> None:
     world.turn(10)
     world.kernel.message(b"\0a", ROOT, wire.encode_cancel(id_))
     world.turn(2)
-    items = [a for a in world.answers(id_) if a.kind == wire.Kind.ITEM]
+    items = [a for a in world.answers(id_) if a.kind == wire.Kind.ITEMS]
     assert len(items) == 3
     assert world.result(id_).body["generated_tokens"] == 4  # one more is in the context
 

@@ -170,7 +170,7 @@ class Life:
             self.judge(id_, self.asked.pop(id_))
 
     def ended(self, id_: int) -> bool:
-        return any(a.kind != wire.Kind.ITEM for a in self.world.answers(id_))
+        return any(a.kind != wire.Kind.ITEMS for a in self.world.answers(id_))
 
     def judge(self, id_: int, asked: Asked) -> None:
         final, made = self.world.result(id_), self.world.tokens(id_)
@@ -182,7 +182,7 @@ class Life:
         for token in made:
             assert token == self.next(context, asked), "a wrong token"
             context.append(token)
-        for item in (a.body for a in self.world.answers(id_) if a.kind == wire.Kind.ITEM):
+        for item in (a.body for a in self.world.answers(id_) if a.kind == wire.Kind.ITEMS):
             wanted = len(item["tokens"]) if asked.sampling.logprobs is not None else 0
             assert len(item["logprobs"]) == wanted
         if final.kind == wire.Kind.REPLY:

@@ -75,7 +75,7 @@ def test_a_stop_token_makes_nothing_of_the_step_behind(world: World) -> None:
     pid = world.spawn_now()
     id_ = world.send(infer([3, 4], pid=pid, max_tokens=50, sampling=t.Sampling(stop_token_ids=[stop])))
     world.flush()
-    while not world.answers(id_) or world.answers(id_)[-1].kind == wire.Kind.ITEM:
+    while not world.answers(id_) or world.answers(id_)[-1].kind == wire.Kind.ITEMS:
         world.land()
     assert len(world.held) == 1
     more = world.send(infer([7], pid=pid, max_tokens=6))
@@ -116,7 +116,7 @@ def test_who_claims_more_gets_the_blocks_of_who_is_always_in_flight(world: World
     chat = world.send(infer([2] * 60, model="small", max_tokens=60), credits_=999)
     world.flush()
     steps = 0
-    while not world.answers(chat) or world.answers(chat)[-1].kind == wire.Kind.ITEM:
+    while not world.answers(chat) or world.answers(chat)[-1].kind == wire.Kind.ITEMS:
         world.land()
         steps += 1
     assert steps < 70, "it waited until the other was done"

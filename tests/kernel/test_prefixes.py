@@ -32,7 +32,7 @@ def prompt(length: int, seed: int) -> list[int]:
 
 def run(world: World, *ids: int, turns: int = 400) -> None:
     for _ in range(turns):
-        if all(world.answers(id_) and world.answers(id_)[-1].kind != wire.Kind.ITEM for id_ in ids):
+        if all(world.answers(id_) and world.answers(id_)[-1].kind != wire.Kind.ITEMS for id_ in ids):
             return
         world.turn()
     pytest.fail("it does not end")

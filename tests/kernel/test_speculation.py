@@ -27,7 +27,7 @@ def echoing(home: Path, blocks: int = 256, **settings: object) -> World:
 def finish(world: World, *ids: int) -> None:
     for _ in range(2000):
         world.turn()
-        if all(world.answers(id_) and world.answers(id_)[-1].kind != wire.Kind.ITEM for id_ in ids):
+        if all(world.answers(id_) and world.answers(id_)[-1].kind != wire.Kind.ITEMS for id_ in ids):
             return
     pytest.fail("it does not end")
 
@@ -55,7 +55,7 @@ def test_with_and_without_guesses_the_result_is_the_same(
             finish(world, *ids)
             found: list[object] = []
             for id_ in ids:
-                items = [a.body for a in world.answers(id_) if a.kind == wire.Kind.ITEM]
+                items = [a.body for a in world.answers(id_) if a.kind == wire.Kind.ITEMS]
                 found.append(
                     (
                         [token for item in items for token in item["tokens"]],

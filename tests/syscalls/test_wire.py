@@ -45,20 +45,20 @@ def test_requests_come_back_equal(id_: int, call: table.Call, credits_: int) -> 
 @given(id_=IDS, data=st.binary(max_size=2000))
 def test_replies_with_payload_come_back_equal(id_: int, data: bytes) -> None:
     reply = table.ReadReply(size=len(data), data=data)
-    answer = wire.decode_answer(wire.encode_reply(id_, table.Read, reply))
+    [answer] = wire.decode_answers(wire.encode_reply(id_, table.Read, reply))
     assert (answer.kind, answer.id, wire.typed_reply(table.Read, answer)) == (wire.Kind.REPLY, id_, reply)
 
 
 @given(tokens=TOKENS, seq=st.integers(0, 2**40))
 def test_items_come_back_equal(tokens: list[int], seq: int) -> None:
     event = t.InferEvent(tokens=tokens, logprobs=[t.Chosen(-0.5, [t.TokenLogprob(n, -1.0)]) for n in tokens])
-    answer = wire.decode_answer(wire.encode_item(3, seq, event))
+    [answer] = wire.decode_answers(wire.encode_items([(3, seq, event)]))
     assert (answer.seq, wire.typed_item(table.Infer, answer)) == (seq, event)
 
 
 @pytest.mark.parametrize("kind", errors.BY_CODE.values(), ids=lambda k: k.__name__)
 def test_errors_are_the_same_class_on_both_sides(kind: type[errors.LLMasOSError]) -> None:
-    answer = wire.decode_answer(wire.encode_error(5, kind("what", hint="do", pid=7)))
+    [answer] = wire.decode_answers(wire.encode_error(5, kind("what", hint="do", pid=7)))
     error = errors.from_wire(answer.body)
     assert type(error) is kind
     assert (str(error), error.details) == ("what (do)", {"pid": 7})

@@ -220,7 +220,7 @@ class FakeKernel:
                     raise errors.PullFailed(f"no source for {model}")
                 for done in (0, 50, 100):
                     self._send(
-                        peer, wire.encode_item(id_, done // 50, t.PullEvent("download", "f", done, 100))
+                        peer, wire.encode_items([(id_, done // 50, t.PullEvent("download", "f", done, 100))])
                     )
                 self.models[model] = self.pulls[model]
                 return t.FileInfo(f"/models/{model}", t.FileKind.MODEL, 1)
@@ -306,7 +306,7 @@ class FakeKernel:
     def _pump(self, peer: bytes, stream: Stream) -> None:
         while stream.credits and stream.items:
             item = stream.items.pop(0)
-            self._send(peer, wire.encode_item(stream.id, self.mangle(stream.seq), item))
+            self._send(peer, wire.encode_items([(stream.id, self.mangle(stream.seq), item)]))
             stream.process.tokens += item.tokens
             stream.seq += 1
             stream.credits -= 1

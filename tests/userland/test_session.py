@@ -21,7 +21,7 @@ def greet(session: Session, boot_id: str = "b1") -> list[object]:
 
 
 def item(id_: int, seq: int) -> list[bytes]:
-    return wire.encode_item(id_, seq, t.InferEvent([seq]))
+    return wire.encode_items([(id_, seq, t.InferEvent([seq]))])
 
 
 def infer_reply() -> table.InferReply:

@@ -16,9 +16,11 @@
 
 #include "kernels.h"
 
-// How long a thread spins before it sleeps: at a barrier, where the others are at most a phase behind unless
-// they lost their cores; and for the next step, which a busy kernel sends at once. Waking takes up to 100 µs.
-static constexpr int64_t BARRIER_NS = 50000;
+// How long a thread spins before it sleeps. At a barrier: some microseconds, which is what the others are behind
+// unless they lost their cores; to spin on then would keep them from the one that is left. For the next step: as
+// long as a busy kernel takes to send it, for waking up takes 100 µs. (Beside two busy programs, ms a step at
+// one stream: 23 with 50 µs at barriers, 473 with 2 ms, 5 with 5 µs; alone no difference.)
+static constexpr int64_t BARRIER_NS = 5000;
 static constexpr int64_t IDLE_NS = 400000;
 
 static inline int64_t now_ns() {

@@ -120,9 +120,7 @@ def matmul(
     programs = triton.cdiv(wide, tile_n) * triton.cdiv(rows, tile_m)
     splits = max(1, min(8, 3 * processors // programs, deep // (2 * tile_k)))
     out = torch.empty((rows, wide), dtype=x.dtype, device=x.device)
-    parts = (
-        torch.empty((splits, rows, wide), dtype=torch.float32, device=x.device) if splits > 1 else out
-    )
+    parts = torch.empty((splits, rows, wide), dtype=torch.float32, device=x.device) if splits > 1 else out
     fixed = {"FOUR": lows is not None, "BIASED": bias is not None, "SPLITS": splits}
     bias = scales if bias is None else bias  # a pointer that is not read
     _matmul[(triton.cdiv(wide, tile_n), splits, triton.cdiv(rows, tile_m))](

@@ -65,9 +65,7 @@ def _total(source, width, temperature, highest, floor, WEIGHED: tl.constexpr, TI
 
 
 @triton.jit
-def _threshold(
-    source, width, temperature, highest, floor, target, WEIGHED: tl.constexpr, TILE: tl.constexpr
-):
+def _threshold(source, width, temperature, highest, floor, target, WEIGHED: tl.constexpr, TILE: tl.constexpr):
     """The largest key such that scores from it on, and from `floor` on, still count at least `target`."""
     base = tl.full((), 0, tl.uint32)
     step = tl.full((), 1 << 30, tl.uint32)

@@ -1,0 +1,96 @@
+"""The Triton kernels compile for an H100, which needs no device. What they compute is test_cuda_path's to say."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="no Triton")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="test_cuda_path compiles them for this device"),
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="they are interpreted"),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]
+
+SHARED_MEMORY = 227 << 10  # bytes that a block of threads may have
+
+_ATTENTION = {
+    "tables": "*i32",
+    "lengths": "*i64",
+    "sinks": "*fp32",
+    "parts": "*fp32",
+    "peaks": "*fp32",
+    "sums": "*fp32",
+}
+_PLACE = {"slots": "*i64", "turns": "*fp32"}
+_SAMPLE = {"logits": "*fp32", "numbers": "*i64", "reals": "*fp32", "out": "*i64"}
+
+
+def compiled(kernel: Any, types: dict[str, str], fixed: dict[str, Any], **options: int) -> Any:
+    """Arguments without a type that are not fixed are i32; pointers are aligned as torch's are."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(names)
+        if signature[name].startswith("*")
+    }
+    constants = {(names.index(name),): value for name, value in fixed.items()}
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+@pytest.mark.parametrize("type_", ["*bf16", "*fp32"])
+@pytest.mark.parametrize(("dim", "splits", "window"), [(64, 1, 0), (128, 64, 0), (256, 8, 1024)])
+def test_attention(type_: str, dim: int, splits: int, window: int) -> None:
+    from llmasos.drivers.torch.kernels import attention
+
+    types = {**_ATTENTION, "query": type_, "kv": type_, "out": type_, "scale": "fp32", "softcap": "fp32"}
+    fixed = {"WINDOW": window, "DIM": dim, "DIM_PAD": dim, "LEAST": 128, "SPLITS": splits, "SUNK": window > 0}
+    fixed["TILE"] = 64 if dim * (2 if type_ == "*bf16" else 4) <= 512 else 32
+    own = {"KV_HEADS": 8, "GROUP": 4, "GROUP_PAD": 16, "PAGE": 16, "CAPPED": window > 0}
+    made = compiled(attention._attend, types, {**fixed, **own}, num_warps=4, num_stages=2)
+    assert made.metadata.shared <= SHARED_MEMORY
+    merging = {name: types[name] for name in types if name in attention._merge.arg_names}
+    assert compiled(attention._merge, merging, {**fixed, "HEADS": 32}, num_warps=4).asm["cubin"]
+
+
+def test_layers_and_sampling() -> None:
+    from llmasos.drivers.torch.kernels import layer, sampling
+
+    half = {name: "*bf16" for name in ("x", "delta", "weight", "out", "rows", "pool", "norm")}
+    half["epsilon"] = "fp32"
+    assert compiled(layer._add_norm, half, {"ADDS": True, "PAD": 4096}, num_warps=8).asm["cubin"]
+    assert compiled(layer._gate, half, {"TILE": 1024}, num_warps=4).asm["cubin"]
+    fixed = {
+        "FIRST": 0,
+        "HEADS": 32,
+        "KV_HEADS": 8,
+        "DIM": 128,
+        "HALF_PAD": 64,
+        "TURNED": True,
+        "NORMED": True,
+    }
+    assert compiled(layer._place, {**half, **_PLACE}, fixed, num_warps=1).asm["cubin"]
+    assert compiled(sampling._sample, _SAMPLE, {"TILE": 4096}, num_warps=16).asm["cubin"]
+
+
+@pytest.mark.parametrize(("stored", "scales"), [("*i8", "*fp32"), ("*fp8e4nv", "*fp32"), ("*u8", "*fp16")])
+@pytest.mark.parametrize(("tile", "depth", "stages"), [(16, 128, 4), (64, 64, 3)])
+def test_quantised_products(stored: str, scales: str, tile: int, depth: int, stages: int) -> None:
+    from llmasos.drivers.torch.kernels import linear
+
+    types = {"x": "*bf16", "stored": stored, "scales": scales, "lows": scales, "bias": "*bf16"}
+    shared = {"FOUR": stored == "*u8", "BIASED": True, "SPLITS": 4}
+    fixed = {**shared, "TILE_M": tile, "TILE_N": 2 * tile, "TILE_K": depth}
+    made = compiled(linear._matmul, {**types, "out": "*fp32"}, fixed, num_warps=4, num_stages=stages)
+    assert made.metadata.shared <= SHARED_MEMORY
+    adding = {"parts": "*fp32", "scales": scales, "bias": "*bf16", "out": "*bf16"}
+    assert compiled(linear._add_up, adding, shared).asm["cubin"]
