@@ -31,8 +31,8 @@ MOST_LISTED = 64
 """Tokens that one row lists at most: 20 log-probabilities, or the continuations of 16 beams."""
 
 FINE = ("qkv", "head")
-"""Matrices whose activations have 15 bits where weights are integers: they cost a ninth of a prompt's work and
-cause most of the error (docs/decisions.md)."""
+"""Matrices whose activations have 15 bits where weights are integers: they are a tenth of a prompt's work and
+cause more than half of the error (docs/decisions.md)."""
 
 NOT_FINITE = "the model's logits are not finite: it overflowed or its weights are broken"
 NOTHING_LEFT = "no token is left to choose: no_repeat_ngram_size or min_new_tokens forbid all"
@@ -102,7 +102,7 @@ class NativeModel:
                 rows=tensor.rows,
                 cols=tensor.cols,
                 format=library.FORMATS[tensor.format],
-                fine=name.rpartition('.')[2] in FINE,
+                fine=name.rpartition(".")[2] in FINE,
             )
 
         for i, (settings, layer) in enumerate(zip(a.layers, self._layers, strict=True)):
@@ -229,7 +229,8 @@ class NativeModel:
         run.blocks = blocks.buffer_info()[0]
         for start in range(0, len(tokens), chunk):
             count = min(chunk, len(tokens) - start)
-            run.tokens, run.start, run.count, run.wanted = sequence.buffer_info()[0] + 4 * start, start, count, 0
+            run.tokens = sequence.buffer_info()[0] + 4 * start
+            run.start, run.count, run.wanted = start, count, 0
             step.rows = count
             self._functions.llk_run_step(self._pool, self._model, step)
             for row in range(0, count, MAX_PICKS):

@@ -1,7 +1,7 @@
 """The torch driver: one executor for `cpu` and `cuda`, the device a parameter.
 
-Keeps resident models by handle, sizes their KV pools from what is really free, and starts steps in the order in
-which they are submitted. Two steps of a model may be under way: the second takes the tokens that the first
+Keeps resident models by handle, sizes their KV pools from what is really free, and starts steps in the order
+in which they are submitted. Two steps of a model may be under way: the second takes the tokens that the first
 chooses from the device's memory, and if it cannot, the first is waited for.
 """
 
@@ -54,8 +54,8 @@ class _Ticket:
 
 
 class TorchDriver:
-    """Computes on `cpu`, `cuda` or `cuda:<n>`. Raises NoSuchDevice if torch has no such device. `static`: decode
-    steps have fixed shapes, on CUDA as captured graphs; on a CPU only tests want that."""
+    """Computes on `cpu`, `cuda` or `cuda:<n>`. Raises NoSuchDevice if torch has no such device. `static`:
+    decode steps have fixed shapes, on CUDA as captured graphs; on a CPU only tests want that."""
 
     def __init__(self, device: str, static: bool | None = None) -> None:
         self._name = device
@@ -111,7 +111,8 @@ class TorchDriver:
         return f"torch {torch.__version__}, {decode}, Triton paged attention, {name} weights"
 
     def _formats(self) -> tuple[str, ...]:
-        """The quantised weights that this device computes with: without our kernels they would only be slow."""
+        """The quantised weights that this device computes with: without our kernels they would only be
+        slow."""
         if self._device.type != "cuda" or not has_triton():
             return ()
         float8 = torch.cuda.get_device_capability(self._device) >= (8, 9)

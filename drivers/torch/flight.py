@@ -22,9 +22,9 @@ from .ops import Drawn
 
 @dataclass(slots=True)
 class Flight:
-    """`rows` maps a piece's index to its first row of `finite` [T], which is on the host once `event` has come;
-    `drawn` are the choices of the last rows of `choosing`, one after another. `prompts` and `beams` by a
-    piece's index."""
+    """`rows` maps a piece's index to its first row of `finite` [T], which is on the host once `event` has
+    come; `drawn` are the choices of the last rows of `choosing`, one after another. `prompts` and `beams` by
+    a piece's index."""
 
     step: Step
     rows: dict[int, int] = field(default_factory=dict)

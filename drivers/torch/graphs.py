@@ -1,13 +1,15 @@
-"""Decode steps with fixed shapes, captured once as CUDA graphs and replayed: a step of a small model is hundreds
-of launches, which the host cannot issue as fast as the device runs them.
+"""Decode steps with fixed shapes, captured once as CUDA graphs and replayed: a step of a small model is
+hundreds of launches, which the host cannot issue as fast as the device runs them.
 
-A batch is padded to the next of a few sizes. Padding computes token 0 into a scratch block and is ignored. What
-changes between steps (token ids, positions, slots, block tables, lengths) lies in buffers that the graph reads;
-so it is valid for any context length. Graphs are captured when their size is first needed and share one pool of
-memory. Without capture the same steps run operator by operator, on any device (tests).
+A batch is padded to the next of a few sizes. Padding computes token 0 into a scratch block and is ignored.
+What changes between steps (token ids, positions, slots, block tables, lengths) lies in buffers that the graph
+reads; so it is valid for any context length. Graphs are captured when their size is first needed and share
+one pool of memory. Without capture the same steps run operator by operator, on any device (tests).
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,10 +69,10 @@ class DecodeGraph:
         self._model, self.rows, self._logits, self._finite = model, rows, logits, finite
         self._graph: torch.cuda.CUDAGraph | None = None
 
-    def capture(self, pool: tuple[int, int]) -> None:
+    def capture(self, pool: Any) -> None:
         """On padding alone. The first run, outside of the graph, lets libraries set themselves up and Triton
         compile its kernels."""
-        aside = torch.cuda.Stream(self._logits.device)
+        aside = torch.cuda.Stream(self._logits.device)  # type: ignore[no-untyped-call]
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             self._compute()
@@ -103,7 +105,7 @@ class StaticDecode:
         self._logits = torch.empty((MOST_ROWS, model.shape.vocab_size), device=device)
         self._finite = torch.empty(MOST_ROWS, dtype=torch.bool, device=device)
         self._graphs: dict[int, DecodeGraph] = {}
-        self._memory: tuple[int, int] = torch.cuda.graph_pool_handle() if captured else (0, 0)
+        self._memory = torch.cuda.graph_pool_handle() if captured else None
 
     @staticmethod
     def takes(pieces: list[Piece]) -> bool:

@@ -15,7 +15,6 @@ from ..mirror import Choice, Sequence
 from . import sampler
 from .config import Activation
 from .rope import rotate
-from .transfer import send
 
 
 class Turn(NamedTuple):
@@ -39,8 +38,8 @@ class PagedRows:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Tokens chosen on a device. `tokens` [R] is there, negative where nothing was chosen; `choices` gives them
-    to the host once the step has ended."""
+    """Tokens chosen on a device. `tokens` [R] is there, negative where nothing was chosen; `choices` gives
+    them to the host once the step has ended."""
 
     tokens: torch.Tensor
     choices: Callable[[], list[Choice]]
@@ -64,8 +63,8 @@ class Ops(Protocol):
         ...
 
     def place(self, rows: torch.Tensor, pool: torch.Tensor, slots: torch.Tensor, turn: Turn | None) -> None:
-        """Norms and turns the queries and keys of rows [T, heads + 2 * kv_heads, head_dim] in place; puts keys
-        and values into `slots` of a layer's pool [2 * kv_heads, blocks, 16, head_dim]."""
+        """Norms and turns the queries and keys of rows [T, heads + 2 * kv_heads, head_dim] in place; puts
+        keys and values into `slots` of a layer's pool [2 * kv_heads, blocks, 16, head_dim]."""
         ...
 
     def attend(

@@ -55,7 +55,7 @@ class QuantisedLinear:
         if self._lows is None:
             return (self._stored.to(dtype) * self._scales[:, None]).to(dtype)
         halves = torch.stack((self._stored & 15, self._stored >> 4), dim=1)  # [out, 2, groups * 16]
-        values = halves.unflatten(2, (-1, GROUP // 2)).transpose(1, 2).flatten(2).float()
+        values = halves.view(len(halves), 2, -1, GROUP // 2).transpose(1, 2).flatten(2).float()
         values = torch.addcmul(self._lows.float()[..., None], values, self._scales.float()[..., None])
         return values.flatten(1).to(dtype)
 
@@ -82,9 +82,9 @@ def _to_float8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _to_int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Bytes [out, in / 2], float16 scales and minima [out, in / 32]; byte i of a group's 16 has value i in its
-    low half, value i + 16 in its high half. Value = scale * stored + minimum."""
-    groups = weight.float().unflatten(1, (-1, GROUP))
+    """Bytes [out, in / 2], float16 scales and minima [out, in / 32]; byte i of a group's 16 has value i in
+    its low half, value i + 16 in its high half. Value = scale * stored + minimum."""
+    groups = weight.float().reshape(len(weight), -1, GROUP)
     low, high = groups.amin(dim=2), groups.amax(dim=2)
     scales, lows = ((high - low) / 15).half(), low.half()
     stored = ((groups - lows.float()[..., None]) / scales.float().clamp_min(1e-8)[..., None]).round_()

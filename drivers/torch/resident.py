@@ -51,7 +51,7 @@ class Resident:
         else:
             self._mixed(flight, coming)
         if self.pool.device.type == "cuda":
-            flight.event = torch.cuda.Event()
+            flight.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             flight.event.record()
         return flight
 

@@ -109,8 +109,8 @@ def process(scores: torch.Tensor, sequence: Sequence) -> None:
 
 
 def process_rows(scores: torch.Tensor, rows: list[tuple[int, Sequence]]) -> None:
-    """Applies penalties and bans to scores [R, vocab_size], in place, all rows at once: each entry is a row of
-    the scores and its sequence. What changes is found on the host and sent as lists of places."""
+    """Applies penalties and bans to scores [R, vocab_size], in place, all rows at once: each entry is a row
+    of the scores and its sequence. What changes is found on the host and sent as lists of places."""
     size = scores.shape[1]
     seen, penalties, made, costs, banned = [], [], [], [], []
     for row, sequence in rows:

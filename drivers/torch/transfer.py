@@ -15,8 +15,8 @@ def send(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
 
 
 def fetch(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the host that is complete when the stream has come so far; on a CPU the tensor itself."""
+    """A copy on the host that is complete when the stream has come so far."""
     if tensor.device.type == "cpu":
-        return tensor
+        return tensor.clone()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)

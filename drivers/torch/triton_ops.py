@@ -90,7 +90,7 @@ class TritonOps:
         )
         asked = [index for index, s in enumerate(samplings) if s.logprobs is not None]
         scored = self._scored(logits, tokens, places, asked, [samplings[i].logprobs or 0 for i in asked])
-        found, why = fetch(tokens), {index: sampler.NOTHING_LEFT for index in processed}
+        found, why = fetch(tokens), dict.fromkeys(processed, sampler.NOTHING_LEFT)
 
         def choices() -> list[Choice]:
             made = [Choice(token) for token in found.tolist()]

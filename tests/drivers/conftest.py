@@ -14,8 +14,8 @@ import pytest
 import torch
 import transformers
 from llmasos.drivers import base, null
-from llmasos.drivers.simulated import SimulatedDriver
 from llmasos.drivers.native.executor import NativeDriver
+from llmasos.drivers.simulated import SimulatedDriver
 from llmasos.drivers.torch.executor import TorchDriver
 from llmasos.syscalls import types as t
 
@@ -263,18 +263,21 @@ class Kernel:
         return [seq.tokens[lengths[seq.id] :][:count] for seq in seqs]
 
 
-def start(driver: base.Driver, files: dict[str, base.File], dtype: str = "float32") -> Kernel:
-    return Kernel(driver, driver.load(base.LoadSpec(1, files, dtype, 0.05)))
+def start(
+    driver: base.Driver, files: dict[str, base.File], dtype: str = "float32", kv_dtype: str = ""
+) -> Kernel:
+    return Kernel(driver, driver.load(base.LoadSpec(1, files, dtype, 0.05, kv_dtype)))
 
 
 @pytest.fixture
 def kernel_of(tiny: Callable[[str], Tiny]) -> Iterator[Callable[..., Kernel]]:
-    """A kernel on the CPU driver with one of the tiny models."""
-    drivers: list[TorchDriver] = []
+    """A kernel on a driver with one of the tiny models."""
+    drivers: list[base.Driver] = []
 
-    def make(name: str, dtype: str = "float32", device: str = "cpu") -> Kernel:
-        drivers.append(TorchDriver(device))
-        return start(drivers[-1], tiny(name).files, dtype)
+    def make(name: str, dtype: str = "float32", device: str = "cpu", kv_dtype: str = "") -> Kernel:
+        """`device` may be "native" too."""
+        drivers.append(NativeDriver(lambda *_: None) if device == "native" else TorchDriver(device))
+        return start(drivers[-1], tiny(name).files, dtype, kv_dtype)
 
     yield make
     for driver in drivers:

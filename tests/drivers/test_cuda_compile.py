@@ -1,4 +1,5 @@
-"""The Triton kernels compile for an H100, which needs no device. What they compute is test_cuda_path's to say."""
+"""The Triton kernels compile for an H100, which needs no device. What they compute is test_cuda_path's to
+say."""
 
 from __future__ import annotations
 
@@ -65,7 +66,7 @@ def test_attention(type_: str, dim: int, splits: int, window: int) -> None:
 def test_layers_and_sampling() -> None:
     from llmasos.drivers.torch.kernels import layer, sampling
 
-    half = {name: "*bf16" for name in ("x", "delta", "weight", "out", "rows", "pool", "norm")}
+    half = dict.fromkeys(("x", "delta", "weight", "out", "rows", "pool", "norm"), "*bf16")
     half["epsilon"] = "fp32"
     assert compiled(layer._add_norm, half, {"ADDS": True, "PAD": 4096}, num_warps=8).asm["cubin"]
     assert compiled(layer._gate, half, {"TILE": 1024}, num_warps=4).asm["cubin"]

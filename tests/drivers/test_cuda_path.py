@@ -1,5 +1,6 @@
-"""The CUDA path as far as a CPU can run it: steps of fixed shapes, two steps under way, quantised weights, and the
-Triton kernels in Triton's interpreter. Where there is a CUDA device the kernels are compiled and run on it.
+"""The CUDA path as far as a CPU can run it: steps of fixed shapes, two steps under way, quantised weights,
+and the Triton kernels in Triton's interpreter. Where there is a CUDA device the kernels are compiled and run
+on it.
 
 The interpreter is slow, so a selection runs with it by default; all of it:
 

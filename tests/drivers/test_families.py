@@ -29,9 +29,12 @@ def prompt(length: int, seed: int = 1) -> list[int]:
     return random.Random(seed).choices(range(VOCAB), k=length)
 
 
+@pytest.mark.parametrize("device", ["native", "cpu"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_equals_generate(family: str, tiny: Callable[..., Any], kernel_of: Callable[..., Any]) -> None:
-    kernel, model = kernel_of(family), tiny(family)
+def test_greedy_equals_generate(
+    family: str, device: str, tiny: Callable[..., Any], kernel_of: Callable[..., Any]
+) -> None:
+    kernel, model = kernel_of(family, device=device), tiny(family)
     prompts = [prompt(length, seed=length) for length in (3, 16, 47)]
     made = kernel.generate([kernel.open(tokens) for tokens in prompts], 20, chunk=9)
     for tokens, continuation in zip(prompts, made, strict=True):
@@ -47,11 +50,12 @@ def test_greedy_equals_generate(family: str, tiny: Callable[..., Any], kernel_of
         assert len(set(continuation)) > 3  # a model that repeats itself would prove little
 
 
+@pytest.mark.parametrize("device", ["native", "cpu"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_equal_those_of_the_dense_model(
-    family: str, tiny: Callable[..., Any], kernel_of: Callable[..., Any]
+    family: str, device: str, tiny: Callable[..., Any], kernel_of: Callable[..., Any]
 ) -> None:
-    kernel, model = kernel_of(family), tiny(family)
+    kernel, model = kernel_of(family, device=device), tiny(family)
     tokens = prompt(50)
     seq = kernel.open(tokens, logprobs=5, prompt_logprobs=True)
     scores = [score for count in (20, 1, 29) for out in kernel.step([(seq, count)]) for score in out.prompt]

@@ -18,7 +18,8 @@ from .conftest import Kernel, file_of, start
 
 def test_it_imports_neither_torch_nor_numpy() -> None:
     code = (
-        "import sys; from llmasos.drivers import null, simulated, worker; worker.make_driver('null:1', print);"
+        "import sys; from llmasos.drivers import null, simulated, worker;"
+        "worker.make_driver('null:1', print);"
         "print([m for m in ('torch', 'numpy') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,10 +1,11 @@
 """Attention of single rows over the paged KV pool: flash-decoding (Dao et al., 2023) through block tables.
 
 A row is one position of one sequence; several rows may be of the same sequence (guesses), each sees what is
-before it. The query heads that share a KV head are the rows of one matrix, so KV is read once. A row's context
-is cut into splits that are computed side by side and merged by a second kernel, or a small batch would leave
-most of the device idle. How many splits there are is fixed by the batch's size, so that a captured graph stays
-valid; how much of the context each gets follows from the length, which is read on the device.
+before it. The query heads that share a KV head are the rows of one matrix, so KV is read once. A row's
+context is cut into splits that are computed side by side and merged by a second kernel, or a small batch
+would leave most of the device idle. How many splits there are is fixed by the batch's size, so that a
+captured graph stays valid; how much of the context each gets follows from the length, which is read on the
+device.
 """
 
 from __future__ import annotations
@@ -168,12 +169,13 @@ def _merge(
 
 
 def splits_of(rows: int, kv_heads: int, longest: int, processors: int) -> int:
-    """How many splits a batch of `rows` gets, whose contexts have at most `longest` positions: enough for four
-    programs a multiprocessor, and some even for large batches, where one context may be far longer than the
-    others. A power of two."""
+    """How many splits a batch of `rows` gets, whose contexts have at most `longest` positions: enough for
+    four programs a multiprocessor, and some even for large batches, where one context may be far longer than
+    the others. A power of two."""
     wanted = max(8, -(-4 * processors // (rows * kv_heads)))
     most = min(_MOST_SPLITS, -(-longest // _LEAST))
-    return min(triton.next_power_of_2(wanted), triton.next_power_of_2(most))
+    splits: int = triton.next_power_of_2(min(wanted, most))
+    return splits
 
 
 def attend(

@@ -1,5 +1,5 @@
-"""What lies between the matrices of a decoder layer, one launch each: residual and RMS norm; head norms, rotary
-embedding and the write into the KV pool; SiLU and the gate's product.
+"""What lies between the matrices of a decoder layer, one launch each: residual and RMS norm; head norms,
+rotary embedding and the write into the KV pool; SiLU and the gate's product.
 
 Values are rounded to the tensors' dtype where torch's separate operators would round them.
 """

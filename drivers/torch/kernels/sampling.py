@@ -139,9 +139,9 @@ def _sample(logits, numbers, reals, out, rows, width, logits_row, TILE: tl.const
 
 
 def sample(logits: torch.Tensor, numbers: torch.Tensor, reals: torch.Tensor) -> torch.Tensor:
-    """A token for each column of `numbers` (int64 [4, R]: row of the logits, seed, position, top_k) and `reals`
-    (float32 [3, R]: temperature, top_p, log of min_p) from float32 logits [rows, vocab_size]: int64 [R], or
-    NOT_FINITE, or NOTHING_LEFT where every score is -inf. Temperature 0 takes the best."""
+    """A token for each column of `numbers` (int64 [4, R]: row of the logits, seed, position, top_k) and
+    `reals` (float32 [3, R]: temperature, top_p, log of min_p) from float32 logits [rows, vocab_size]: int64
+    [R], or NOT_FINITE, or NOTHING_LEFT where every score is -inf. Temperature 0 takes the best."""
     rows, width = numbers.shape[1], logits.shape[1]
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
     tile = min(_TILE, triton.next_power_of_2(width))

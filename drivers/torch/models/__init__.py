@@ -31,8 +31,8 @@ class Model(Protocol):
     weights_bytes: int
 
     def forward(self, plan: StepRows) -> torch.Tensor:
-        """The last hidden states [T, hidden] of a step's rows, after the final norm; writes their KV. A family
-        of ours waits for nothing, so that its steps can be captured."""
+        """The last hidden states [T, hidden] of a step's rows, after the final norm; writes their KV. A
+        family of ours waits for nothing, so that its steps can be captured."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
