@@ -90,7 +90,7 @@ class SpawnModel(Call, frozen=True):
     sched_class: t.SchedClass = t.SchedClass.INTERACTIVE
     nice: Annotated[int, Meta(ge=-20, le=19)] = 0
     device: Annotated[str, Meta(max_length=32)] = ""
-    dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16|int8|int4)$")] = ""
+    dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16|float8|int8|int4)$")] = ""
     label: Annotated[str, Meta(max_length=64)] = ""
     detached: bool = False
 
@@ -131,7 +131,7 @@ class Infer(Call, frozen=True):
     sched_class: t.SchedClass = t.SchedClass.INTERACTIVE
     nice: Annotated[int, Meta(ge=-20, le=19)] = 0
     device: Annotated[str, Meta(max_length=32)] = ""
-    dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16|int8|int4)$")] = ""
+    dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16|float8|int8|int4)$")] = ""
 
 
 class ForkReply(t.Wire, frozen=True):

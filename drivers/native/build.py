@@ -56,6 +56,11 @@ VARIANTS = {
             (*(f"-m{word}" for word in _AVX512), "-mavx512bf16", "-mfma", "-mf16c"),
         ),
         Variant("avx512", _AVX512_WORDS, (*(f"-m{word}" for word in _AVX512), "-mfma", "-mf16c")),
+        Variant(
+            "avx2-vnni",
+            frozenset({"avx2", "fma", "f16c", "avx_vnni"}),
+            ("-mavx2", "-mfma", "-mf16c", "-mavxvnni"),
+        ),
         Variant("avx2", frozenset({"avx2", "fma", "f16c"}), ("-mavx2", "-mfma", "-mf16c")),
         Variant("portable", frozenset()),
     ],

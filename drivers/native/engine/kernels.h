@@ -95,7 +95,7 @@ static inline Tile tile_of(int row, int rows) {
 
 // Rows prepared for a product with `cols` columns, in the form that the weights' format wants. The rows of a
 // tile lie interleaved, so that what a step of the inner loop reads is side by side:
-//   q      [cols / 4][width][4] int8; fine: [cols / 4][2][width][4], whole numbers of 15 bits as 128 * high + low
+//   q      [cols / 4][width][4] int8; fine: [cols / 4][width] fours of 15 bits, 8 bytes each, see vf_store_15
 //   scale  [cols / 32][width] what one of them is worth
 //   sum    [cols / 32][width] scale * sum of the group
 //   minus  [cols / 32][width] -128 * sum of the group
@@ -163,28 +163,19 @@ static inline void prepare_group(const llk_matrix &matrix, const float *x, const
     float most = vf_highest(vf_max(vf_abs(a), vf_abs(b)));
     most = most > 1e-20f ? most : 1e-20f;
     const float range = matrix.fine ? 127.f * 128.f : 127.f, scale = most / range;
-    const int planes = matrix.fine ? 2 : 1;
     vf inverse = vf_set(range / most);
-    int8_t high[GROUP], low[GROUP], *out = to.q + planes * ((size_t)tile.first * to.cols + (size_t)begin * width) + lane * 4;
-    int32_t total;
+    const vf whole_a = vf_round(vf_mul(a, inverse)), whole_b = vf_round(vf_mul(b, inverse));
+    int8_t *out = to.q + (matrix.fine ? 2 : 1) * ((size_t)tile.first * to.cols + (size_t)begin * width + lane * 4);
     if (matrix.fine) {
-        UNROLL for (int half = 0; half < 2; half++) {
-            vf whole = vf_round(vf_mul(half ? b : a, inverse));
-            vf top = vf_round(vf_mul(whole, vf_set(1.f / 128.f)));
-            vf_store_int8(high + 16 * half, top);
-            vf_store_int8(low + 16 * half, vf_fma(top, vf_set(-128.f), whole));
-        }
-        for (int k = 0; k < GROUP; k += 4) {
-            memcpy(out + 2 * k * width, high + k, 4);
-            memcpy(out + (2 * k + 4) * width, low + k, 4);
-        }
-        total = 128 * sum_int8(high) + sum_int8(low);
+        vf_store_15(out, 8 * (size_t)width, whole_a);
+        vf_store_15(out + 32 * (size_t)width, 8 * (size_t)width, whole_b);
     } else {
-        vf_store_int8(high, vf_mul(a, inverse));
-        vf_store_int8(high + 16, vf_mul(b, inverse));
-        for (int k = 0; k < GROUP; k += 4) memcpy(out + k * width, high + k, 4);
-        total = sum_int8(high);
+        int8_t q[GROUP];
+        vf_store_int8(q, whole_a);
+        vf_store_int8(q + 16, whole_b);
+        for (int k = 0; k < GROUP; k += 4) memcpy(out + k * width, q + k, 4);
     }
+    const int32_t total = (int32_t)vf_sum(vf_add(whole_a, whole_b));  // of so few whole numbers it is exact
     const size_t place = (size_t)tile.first * groups + (size_t)g * width + lane;
     to.scale[place] = scale;
     to.sum[place] = scale * (float)total;
@@ -240,29 +231,30 @@ template <int FORMAT, bool FINE, int M> static inline void product(const uint8_t
             UNROLL for (int j = 0; j < 5; j++) fetch(w + 320 * 8 + 64 * j);
             w += 320;
         } else {
-            UNROLL for (int j = 0; j < 8; j++) weight[j] = vb_load_q8(w + j * 64);
+            UNROLL for (int j = 0; j < 8; j++) weight[j] = FINE ? vb_load(w + j * 64) : vb_load_q8(w + j * 64);
             d = vf_load_f16((const uint16_t *)(w + 512));
             UNROLL for (int j = 0; j < 9; j++) fetch(w + 544 * 6 + 64 * j);
             w += 544;
         }
         UNROLL for (int m = 0; m < M; m++) {
-            const auto dot4 = [&](vi sum, int j, const int8_t *at) {
-                return FORMAT == LLK_Q4 ? dot_nibbles(sum, weight[j], at) : dot_q8(sum, weight[j], at);
-            };
             // Whole numbers: however they are added, the sum is the same. Two sums side by side hide the latency.
-            vi dot = FORMAT == LLK_Q4 ? vi_zero() : q8_start(minus[m]), other = vi_zero();
-            UNROLL for (int j = 0; j < 8; j++) {
-                if (FINE) {
-                    other = dot4(other, j, q + (2 * j * M + m) * 4);
-                    dot = dot4(dot, j, q + ((2 * j + 1) * M + m) * 4);
-                } else if (M < 4 && j >= 4) {
-                    other = dot4(other, j, q + (j * M + m) * 4);
-                } else {
-                    dot = dot4(dot, j, q + (j * M + m) * 4);
+            vi dot, other = vi_zero();
+            if (FINE) {
+                v15 sum15 = FORMAT == LLK_Q4 ? v15_zero() : v15_start_q8(minus[m]);
+                UNROLL for (int j = 0; j < 8; j++) {
+                    const int8_t *at = q + (j * M + m) * 8;
+                    sum15 = FORMAT == LLK_Q4 ? dot15_nibbles(sum15, weight[j], at) : dot15_q8(sum15, weight[j], at);
                 }
+                dot = v15_whole(sum15);
+            } else {
+                dot = FORMAT == LLK_Q4 ? vi_zero() : q8_start(minus[m]);
+                UNROLL for (int j = 0; j < 8; j++) {
+                    const int8_t *at = q + (j * M + m) * 4;
+                    vi &into = M < 4 && j >= 4 ? other : dot;
+                    into = FORMAT == LLK_Q4 ? dot_nibbles(into, weight[j], at) : dot_q8(into, weight[j], at);
+                }
+                if (M < 4) dot = vi_add(dot, other);
             }
-            if (FINE) dot = vi_join(other, dot);
-            else if (M < 4) dot = vi_add(dot, other);
             acc[m] = vf_fma(vf_mul(vi_float(dot), vf_set(scale[m])), d, acc[m]);
             if (FORMAT == LLK_Q4) acc[m] = vf_fma(least, vf_set(sum[m]), acc[m]);
         }
@@ -276,33 +268,31 @@ static inline void product_pair(const uint8_t *w0, const uint8_t *w1, const Rows
     const int cols = x.cols, groups = cols / GROUP;
     constexpr int PLANES = FINE ? 2 : 1, BYTES = FORMAT == LLK_Q4 ? 320 : 544;
     const size_t next = 2 * (size_t)groups * BYTES;
-    const int8_t *q = x.q + PLANES * (size_t)first * cols + 4 * lane;
+    const int8_t *q = x.q + PLANES * ((size_t)first * cols + 4 * lane);
     const size_t place = (size_t)first * groups + lane;
     const float *scale = x.scale + place, *sum = x.sum + place;
     const int32_t *minus = x.minus + place;
     UNROLL for (int m = 0; m < M; m++) acc0[m] = acc1[m] = vf_zero();
     for (int g = 0; g < groups; g++, q += PLANES * GROUP * WIDTH, scale += WIDTH, sum += WIDTH, minus += WIDTH, w0 += BYTES, w1 += BYTES) {
-        vi dot0[M], dot1[M], high0[M], high1[M];
+        vi dot0[M], dot1[M];
+        v15 fine0[M], fine1[M];
         UNROLL for (int m = 0; m < M; m++) {
-            dot0[m] = dot1[m] = FORMAT == LLK_Q4 ? vi_zero() : q8_start(minus[m]);
-            if (FINE) high0[m] = high1[m] = vi_zero();
+            if (FINE) fine0[m] = fine1[m] = FORMAT == LLK_Q4 ? v15_zero() : v15_start_q8(minus[m]);
+            else dot0[m] = dot1[m] = FORMAT == LLK_Q4 ? vi_zero() : q8_start(minus[m]);
         }
         const auto both = [&](vb weight0, vb weight1, int j) {
             UNROLL for (int m = 0; m < M; m++) {
-                const int8_t *at = q + ((PLANES * j + PLANES - 1) * WIDTH + m) * 4, *top = q + (PLANES * j * WIDTH + m) * 4;
-                if (FORMAT == LLK_Q4) {
-                    dot0[m] = dot_nibbles(dot0[m], weight0, at);
-                    dot1[m] = dot_nibbles(dot1[m], weight1, at);
-                    if (FINE) high0[m] = dot_nibbles(high0[m], weight0, top);
-                    if (FINE) high1[m] = dot_nibbles(high1[m], weight1, top);
+                const int8_t *at = q + PLANES * (j * WIDTH + m) * 4;
+                if (FINE) {
+                    fine0[m] = FORMAT == LLK_Q4 ? dot15_nibbles(fine0[m], weight0, at) : dot15_q8(fine0[m], weight0, at);
+                    fine1[m] = FORMAT == LLK_Q4 ? dot15_nibbles(fine1[m], weight1, at) : dot15_q8(fine1[m], weight1, at);
                 } else {
-                    dot0[m] = dot_q8(dot0[m], weight0, at);
-                    dot1[m] = dot_q8(dot1[m], weight1, at);
-                    if (FINE) high0[m] = dot_q8(high0[m], weight0, top);
-                    if (FINE) high1[m] = dot_q8(high1[m], weight1, top);
+                    dot0[m] = FORMAT == LLK_Q4 ? dot_nibbles(dot0[m], weight0, at) : dot_q8(dot0[m], weight0, at);
+                    dot1[m] = FORMAT == LLK_Q4 ? dot_nibbles(dot1[m], weight1, at) : dot_q8(dot1[m], weight1, at);
                 }
             }
         };
+        const auto bytes = [](const uint8_t *at) { return FINE ? vb_load(at) : vb_load_q8(at); };
         if (FORMAT == LLK_Q4) {
             UNROLL for (int j = 0; j < 4; j++) {
                 vb b0 = vb_load(w0 + j * 64), b1 = vb_load(w1 + j * 64);
@@ -310,7 +300,7 @@ static inline void product_pair(const uint8_t *w0, const uint8_t *w1, const Rows
                 both(vb_high(b0), vb_high(b1), 4 + j);
             }
         } else {
-            UNROLL for (int j = 0; j < 8; j++) both(vb_load_q8(w0 + j * 64), vb_load_q8(w1 + j * 64), j);
+            UNROLL for (int j = 0; j < 8; j++) both(bytes(w0 + j * 64), bytes(w1 + j * 64), j);
         }
         if (first + lane == 0)  // the next pair of blocks, while this one is used for the first time
             UNROLL for (int j = 0; j < (BYTES + 63) / 64; j++) {
@@ -324,7 +314,7 @@ static inline void product_pair(const uint8_t *w0, const uint8_t *w1, const Rows
             least1 = vf_load_f16((const uint16_t *)(w1 + 288));
         }
         UNROLL for (int m = 0; m < M; m++) {
-            if (FINE) dot0[m] = vi_join(high0[m], dot0[m]), dot1[m] = vi_join(high1[m], dot1[m]);
+            if (FINE) dot0[m] = v15_whole(fine0[m]), dot1[m] = v15_whole(fine1[m]);
             vf by = vf_set(scale[m]);
             acc0[m] = vf_fma(vf_mul(vi_float(dot0[m]), by), d0, acc0[m]);
             acc1[m] = vf_fma(vf_mul(vi_float(dot1[m]), by), d1, acc1[m]);

@@ -62,7 +62,6 @@ static inline void vf_store_split(uint8_t *low, uint8_t *high, vf v) {
 
 static inline vi vi_zero() { return _mm512_setzero_si512(); }
 static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
-static inline vi vi_join(vi high, vi low) { return _mm512_add_epi32(_mm512_slli_epi32(high, 7), low); }  // 128 high + low
 static inline vf vi_float(vi a) { return _mm512_cvtepi32_ps(a); }
 
 static inline vb vb_load(const void *p) { return _mm512_loadu_si512(p); }
@@ -71,8 +70,8 @@ static inline vb vb_high(vb v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4)
 // Stored value+128. Dot products with them start from `q8_start`, given -128 times the sum of the other side.
 static inline vb vb_load_q8(const void *p) { return _mm512_loadu_si512(p); }
 static inline vi q8_start(int32_t minus) { return _mm512_set1_epi32(minus); }
-// acc + the dot product of 4 bytes a lane with the 4 int8 at x. Nibbles; bytes from vb_load_q8; and V (int8)
-// with probabilities of 7 bits at x.
+// acc + the dot product of 4 bytes a lane with the 4 int8 at x: nibbles; bytes from vb_load_q8; and V (int8) with
+// probabilities of 7 bits at x.
 static inline vi dot_nibbles(vi acc, vb w, const void *x) {
     return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(*(const int32_t *)x));
 }
@@ -82,6 +81,24 @@ static inline vi dot_q8(vi acc, vb w, const void *x) {
 static inline vi dot_values(vi acc, vb v, const void *p) {
     return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(*(const int32_t *)p), v);
 }
+// Dot products with whole numbers of 15 bits. These lie by fours in 8 bytes, `stride` bytes apart: 128 * high + low,
+// four high bytes, then four low ones.
+struct v15 { vi high, low; };
+static inline void vf_store_15(int8_t *to, size_t stride, vf v) {
+    vf top = vf_round(vf_mul(v, vf_set(1.f / 128.f)));
+    int8_t high[16], low[16];
+    vf_store_int8(high, top);
+    vf_store_int8(low, vf_fma(top, vf_set(-128.f), v));
+    for (int i = 0; i < 4; i++) {
+        __builtin_memcpy(to + i * stride, high + 4 * i, 4);
+        __builtin_memcpy(to + i * stride + 4, low + 4 * i, 4);
+    }
+}
+static inline v15 v15_zero() { return {vi_zero(), vi_zero()}; }
+static inline v15 v15_start_q8(int32_t minus) { return {vi_zero(), q8_start(minus)}; }
+static inline vi v15_whole(v15 v) { return _mm512_add_epi32(_mm512_slli_epi32(v.high, 7), v.low); }
+static inline v15 dot15_q8(v15 acc, vb w, const int8_t *x) { return {dot_q8(acc.high, w, x), dot_q8(acc.low, w, x + 4)}; }
+static inline v15 dot15_nibbles(v15 acc, vb w, const int8_t *x) { return dot15_q8(acc, w, x); }
 // acc + the dot product of 2 bfloat16 a lane with the 2 at x.
 static inline vf dot_bf16(vf acc, vb w, const void *x) {
 #ifdef __AVX512BF16__
@@ -93,13 +110,6 @@ static inline vf dot_bf16(vf acc, vb w, const void *x) {
     return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(w, _mm512_set1_epi32((int32_t)0xffff0000))),
                            _mm512_castsi512_ps(_mm512_set1_epi32((int32_t)(pair & 0xffff0000))), acc);
 #endif
-}
-// The sum of 32 int8.
-static inline int32_t sum_int8(const int8_t *p) {
-    __m256i v = _mm256_loadu_si256((const __m256i *)p);
-    __m256i s = _mm256_sad_epu8(_mm256_xor_si256(v, _mm256_set1_epi8((char)0x80)), _mm256_setzero_si256());
-    __m128i h = _mm_add_epi64(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
-    return (int32_t)(_mm_cvtsi128_si64(h) + _mm_extract_epi64(h, 1)) - 128 * 32;
 }
 static inline void fetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 static inline void fetch_far(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
