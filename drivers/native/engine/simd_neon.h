@@ -97,7 +97,6 @@ static inline void vf_store_split(uint8_t *low, uint8_t *high, vf v) {
 }
 
 static inline vi vi_zero() { return {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}; }
-static inline vi vi_add(vi a, vi b) { return each([](int32x4_t x, int32x4_t y) { return vaddq_s32(x, y); }, a, b); }
 static inline vf vi_float(vi v) { return each([](int32x4_t x) { return vcvtq_f32_s32(x); }, v); }
 
 static inline vb vb_load(const void *p) {
