@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format bench clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -30,6 +30,14 @@ format: .venv/developing
 
 .venv/developing: .venv/installed
 	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	touch $@
+
+# BENCH holds options of run.py; peers are installed by tests/bench/peers.py.
+bench: .venv/benching
+	$(BIN)/python tests/bench/run.py $(BENCH)
+
+.venv/benching: .venv/developing
+	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[bench]'
 	touch $@
 
 clean:

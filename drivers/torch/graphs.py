@@ -5,6 +5,9 @@ A batch is padded to the next of a few sizes. Padding computes token 0 into a sc
 What changes between steps (token ids, positions, slots, block tables, lengths) lies in buffers that the graph
 reads; so it is valid for any context length. Graphs are captured when their size is first needed and share
 one pool of memory. Without capture the same steps run operator by operator, on any device (tests).
+
+When this was written no device was at hand: the steps had been run, their capture and replay had not
+(docs/decisions.md, "CUDA: written, not yet run").
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ Prints one JSON line a figure:
     batch    prompts prefilled and continued together: tokens a second in all and milliseconds a decode step,
              here and by `generate_batch` (without its setup), and their ratio
 
-Only verbs of the driver are called, as the kernel calls them, in this process. Not called cuda.py: torch would
-import it instead of NVIDIA's package.
+Only verbs of the driver are called, as the kernel calls them, in this process. (A file named cuda.py would be
+imported by torch instead of NVIDIA's package.)
 """
 
 from __future__ import annotations

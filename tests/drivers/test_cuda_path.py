@@ -29,6 +29,7 @@ from llmasos.drivers.torch.ops import PagedRows, TorchOps, Turn
 from llmasos.drivers.torch.weights import Checkpoint
 from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import test_conformance as conformance
 from .conftest import CONFIGS, Kernel, Subject, Tiny, start
@@ -43,7 +44,7 @@ needs_kernels = pytest.mark.skipif(
 needs_cuda = pytest.mark.skipif(not CUDA, reason="no CUDA device")
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no Triton")
 
-KERNELS = "kernel or (triton and (mix or seeds or stop_tokens or logprobs or sent_before or penalised))"
+SELECTED = "kernel or (triton and (mix or penalised or logprobs_come or only_the_device))"
 
 
 def prompt(length: int, seed: int = 1) -> list[int]:
@@ -53,7 +54,7 @@ def prompt(length: int, seed: int = 1) -> list[int]:
 @needs_triton
 @pytest.mark.skipif(CUDA or INTERPRETED, reason="they run in this process")
 def test_the_kernels_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", KERNELS]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", SELECTED]
     done = subprocess.run(
         command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=500
     )
@@ -69,7 +70,7 @@ def kernel_ops() -> Any:
 # -- what every driver must do, in steps of fixed shapes -------------------------------------------------
 
 
-@pytest.fixture(params=["torch", pytest.param("triton", marks=needs_kernels)])
+@pytest.fixture(params=["torch", "triton"] if CUDA or INTERPRETED else ["torch"])
 def ops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which operators the models and pools of a test use."""
     made = TorchOps() if request.param == "torch" else kernel_ops()
@@ -142,6 +143,31 @@ def test_padded_batches_equal_the_ordinary_path(
         made.append(kernel.generate(seqs, 8))
     assert made[0] == made[1]
     assert sizes[-7:] == [count] * 7
+
+
+class _Questions(TorchDispatchMode):
+    """Refuses operators that wait for the device to tell the host something: no graph can hold them."""
+
+    ASKING = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "masked_select")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        assert not any(name.startswith(asking) for asking in self.ASKING), name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("ops", ["torch"], indirect=True)
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_a_step_of_fixed_shape_asks_the_host_nothing(
+    static_kernel: Callable[[str], Kernel], name: str
+) -> None:
+    kernel = static_kernel(name)
+    kernel.generate([kernel.open(prompt(20))], 3)
+    decode = _resident(kernel).static
+    with torch.inference_mode(), _Questions():
+        decode._graph(1).run()
+    with pytest.raises(AssertionError, match="scalar"), _Questions():
+        torch.ones(1).item()
 
 
 # -- two steps under way ---------------------------------------------------------------------------------
