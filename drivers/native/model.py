@@ -62,7 +62,7 @@ class NativeModel:
         self.block_bytes = tile * self.architecture.kv_heads * len(self.architecture.layers)
         self.padded_vocab = -(-self.architecture.vocab_size // 16) * 16
         size = self._functions.llk_workspace_bytes(pool, self._model, MAX_ROWS, MAX_PICKS)
-        self._workspace = mmap.mmap(-1, size)
+        self._workspace = _memory(size)
         self._runs, self._picks = (Run * MAX_ROWS)(), (Pick * MAX_PICKS)()
         self._finite = (ctypes.c_uint8 * MAX_ROWS)()
         self._ids, self._values = (
@@ -142,10 +142,7 @@ class NativeModel:
 
     def make_pool(self, blocks: int) -> None:
         """Takes the address space of `blocks` KV blocks, all zero."""
-        self._kv = mmap.mmap(-1, blocks * self.block_bytes)
-        if hasattr(mmap, "MADV_HUGEPAGE"):  # tiles lie far apart: small pages would not fit the TLB
-            with contextlib.suppress(OSError):
-                self._kv.madvise(mmap.MADV_HUGEPAGE)
+        self._kv = _memory(blocks * self.block_bytes)
         self._model.kv = _address(self._kv)
         self.blocks = blocks
 
@@ -313,6 +310,16 @@ def wanted(piece: Piece) -> int:
 
 def _listed(pick: Pick) -> list[t.TokenLogprob]:
     return [t.TokenLogprob(pick.ids[i], pick.values[i]) for i in range(pick.listed)]
+
+
+def _memory(size: int) -> mmap.mmap:
+    """Memory of this process, all zero, committed when it is first touched, in huge pages if there are any:
+    tiles lie far apart, and with small pages every one would miss the TLB."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
 
 
 def _address(mapped: mmap.mmap) -> int:

@@ -67,6 +67,7 @@ class TorchDriver:
                     f"torch {torch.__version__} sees no {device}",
                     hint="use --device cpu, or a CUDA build of torch",
                 )
+            self._device = torch.device("cuda", self._device.index or 0)
             torch.cuda.set_device(self._device)  # graphs and kernels go to the current device
         elif "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(host.physical_cores())
@@ -93,8 +94,7 @@ class TorchDriver:
         return f"{self._engine(torch.float32)}, {torch.get_num_threads()} threads, {host.cpu_name()}"
 
     def _engine(self, dtype: torch.dtype) -> str:
-        if self._device.type == "cuda":
-            return f"torch {torch.__version__}, eager"
+        """What computes on a CPU."""
         packed = "oneDNN packed weights" if linear.can_pack(self._device, dtype) else "plain matrices"
         return f"torch {torch.__version__}, {packed}"
 
@@ -106,7 +106,7 @@ class TorchDriver:
         if self._device.type != "cuda":
             return self._engine(_DTYPES[name])
         if not has_triton():
-            return f"{self._engine(torch.bfloat16)}: there is no Triton here"
+            return f"torch {torch.__version__}, eager: there is no Triton here"
         decode = "CUDA graphs" if static else "eager"
         return f"torch {torch.__version__}, {decode}, Triton paged attention, {name} weights"
 

@@ -10,8 +10,8 @@ Prints one JSON line a figure:
     copy     what the device's memory does at best: bytes read and written by a copy
     decode   milliseconds a step at a batch size, one step under way and two; the bytes that a step has to
              read (weights and KV once) as a share of the nominal bandwidth and of the copy's
-    batch    prompts prefilled and continued together: tokens a second in all and milliseconds a decode step,
-             here and by `generate_batch` (without its setup), and their ratio
+    batch    prompts continued together, from a sequence's first token to its last: milliseconds a step here
+             (two under way) and by `generate_batch`, and their ratio; setup and prefill do not count
 
 Only verbs of the driver are called, as the kernel calls them, in this process. (A file named cuda.py would be
 imported by torch instead of NVIDIA's package.)
@@ -247,25 +247,21 @@ def decode(options: argparse.Namespace, shape: str, dtype: str, limits: dict[str
     release(driver)
 
 
-def ours(options: argparse.Namespace, shape: str, prompts: list[list[int]]) -> tuple[float, float]:
-    """Tokens a second from the first chunk on, and seconds a decode step."""
+def ours(options: argparse.Namespace, shape: str, prompts: list[list[int]]) -> float:
+    """Seconds a decode step, from a sequence's first token to its last."""
     driver, loaded, _ = load(shape, options.peer_dtype, options.device)
     sender = Sender(driver, loaded, len(prompts), len(prompts[0]) + options.steps + 2)
-    figures = (0.0, 0.0)
+    seconds = 0.0
     for _ in range(2):  # the first captures the graph
         sender.open(prompts, 0)
-        synchronize(options.device)
-        begun = time.perf_counter()
         sender.prefill(len(prompts[0]), driver.describe().step_tokens)
-        times = sender.run(options.steps - 1, 2)
-        whole = time.perf_counter() - begun
-        figures = (len(prompts) * options.steps / whole, statistics.median(times))
+        seconds = statistics.mean(sender.run(options.steps - 1, 2))
     release(driver)
-    return figures
+    return seconds
 
 
-def theirs(options: argparse.Namespace, shape: str, prompts: list[list[int]]) -> tuple[float, float]:
-    """The same by transformers, from the making of its requests on: its setup before that does not count."""
+def theirs(options: argparse.Namespace, shape: str, prompts: list[list[int]]) -> float:
+    """The same by transformers' continuous batching."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -278,22 +274,20 @@ def theirs(options: argparse.Namespace, shape: str, prompts: list[list[int]]) ->
     generation = transformers.GenerationConfig(
         max_new_tokens=options.steps, do_sample=False, eos_token_id=-1, pad_token_id=0
     )
-    figures = (0.0, 0.0)
+    seconds = 0.0
     for _ in range(2):
         made = model.generate_batch(
             prompts, generation_config=generation, record_timestamps=True, progress_bar=False
         )
         outputs = list(made.values())
         assert [len(out.generated_tokens) for out in outputs] == [options.steps] * len(prompts)
-        first = min(out.created_time for out in outputs)
-        last = max(out.timestamps[-1] for out in outputs)
-        gaps = [b - a for out in outputs for a, b in itertools.pairwise(out.timestamps)]
-        figures = (len(prompts) * options.steps / (last - first), statistics.median(gaps))
+        spans = [out.timestamps[-1] - out.timestamps[0] for out in outputs]
+        seconds = statistics.median(spans) / (options.steps - 1)
     del model
     gc.collect()
     if options.device != "cpu":
         torch.cuda.empty_cache()
-    return figures
+    return seconds
 
 
 def against(options: argparse.Namespace, shape: str) -> None:
@@ -311,11 +305,11 @@ def against(options: argparse.Namespace, shape: str) -> None:
             batch=batch,
             prompt=options.prompt,
             new=options.steps,
-            llmasos_tokens_per_s=round(mine[0], 1),
-            transformers_tokens_per_s=round(other[0], 1),
-            ratio=round(mine[0] / other[0], 2),
-            llmasos_ms_per_step=round(1000 * mine[1], 4),
-            transformers_ms_per_step=round(1000 * other[1], 4),
+            llmasos_ms_per_step=round(1000 * mine, 4),
+            transformers_ms_per_step=round(1000 * other, 4),
+            llmasos_tokens_per_s=round(batch / mine, 1),
+            transformers_tokens_per_s=round(batch / other, 1),
+            ratio=round(other / mine, 2),
         )
 
 

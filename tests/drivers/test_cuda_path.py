@@ -21,9 +21,9 @@ from typing import Any
 import pytest
 import torch
 from llmasos.drivers import base
-from llmasos.drivers.mirror import Sequence
+from llmasos.drivers.mirror import Piece, Sequence
 from llmasos.drivers.torch import attention, flight, graphs, loader, models, quantised, sampler
-from llmasos.drivers.torch.config import Config
+from llmasos.drivers.torch.config import Config, Shape
 from llmasos.drivers.torch.executor import TorchDriver
 from llmasos.drivers.torch.ops import PagedRows, TorchOps, Turn
 from llmasos.drivers.torch.weights import Checkpoint
@@ -274,6 +274,24 @@ def test_a_chunk_beside_a_coming_token(subject: Subject) -> None:
     kernel.collect(second)
     assert seq.tokens[20:] == subject.greedy(prompt(20), 3)
     assert other.tokens[60:] == subject.greedy(prompt(60, seed=2), 1)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 20.0])
+def test_chunks_beyond_the_start_need_no_mask(monkeypatch: pytest.MonkeyPatch, softcap: float) -> None:
+    """As on CUDA, where flash attention knows causality that ends at the last key."""
+    torch.manual_seed(0)
+    shape = Shape(layers=1, heads=4, kv_heads=2, head_dim=8, context_length=256, vocab_size=97)
+    pool = attention.KvPool(shape, 9, torch.float32, torch.device("cpu"))
+    sequence = Sequence(1, array("I", prompt(80)), 80, 40, 999, array("i", range(5)), t.Sampling(seed=0))
+    rows = torch.randn(80, 8, 8)
+    arguments = (rows[40:, :4], rows[40:, 4:], 0.3, 0, softcap)
+    attention.Plan(pool, [Piece(0, sequence, 0, 40, False, 0)], {0}).attend(
+        0, rows[:40, :4], rows[:40, 4:], 1
+    )
+    chunk = [Piece(0, sequence, 40, 80, False, 0)]
+    masked = attention.Plan(pool, chunk, {0}).attend(0, *arguments)
+    monkeypatch.setattr(attention.Plan, "_mask", lambda *_: None)
+    torch.testing.assert_close(attention.Plan(pool, chunk, {0}).attend(0, *arguments), masked)
 
 
 # -- kernels ---------------------------------------------------------------------------------------------

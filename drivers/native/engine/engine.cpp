@@ -178,7 +178,10 @@ static Rows prepare(Engine &e, Private &mine, int thread, const llk_matrix &matr
             const float *x = source.row(row);
             const Tile tile = tile_of(row, count);
             const RowNorm norm = by.weight ? norm_of(m.norm, x, m.hidden, m.hidden_padded, m.epsilon) : RowNorm{0, 1};
-            for (int g = group; g < group_end; g++) prepare_group(matrix, x, by, norm, to, tile, row - tile.first, g);
+            with_format(matrix, [&](auto format, auto fine) {
+                for (int g = group; g < group_end; g++)
+                    prepare_group<decltype(format)::value, decltype(fine)::value>(x, by, norm, to, tile, row - tile.first, g);
+            });
         }
         item += group_end - group;
     }
@@ -616,9 +619,11 @@ static void product_thread(void *argument, int thread) {
     share(job.matrix->cols / GROUP, 1, thread, job.pool->threads, begin, end);
     for (int row = 0; row < job.rows; row++) {
         const Tile tile = tile_of(row, job.rows);
-        for (int g = begin; g < end; g++)
-            prepare_group(*job.matrix, job.x + (size_t)row * job.matrix->cols, {nullptr, nullptr}, {0, 1}, job.prepared, tile,
-                          row - tile.first, g);
+        with_format(*job.matrix, [&](auto format, auto fine) {
+            for (int g = begin; g < end; g++)
+                prepare_group<decltype(format)::value, decltype(fine)::value>(job.x + (size_t)row * job.matrix->cols, {nullptr, nullptr},
+                                                                              {0, 1}, job.prepared, tile, row - tile.first, g);
+        });
     }
     job.pool->barrier();
     share(job.matrix->rows / 16, 1, thread, job.pool->threads, begin, end);

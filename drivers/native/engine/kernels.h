@@ -140,20 +140,34 @@ static inline vf normed(const float *x, const Norm &by, const RowNorm &norm, int
     return by.bias ? vf_fma(d, vf_load(by.weight + i), vf_load(by.bias + i)) : vf_mul(d, vf_load(by.weight + i));
 }
 
+// Calls f with the format of a matrix and whether it is fine, as constants.
+template <typename F> static inline void with_format(const llk_matrix &matrix, F &&f) {
+    using std::bool_constant, std::integral_constant;
+    switch (matrix.format * 2 + (matrix.format >= LLK_Q8 && matrix.fine)) {
+    case LLK_F32 * 2: return f(integral_constant<int, LLK_F32>(), bool_constant<false>());
+    case LLK_BF16 * 2: return f(integral_constant<int, LLK_BF16>(), bool_constant<false>());
+    case LLK_Q8 * 2: return f(integral_constant<int, LLK_Q8>(), bool_constant<false>());
+    case LLK_Q8 * 2 + 1: return f(integral_constant<int, LLK_Q8>(), bool_constant<true>());
+    case LLK_Q4 * 2: return f(integral_constant<int, LLK_Q4>(), bool_constant<false>());
+    default: return f(integral_constant<int, LLK_Q4>(), bool_constant<true>());
+    }
+}
+
 // Prepares columns 32 g … 32 g + 31 of one row of a tile, behind its norm if `by` has a weight.
-static inline void prepare_group(const llk_matrix &matrix, const float *x, const Norm &by, const RowNorm &norm, const Rows &to, const Tile &tile,
+template <int FORMAT, bool FINE>
+__attribute__((always_inline)) static inline void prepare_group(const float *x, const Norm &by, const RowNorm &norm, const Rows &to, const Tile &tile,
                                  int lane, int g) {
-    const int format = matrix.format, width = tile.width, begin = g * GROUP, groups = to.cols / GROUP;
+    const int width = tile.width, begin = g * GROUP, groups = to.cols / GROUP;
     vf a = by.weight ? normed(x, by, norm, begin) : vf_load(x + begin);
     vf b = by.weight ? normed(x, by, norm, begin + 16) : vf_load(x + begin + 16);
-    if (format == LLK_F32) {
+    if (FORMAT == LLK_F32) {
         float values[GROUP], *out = to.full + (size_t)tile.first * to.cols + (size_t)begin * width + lane;
         vf_store(values, a);
         vf_store(values + 16, b);
         for (int k = 0; k < GROUP; k++) out[k * width] = values[k];
         return;
     }
-    if (format == LLK_BF16) {
+    if (FORMAT == LLK_BF16) {
         uint16_t values[GROUP], *out = to.half + (size_t)tile.first * to.cols + (size_t)begin * width + lane * 2;
         vf_store_bf16(values, a);
         vf_store_bf16(values + 16, b);
@@ -162,11 +176,11 @@ static inline void prepare_group(const llk_matrix &matrix, const float *x, const
     }
     float most = vf_highest(vf_max(vf_abs(a), vf_abs(b)));
     most = most > 1e-20f ? most : 1e-20f;
-    const float range = matrix.fine ? 127.f * 128.f : 127.f, scale = most / range;
+    const float range = FINE ? 127.f * 128.f : 127.f, scale = most / range;
     vf inverse = vf_set(range / most);
     const vf whole_a = vf_round(vf_mul(a, inverse)), whole_b = vf_round(vf_mul(b, inverse));
-    int8_t *out = to.q + (matrix.fine ? 2 : 1) * ((size_t)tile.first * to.cols + (size_t)begin * width + lane * 4);
-    if (matrix.fine) {
+    int8_t *out = to.q + (FINE ? 2 : 1) * ((size_t)tile.first * to.cols + (size_t)begin * width + lane * 4);
+    if (FINE) {
         vf_store_15(out, 8 * (size_t)width, whole_a);
         vf_store_15(out + 32 * (size_t)width, 8 * (size_t)width, whole_b);
     } else {
@@ -394,14 +408,9 @@ static void multiply_as(const llk_matrix &matrix, const Rows &x, int rows, const
 
 // Blocks begin … end-1 of the matrix times all rows.
 static void multiply(const llk_matrix &matrix, const Rows &x, int rows, const Output &out, int begin, int end) {
-    switch (matrix.format * 2 + (matrix.format >= LLK_Q8 && matrix.fine)) {
-    case LLK_F32 * 2: return multiply_as<LLK_F32, false>(matrix, x, rows, out, begin, end);
-    case LLK_BF16 * 2: return multiply_as<LLK_BF16, false>(matrix, x, rows, out, begin, end);
-    case LLK_Q8 * 2: return multiply_as<LLK_Q8, false>(matrix, x, rows, out, begin, end);
-    case LLK_Q8 * 2 + 1: return multiply_as<LLK_Q8, true>(matrix, x, rows, out, begin, end);
-    case LLK_Q4 * 2: return multiply_as<LLK_Q4, false>(matrix, x, rows, out, begin, end);
-    default: return multiply_as<LLK_Q4, true>(matrix, x, rows, out, begin, end);
-    }
+    with_format(matrix, [&](auto format, auto fine) {
+        multiply_as<decltype(format)::value, decltype(fine)::value>(matrix, x, rows, out, begin, end);
+    });
 }
 
 // One row of the embedding, unpacked.
@@ -678,32 +687,48 @@ static void attend_chunk(const Context &at, const Queries &query, int from, int 
         for (int n = 0; n < many; n++, b++)
             UNROLL for (int r = 0; r < R; r++) vf_store(&weights.full[r][b * 16], seen(r, b, s[n][r], vf_set(HIDDEN_SCORE)));
     }
+    // INT8: the scales of the values go into the weights, which become whole numbers of 14 bits. The unit is that of
+    // the greatest scale that the query sees, for a weight is at most 1.
+    constexpr int BLOCKS = KV == LLK_KV_INT8 ? CHUNK / BLOCK_TOKENS : 1;
+    const auto value_scales = [&](int b) { return vf_load((const float *)(at.tile(first + b) + (size_t)at.head_dim * 32) + 16); };
+    const auto unit_of = [&](vf greatest) {
+        float most = vf_highest(greatest);
+        return (most > 1e-30f ? most : 1e-30f) / 16383.f;
+    };
+    vf scaled[BLOCKS];
+    float unit = 0;
+    if (KV == LLK_KV_INT8) {
+        vf greatest = vf_zero();
+        for (int b = 0; b < count; b++) greatest = vf_max(greatest, value_scales(b));
+        unit = unit_of(greatest);
+        for (int b = 0; b < count; b++) scaled[b] = vf_mul(value_scales(b), vf_set(1.f / unit));
+    }
     for (int r = 0; r < R; r++) {
         float *row = weights.full[r];
         vf most = vf_set(HIDDEN_SCORE);
         for (int b = 0; b < count; b++) most = vf_max(most, vf_load(row + b * 16));
         out[r].most = vf_highest(most);
-        vf top = vf_set(out[r].most), sum = vf_zero(), heaviest = vf_zero();
+        vf top = vf_set(out[r].most), sum = vf_zero();
+        if (KV == LLK_KV_INT8) {
+            weights.step[r] = unit;
+            if (!whole[r]) {
+                vf greatest = vf_zero();
+                for (int b = 0; b < count; b++) greatest = vf_max(greatest, seen(r, b, value_scales(b), vf_zero()));
+                weights.step[r] = unit_of(greatest);
+            }
+        }
+        const vf inverse = vf_set(KV == LLK_KV_INT8 ? 1.f / weights.step[r] : 0.f);
         for (int b = 0; b < count; b++) {
             vf p = seen(r, b, vf_exp(vf_sub(vf_load(row + b * 16), top)), vf_zero());
             sum = vf_add(sum, p);
+            if (KV == LLK_KV_F32) vf_store(row + b * 16, p);
             if (KV == LLK_KV_BF16) vf_store_bf16(&weights.half[r][b * 16], p);
-            if (KV == LLK_KV_INT8) {  // the values' scales go into the weights
-                p = vf_mul(p, vf_load((const float *)(at.tile(first + b) + (size_t)at.head_dim * 32) + 16));
-                p = seen(r, b, p, vf_zero());
-                heaviest = vf_max(heaviest, p);
+            if (KV == LLK_KV_INT8) {
+                vf scale = whole[r] ? scaled[b] : seen(r, b, vf_mul(value_scales(b), inverse), vf_zero());
+                vf_store_split(&weights.low[r][b * 16], &weights.high[r][b * 16], vf_mul(p, scale));
             }
-            if (KV != LLK_KV_BF16) vf_store(row + b * 16, p);
         }
         out[r].sum = vf_sum(sum);
-        if (KV == LLK_KV_INT8) {
-            float weight = vf_highest(heaviest);
-            weight = weight > 1e-30f ? weight : 1e-30f;
-            weights.step[r] = weight / 16383.f;
-            vf factor = vf_set(16383.f / weight);
-            for (int b = 0; b < count; b++)
-                vf_store_split(&weights.low[r][b * 16], &weights.high[r][b * 16], vf_mul(vf_load(row + b * 16), factor));
-        }
     }
     constexpr int COLUMNS = KV == LLK_KV_INT8 ? (N + 1) / 2 : N;  // two sums a column there
     int i = 0;
