@@ -77,8 +77,8 @@ class LLM:
         """Finds a model and readies it: starts the user's daemon and pulls the model if need be.
 
         `name_or_path` is a name ("smollm2"), a Hugging Face repository ("owner/name"), a local folder or a
-        .gguf file. `device` ("cpu:0", …) empty: the kernel chooses. `dtype` of the weights
-        ("float32", "bfloat16", "int8", "int4") empty: what suits how they are stored.
+        .gguf file. `device` ("cpu", "cuda:0") empty: the kernel chooses. `dtype` of the weights
+        ("float32", "bfloat16", "int8", "int4", "float8" on CUDA) empty: what suits how they are stored.
         `label` makes this a sub-tenant of its own; `client` uses an open connection instead.
         Raises DaemonUnreachable, NoSuchModel, PullFailed, RefusedFile, UnsupportedModel.
         """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -16,6 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "engine"
+
+_SEAL = b"llmasos\n"
+_LONGEST_COMPILATION = 300
 
 # Contraction is off because a product that is fused in one place and not in another would let the result of a
 # row depend on the batch. The standard library is linked in so that the file runs on any Linux of its kind.
@@ -91,29 +95,80 @@ def processor_words() -> set[str]:
     return set()
 
 
-def find_compiler() -> str:
-    """A C++ compiler, "" if there is none. $CXX is honoured."""
-    for name in (os.environ.get("CXX", ""), "g++", "clang++", "c++"):
-        if name and (path := shutil.which(name)):
-            return path
-    return ""
+def find_compiler() -> list[str]:
+    """The command of a C++ compiler, [] if there is none. $CXX, which may have arguments, goes first."""
+    try:
+        wanted = shlex.split(os.environ.get("CXX", ""))
+    except ValueError:
+        wanted = []
+    for command in (wanted, ["g++"], ["clang++"], ["c++"]):
+        if command and (path := shutil.which(command[0])):
+            return [path, *command[1:]]
+    return []
 
 
 def fingerprint() -> str:
-    """Changes with the sources and the flags."""
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
+    """Changes with the sources, the flags and the variants."""
+    digest = hashlib.sha256(repr((FLAGS, [(v.name, v.flags) for vs in VARIANTS.values() for v in vs])).encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def compile_engine(variant: Variant, compiler: str, target: Path) -> None:
-    """Writes the shared library of `variant` to `target`, all or nothing.
+def file_name(variant: Variant) -> str:
+    """What the compiled `variant` of these sources is called."""
+    return f"engine-{variant.name}-{fingerprint()}.so"
 
-    Raises OSError or subprocess.SubprocessError.
+
+def compile_engine(variant: Variant, compiler: list[str], target: Path) -> None:
+    """Writes the sealed shared library of `variant` to `target`, all or nothing.
+
+    Raises CompileError.
     """
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
-        made = Path(folder) / target.name
-        command = [compiler, *FLAGS, *variant.flags, "-o", str(made), str(SOURCES / "engine.cpp")]
-        subprocess.run(command, check=True, capture_output=True, timeout=300)
-        made.replace(target)
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
+            made = Path(folder) / target.name
+            command = [*compiler, *FLAGS, *variant.flags, "-o", str(made), str(SOURCES / "engine.cpp")]
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                timeout=_LONGEST_COMPILATION,
+            )
+            if done.returncode or not made.is_file():
+                text = done.stderr.decode(errors="replace").strip().partition("\n")[0][:200]
+                text = "".join(c if c.isprintable() else "?" for c in text)
+                raise CompileError(f"{compiler[0]} fails: {text or f'exit status {done.returncode}'}")
+            _seal(made)
+            made.replace(target)
+    except subprocess.TimeoutExpired:
+        raise CompileError(f"{compiler[0]} takes longer than {_LONGEST_COMPILATION} s") from None
+    except OSError as problem:
+        raise CompileError(f"{target.parent}: {problem.strerror or problem}") from None
+
+
+class CompileError(Exception):
+    """There is no compiled engine; the text says why, for people."""
+
+
+# To map a file that was cut short kills the process (SIGBUS), so a compiled engine ends with a digest of what
+# comes before. The loader does not read behind the sections that the file's header names.
+
+
+def _seal(path: Path) -> None:
+    with path.open("r+b") as file:
+        digest = hashlib.sha256(file.read()).digest()
+        file.write(_SEAL + digest)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def is_sealed(path: Path) -> bool:
+    """Whether `path` is there and every byte is as it was compiled."""
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return False
+    size = len(data) - len(_SEAL) - hashlib.sha256().digest_size
+    return size > 0 and data[size:] == _SEAL + hashlib.sha256(data[:size]).digest()

@@ -1,14 +1,16 @@
 """The compiled engine in this process: finding or compiling the variant that fits, and its C types.
 
 Prebuilt variants lie beside this file in a wheel; elsewhere the best one is compiled once, in seconds, into
-the user's cache folder. The types mirror engine/engine.h, which documents them.
+the user's cache folder. Nothing is mapped that was not written to its end. The types mirror engine/engine.h, which documents them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-import subprocess
+import stat
+import tempfile
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_int64, c_uint8, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,40 +178,59 @@ class NoEngine(Exception):
 
 
 def load(variant: str = "") -> Engine:
-    """The best variant that this processor runs, or the one named. Raises NoEngine."""
+    """The best variant that this processor runs and that can be had, or the one named. Raises NoEngine."""
     words = build.processor_words()
     fitting = [v for v in build.variants() if v.needs <= words and variant in ("", v.name)]
     if not fitting:
         raise NoEngine(f"no variant {variant} for this {os.uname().machine} processor".replace("  ", " "))
-    best = fitting[0]
-    prebuilt = PREBUILT / f"engine-{best.name}.so"
-    if prebuilt.exists():
-        return _open(best.name, prebuilt, "prebuilt")
-    return _open(best.name, _compiled(best), "compiled here")
-
-
-def _compiled(variant: build.Variant) -> Path:
-    """The variant from the cache, compiled if it is not there."""
-    target = cache_folder() / f"engine-{variant.name}-{build.fingerprint()}.so"
-    if target.exists():
-        return target
     compiler = build.find_compiler()
+    problems: list[str] = []
+    for candidate in fitting:
+        prebuilt = PREBUILT / build.file_name(candidate)
+        try:
+            if build.is_sealed(prebuilt):
+                return _open(candidate.name, prebuilt, "prebuilt")
+        except NoEngine as problem:
+            problems.append(str(problem))
+        try:
+            return _compiled(candidate, compiler)
+        except NoEngine as problem:
+            problems.append(str(problem))
+    raise NoEngine(problems[0])
+
+
+def _compiled(variant: build.Variant, compiler: list[str]) -> Engine:
+    """The variant from the cache, compiled if it is not there. Raises NoEngine."""
+    why = ""
+    try:
+        target = _private(cache_folder()) / build.file_name(variant)
+    except (OSError, RuntimeError) as problem:  # RuntimeError: the user has no home
+        why = str(problem)
+    else:
+        if build.is_sealed(target):
+            try:
+                return _open(variant.name, target, "compiled here")
+            except NoEngine as problem:
+                with contextlib.suppress(OSError):
+                    target.unlink()
+                why = str(problem)
     if not compiler:
         raise NoEngine("no prebuilt engine and no C++ compiler (g++ or clang++)")
+    if not why:
+        try:
+            build.compile_engine(variant, compiler, target)
+            return _open(variant.name, target, "compiled here")
+        except build.CompileError as problem:
+            if os.access(target.parent, os.W_OK):
+                raise NoEngine(str(problem))
     try:
-        target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        build.compile_engine(variant, compiler, target)
-    except subprocess.CalledProcessError as problem:
-        line = problem.stderr.decode(errors="replace").strip().partition("\n")[0]
-        raise NoEngine(f"{compiler} cannot compile the engine: {line[:200]}") from None
-    except (OSError, subprocess.SubprocessError) as problem:
+        # A mapped library outlives its file.
+        with tempfile.TemporaryDirectory(prefix="llmasos-") as folder:
+            target = Path(folder) / build.file_name(variant)
+            build.compile_engine(variant, compiler, target)
+            return _open(variant.name, target, f"compiled here, not kept: {why}")
+    except (OSError, build.CompileError) as problem:
         raise NoEngine(f"the engine cannot be compiled: {problem}") from None
-    return target
-
-
-def cache_folder() -> Path:
-    """Where compiled engines are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmasos"
 
 
 def _open(name: str, path: Path, origin: str) -> Engine:

@@ -175,6 +175,7 @@ static int32_t sample(const llk_pick &pick, float *scores, int vocab, int padded
         double before = 0;
         int keep = 0;
         while (keep < count && (keep == 0 || before < pick.top_p * all)) before += exp((double)space.found[keep++].score - most);
+        while (keep < count && space.found[keep].score == space.found[keep - 1].score) keep++;  // ties stay
         count = keep;
     }
     if (pick.min_p > 0) {
