@@ -19,7 +19,7 @@ from pathlib import Path
 SOURCES = Path(__file__).parent / "engine"
 
 _SEAL = b"llmasos\n"
-_LONGEST_COMPILATION = 300
+_MOST_SECONDS = 300
 
 # Contraction is off because a product that is fused in one place and not in another would let the result of a
 # row depend on the batch. The standard library is linked in so that the file runs on any Linux of its kind.
@@ -107,49 +107,56 @@ def find_compiler() -> list[str]:
     return []
 
 
-def fingerprint() -> str:
-    """Changes with the sources, the flags and the variants."""
-    digest = hashlib.sha256(repr((FLAGS, [(v.name, v.flags) for vs in VARIANTS.values() for v in vs])).encode())
+def fingerprint(machine: str = "") -> str:
+    """Changes with the sources, the flags and the machine."""
+    digest = hashlib.sha256(repr((FLAGS, [(v.name, v.flags) for v in variants(machine)])).encode())
     for path in sorted(SOURCES.iterdir()):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def file_name(variant: Variant) -> str:
-    """What the compiled `variant` of these sources is called."""
-    return f"engine-{variant.name}-{fingerprint()}.so"
+def file_name(variant: Variant, machine: str = "") -> str:
+    """What `variant`, compiled from these sources for `machine`, is called."""
+    return f"engine-{variant.name}-{fingerprint(machine)}.so"
+
+
+class CompileError(Exception):
+    """The compiler did not do it; the text says why, for people."""
+
+
+class TookTooLong(CompileError):
+    """The compiler will hardly do any other variant either."""
 
 
 def compile_engine(variant: Variant, compiler: list[str], target: Path) -> None:
     """Writes the sealed shared library of `variant` to `target`, all or nothing.
 
-    Raises CompileError.
+    Raises CompileError, or OSError when the folder cannot be written.
     """
-    try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
-            made = Path(folder) / target.name
-            command = [*compiler, *FLAGS, *variant.flags, "-o", str(made), str(SOURCES / "engine.cpp")]
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="build-") as folder:
+        made = Path(folder) / target.name
+        command = [*compiler, *FLAGS, *variant.flags, "-o", str(made), str(SOURCES / "engine.cpp")]
+        try:
             done = subprocess.run(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
-                timeout=_LONGEST_COMPILATION,
+                timeout=_MOST_SECONDS,
             )
-            if done.returncode or not made.is_file():
-                text = done.stderr.decode(errors="replace").strip().partition("\n")[0][:200]
-                text = "".join(c if c.isprintable() else "?" for c in text)
-                raise CompileError(f"{compiler[0]} fails: {text or f'exit status {done.returncode}'}")
-            _seal(made)
-            made.replace(target)
-    except subprocess.TimeoutExpired:
-        raise CompileError(f"{compiler[0]} takes longer than {_LONGEST_COMPILATION} s") from None
-    except OSError as problem:
-        raise CompileError(f"{target.parent}: {problem.strerror or problem}") from None
-
-
-class CompileError(Exception):
-    """There is no compiled engine; the text says why, for people."""
+        except subprocess.TimeoutExpired:
+            raise TookTooLong(f"{compiler[0]} takes more than {_MOST_SECONDS} s") from None
+        except OSError as problem:
+            raise CompileError(f"{compiler[0]} cannot be run: {problem.strerror}") from None
+        if done.returncode or not made.is_file():
+            lines = [line for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
+            told = next((line for line in lines if "error" in line), lines[0] if lines else "")
+            text = "".join(c if c.isprintable() else "?" for c in told[:200])
+            raise CompileError(
+                f"{compiler[0]} cannot compile the engine: {text or f'it ends with {done.returncode}'}"
+            )
+        _seal(made)
+        made.replace(target)
 
 
 # To map a file that was cut short kills the process (SIGBUS), so a compiled engine ends with a digest of what

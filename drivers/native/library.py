@@ -1,12 +1,11 @@
 """The compiled engine in this process: finding or compiling the variant that fits, and its C types.
 
 Prebuilt variants lie beside this file in a wheel; elsewhere the best one is compiled once, in seconds, into
-the user's cache folder. Nothing is mapped that was not written to its end. The types mirror engine/engine.h, which documents them.
+the user's cache folder. The types mirror engine/engine.h, which documents them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import stat
@@ -194,43 +193,55 @@ def load(variant: str = "") -> Engine:
             problems.append(str(problem))
         try:
             return _compiled(candidate, compiler)
-        except NoEngine as problem:
+        except build.TookTooLong as problem:
+            compiler = []
+            problems.append(str(problem))
+        except (build.CompileError, NoEngine) as problem:
             problems.append(str(problem))
     raise NoEngine(problems[0])
 
 
 def _compiled(variant: build.Variant, compiler: list[str]) -> Engine:
-    """The variant from the cache, compiled if it is not there. Raises NoEngine."""
-    why = ""
+    """The variant from the cache, compiled if it is not there; where the cache is of no use, compiled for
+    this process alone. Raises NoEngine or CompileError."""
     try:
-        target = _private(cache_folder()) / build.file_name(variant)
-    except (OSError, RuntimeError) as problem:  # RuntimeError: the user has no home
+        return _compiled_in(_private(cache_folder()), variant, compiler, "compiled here")
+    except (OSError, RuntimeError, NoEngine) as problem:  # RuntimeError: the user has no home
         why = str(problem)
-    else:
-        if build.is_sealed(target):
-            try:
-                return _open(variant.name, target, "compiled here")
-            except NoEngine as problem:
-                with contextlib.suppress(OSError):
-                    target.unlink()
-                why = str(problem)
-    if not compiler:
-        raise NoEngine("no prebuilt engine and no C++ compiler (g++ or clang++)")
-    if not why:
-        try:
-            build.compile_engine(variant, compiler, target)
-            return _open(variant.name, target, "compiled here")
-        except build.CompileError as problem:
-            if os.access(target.parent, os.W_OK):
-                raise NoEngine(str(problem))
     try:
-        # A mapped library outlives its file.
+        # What is mapped outlives its file.
         with tempfile.TemporaryDirectory(prefix="llmasos-") as folder:
-            target = Path(folder) / build.file_name(variant)
-            build.compile_engine(variant, compiler, target)
-            return _open(variant.name, target, f"compiled here, not kept: {why}")
-    except (OSError, build.CompileError) as problem:
-        raise NoEngine(f"the engine cannot be compiled: {problem}") from None
+            return _compiled_in(Path(folder), variant, compiler, f"compiled here, not kept: {why}")
+    except OSError as problem:
+        raise NoEngine(f"there is no place to compile the engine: {problem}") from None
+
+
+def _compiled_in(folder: Path, variant: build.Variant, compiler: list[str], origin: str) -> Engine:
+    """Raises OSError, NoEngine or CompileError."""
+    target = folder / build.file_name(variant)
+    if not build.is_sealed(target):
+        if not compiler:
+            raise build.CompileError("no prebuilt engine and no C++ compiler (g++ or clang++)")
+        build.compile_engine(variant, compiler, target)
+    try:
+        return _open(variant.name, target, origin)
+    except NoEngine:
+        target.unlink(missing_ok=True)  # the next start shall not find it
+        raise
+
+
+def _private(folder: Path) -> Path:
+    """`folder`, made if need be. Raises PermissionError if others could put code there."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.geteuid() or found.st_mode & stat.S_IWOTH:
+        raise PermissionError(f"{folder} can be written by others")
+    return folder
+
+
+def cache_folder() -> Path:
+    """Where compiled engines are kept. Raises RuntimeError if there is no home."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmasos"
 
 
 def _open(name: str, path: Path, origin: str) -> Engine:

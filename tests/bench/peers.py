@@ -67,7 +67,7 @@ class System:
 
 
 def _llama(name: str) -> System:
-    settings = {"model": str(MODELS / name), "threads": THREADS, "flash": 1, "unified": False}
+    settings = {"model": str(MODELS / name), "threads": THREADS, "flash": 1, "unified": True}
     return System("run_llama_cpp.py", "llama", settings, name)
 
 

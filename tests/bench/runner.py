@@ -94,7 +94,8 @@ class Runner:
             raise RunnerFailed(f"{self.name}: no answer in {timeout_s:g} s, see {self.log}")
         line = self.process.stdout.readline()
         if not line:
-            raise RunnerFailed(f"{self.name} died, see {self.log}")
+            self.process.wait(10)
+            raise RunnerFailed(f"{self.name} ended with status {self.process.returncode}, see {self.log}")
         reply: dict[str, Any] = json.loads(line)
         if "error" in reply:
             raise RunnerFailed(f"{self.name}: {reply['error'].strip()}")
