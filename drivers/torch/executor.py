@@ -16,8 +16,9 @@ from typing import TypeVar
 import torch
 from llmasos.syscalls import errors
 
-from ..base import BLOCK_TOKENS, Batch, Description, Loaded, LoadSpec, SeqOut, StepResult
+from ..base import Batch, Description, Loaded, LoadSpec, SeqOut, StepResult
 from ..mirror import Mirror
+from ..room import kv_blocks, size_text
 from . import host, linear, quantised
 from .attention import Coming, KvPool
 from .config import Config, Shape
@@ -180,7 +181,8 @@ class TorchDriver:
         _, free = host.memory(self._device)
         if needed > free:
             raise errors.NeverFits(
-                f"the weights need {_size(needed)}, {self._name} has {_size(free)} free; {self._holders()}",
+                f"the weights need {size_text(needed)}, {self._name} has {size_text(free)} free; "
+                f"{self._holders()}",
                 hint="unload other models, use bfloat16 or a smaller model",
                 needed=needed,
                 free=free,
@@ -189,19 +191,9 @@ class TorchDriver:
     def _blocks(self, shape: Shape, block_bytes: int, fraction: float) -> int:
         """KV blocks that fit into `fraction` of the free memory. Raises NeverFits below one context."""
         _, free = host.memory(self._device)
-        context = -(-shape.context_length // BLOCK_TOKENS)
-        most = max(context, min(_MOST_CONTEXTS * context, _MOST_TOKENS // BLOCK_TOKENS))
-        blocks = min(int(free * fraction) // block_bytes, most)
-        if blocks < context:
-            raise errors.NeverFits(
-                f"one context of {shape.context_length} tokens needs {_size(context * block_bytes)} of KV, "
-                f"{_size(int(free * fraction))} may be used ({fraction:.0%} of {_size(free)} free on "
-                f"{self._name}); {self._holders()}",
-                hint="unload other models, use bfloat16, or give KV a larger share of the memory",
-                needed=context * block_bytes,
-                free=int(free * fraction),
-            )
-        return blocks
+        length = shape.context_length
+        most = min(_MOST_CONTEXTS * length, _MOST_TOKENS)
+        return kv_blocks(self._name, length, block_bytes, free, fraction, most, self._holders())
 
     def unload(self, handle: int) -> None:
         if (resident := self._residents.pop(handle, None)) is not None:
@@ -307,7 +299,7 @@ class TorchDriver:
     def _holders(self) -> str:
         """Who holds the device's memory."""
         held = [
-            f"model {handle}: weights {_size(r.loaded.weights_bytes)}, KV {_size(r.kv_bytes)}, "
+            f"model {handle}: weights {size_text(r.loaded.weights_bytes)}, KV {size_text(r.kv_bytes)}, "
             f"{len(r.mirror)} sequences"
             for handle, r in self._residents.items()
         ]
@@ -318,7 +310,3 @@ def _is_out_of_memory(problem: BaseException) -> bool:
     if isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
         return True
     return "can't allocate memory" in str(problem)  # torch's CPU allocator has no class of its own
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
