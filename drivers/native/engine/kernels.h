@@ -189,11 +189,11 @@ __attribute__((always_inline)) static inline void prepare_group(const float *x, 
         vf_store_int8(q + 16, whole_b);
         for (int k = 0; k < GROUP; k += 4) memcpy(out + k * width, q + k, 4);
     }
-    const int32_t total = (int32_t)vf_sum(vf_add(whole_a, whole_b));  // of so few whole numbers it is exact
+    const float total = vf_sum(vf_add(whole_a, whole_b));  // of so few whole numbers it is exact; a NaN stays one
     const size_t place = (size_t)tile.first * groups + (size_t)g * width + lane;
     to.scale[place] = scale;
-    to.sum[place] = scale * (float)total;
-    to.minus[place] = -128 * total;
+    to.sum[place] = scale * total;
+    to.minus[place] = total == total ? -128 * (int32_t)total : 0;
 }
 
 // --------------------------------------------------------------------------------------------- products
