@@ -687,48 +687,32 @@ static void attend_chunk(const Context &at, const Queries &query, int from, int 
         for (int n = 0; n < many; n++, b++)
             UNROLL for (int r = 0; r < R; r++) vf_store(&weights.full[r][b * 16], seen(r, b, s[n][r], vf_set(HIDDEN_SCORE)));
     }
-    // INT8: the scales of the values go into the weights, which become whole numbers of 14 bits. The unit is that of
-    // the greatest scale that the query sees, for a weight is at most 1.
-    constexpr int BLOCKS = KV == LLK_KV_INT8 ? CHUNK / BLOCK_TOKENS : 1;
-    const auto value_scales = [&](int b) { return vf_load((const float *)(at.tile(first + b) + (size_t)at.head_dim * 32) + 16); };
-    const auto unit_of = [&](vf greatest) {
-        float most = vf_highest(greatest);
-        return (most > 1e-30f ? most : 1e-30f) / 16383.f;
-    };
-    vf scaled[BLOCKS];
-    float unit = 0;
-    if (KV == LLK_KV_INT8) {
-        vf greatest = vf_zero();
-        for (int b = 0; b < count; b++) greatest = vf_max(greatest, value_scales(b));
-        unit = unit_of(greatest);
-        for (int b = 0; b < count; b++) scaled[b] = vf_mul(value_scales(b), vf_set(1.f / unit));
-    }
     for (int r = 0; r < R; r++) {
         float *row = weights.full[r];
         vf most = vf_set(HIDDEN_SCORE);
         for (int b = 0; b < count; b++) most = vf_max(most, vf_load(row + b * 16));
         out[r].most = vf_highest(most);
-        vf top = vf_set(out[r].most), sum = vf_zero();
-        if (KV == LLK_KV_INT8) {
-            weights.step[r] = unit;
-            if (!whole[r]) {
-                vf greatest = vf_zero();
-                for (int b = 0; b < count; b++) greatest = vf_max(greatest, seen(r, b, value_scales(b), vf_zero()));
-                weights.step[r] = unit_of(greatest);
-            }
-        }
-        const vf inverse = vf_set(KV == LLK_KV_INT8 ? 1.f / weights.step[r] : 0.f);
+        vf top = vf_set(out[r].most), sum = vf_zero(), heaviest = vf_zero();
         for (int b = 0; b < count; b++) {
             vf p = seen(r, b, vf_exp(vf_sub(vf_load(row + b * 16), top)), vf_zero());
             sum = vf_add(sum, p);
-            if (KV == LLK_KV_F32) vf_store(row + b * 16, p);
             if (KV == LLK_KV_BF16) vf_store_bf16(&weights.half[r][b * 16], p);
-            if (KV == LLK_KV_INT8) {
-                vf scale = whole[r] ? scaled[b] : seen(r, b, vf_mul(value_scales(b), inverse), vf_zero());
-                vf_store_split(&weights.low[r][b * 16], &weights.high[r][b * 16], vf_mul(p, scale));
+            if (KV == LLK_KV_INT8) {  // the values' scales go into the weights
+                p = vf_mul(p, vf_load((const float *)(at.tile(first + b) + (size_t)at.head_dim * 32) + 16));
+                p = seen(r, b, p, vf_zero());
+                heaviest = vf_max(heaviest, p);
             }
+            if (KV != LLK_KV_BF16) vf_store(row + b * 16, p);
         }
         out[r].sum = vf_sum(sum);
+        if (KV == LLK_KV_INT8) {
+            float weight = vf_highest(heaviest);
+            weight = weight > 1e-30f ? weight : 1e-30f;
+            weights.step[r] = weight / 16383.f;
+            vf factor = vf_set(16383.f / weight);
+            for (int b = 0; b < count; b++)
+                vf_store_split(&weights.low[r][b * 16], &weights.high[r][b * 16], vf_mul(vf_load(row + b * 16), factor));
+        }
     }
     constexpr int COLUMNS = KV == LLK_KV_INT8 ? (N + 1) / 2 : N;  // two sums a column there
     int i = 0;
