@@ -25,6 +25,7 @@ from llmasos.userland.text_stream import TextStream
 
 MODEL = "smollm2"
 TENANTS = {"alice": "interactive", "bob": "batch", "carol": "idle"}
+STORY_TOKENS = 800
 STORY = "Write a long story about a lighthouse keeper who finds a message in a bottle."
 PATIENCE_S = 120.0
 
@@ -107,7 +108,7 @@ def tenants(client: Client) -> None:
     running = {name: Tenant(name, sched_class) for name, sched_class in TENANTS.items()}
     try:
         wait_until(lambda: all(tenant.pieces or tenant.error for tenant in running.values()))
-        time.sleep(2)
+        time.sleep(0.3)
         print("While they write:\n")
         llsh("ps")
         print("\nCarol's process is killed; the others do not notice.\n")
@@ -146,7 +147,9 @@ class Tenant:
 
     def _write(self) -> None:
         try:
-            stream: TextStream = self.process.chat(STORY, max_new_tokens=64, do_sample=True, seed=1)
+            # So long that there is something to watch and to kill on a quick machine too.
+            length = {"min_new_tokens": STORY_TOKENS, "max_new_tokens": STORY_TOKENS}
+            stream: TextStream = self.process.chat(STORY, **length, do_sample=True, seed=1)
             with stream:
                 for _ in stream:
                     self.pieces += 1

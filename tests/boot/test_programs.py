@@ -93,3 +93,10 @@ def test_two_tenants_and_paris(home: Path) -> None:
     ran = run([*LLSH, "run", "smollm2", "What is the capital of France?"], env)
     assert (ran.returncode, "Paris" in ran.stdout) == (0, True)
     assert run([*LLSH, "ps", "--json"], env).stdout.strip() == "[]"
+
+
+def test_the_demo(home: Path) -> None:
+    """What `make demo` shows, on the default model."""
+    ran = run([sys.executable, str(ROOT / "examples" / "demo.py")], environment(home), timeout=300)
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
+    assert "killed" in ran.stdout
