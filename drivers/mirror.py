@@ -52,14 +52,7 @@ class Sequence:
     @property
     def processed(self) -> bool:
         """Whether its scores are changed by what came before (penalties, bans)."""
-        sampling = self.sampling
-        return (
-            sampling.repetition_penalty != 1
-            or sampling.presence_penalty != 0
-            or sampling.frequency_penalty != 0
-            or sampling.no_repeat_ngram_size > 0
-            or self.generated < sampling.min_new_tokens
-        )
+        return self.sampling.follows_text or self.generated < self.sampling.min_new_tokens
 
 
 @dataclass(slots=True)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from llmasos.syscalls import errors
 
-from .base import BLOCK_TOKENS
+from .base import BLOCK_TOKENS, Loaded
 
 
 def kv_blocks(
@@ -36,3 +38,13 @@ def kv_blocks(
 def size_text(count: int) -> str:
     """Bytes for people."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def holders(resident: Iterable[tuple[Loaded, int]]) -> str:
+    """Who holds a device's memory, for people: the models on it, each with its count of sequences."""
+    held = [
+        f"model {loaded.handle}: weights {size_text(loaded.weights_bytes)}, "
+        f"KV {size_text(loaded.blocks * loaded.block_bytes)}, {sequences} sequences"
+        for loaded, sequences in resident
+    ]
+    return "; ".join(held) if held else "no other model is loaded"

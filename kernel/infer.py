@@ -54,16 +54,8 @@ class Infer:
     drafts: bool = field(init=False)  # guesses may be made
 
     def __post_init__(self) -> None:
-        sampling = self.sampling
         self.samples = self.limit > self.start
-        # Penalties and bans change with every token: nothing can be chosen for several positions at once.
-        self.drafts = (
-            self.beams is None
-            and sampling.repetition_penalty == 1
-            and sampling.presence_penalty == 0
-            and sampling.frequency_penalty == 0
-            and sampling.no_repeat_ngram_size == 0
-        )
+        self.drafts = self.beams is None and not self.sampling.follows_text
 
     @property
     def scoring(self) -> bool:

@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from . import types as t
 
-VERSION = 1
+VERSION = 2
 
 
 class Call(t.Wire, frozen=True):

@@ -91,6 +91,17 @@ class Sampling(Wire, frozen=True):
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     prompt_logprobs: bool = False
 
+    @property
+    def follows_text(self) -> bool:
+        """Whether penalties or bans change with every token: nothing can be chosen for several positions at
+        once."""
+        return (
+            self.repetition_penalty != 1
+            or self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.no_repeat_ngram_size > 0
+        )
+
 
 class Beams(Wire, frozen=True):
     """Beam search, with the meanings of Hugging Face `generate`.

@@ -17,7 +17,7 @@ from llmasos.syscalls import errors
 from .. import host
 from ..base import Batch, Description, Loaded, LoadSpec, StepResult
 from ..mirror import Mirror, Piece, Step
-from ..room import kv_blocks, size_text
+from ..room import holders, kv_blocks
 from . import formats, library, pack
 from .model import MAX_PICKS, MAX_ROWS, Floats, NativeModel, wanted
 
@@ -188,9 +188,4 @@ class NativeDriver:
         return resident
 
     def _holders(self) -> str:
-        held = [
-            f"model {handle}: weights {size_text(r.loaded.weights_bytes)}, "
-            f"KV {size_text(r.loaded.blocks * r.loaded.block_bytes)}, {len(r.mirror)} sequences"
-            for handle, r in self._residents.items()
-        ]
-        return "; ".join(held) if held else "no other model is loaded"
+        return holders((resident.loaded, len(resident.mirror)) for resident in self._residents.values())

@@ -18,7 +18,7 @@ from llmasos.syscalls import errors
 
 from ..base import Batch, Description, Loaded, LoadSpec, SeqOut, StepResult
 from ..mirror import Mirror
-from ..room import kv_blocks, size_text
+from ..room import holders, kv_blocks, size_text
 from . import host, linear, quantised
 from .attention import Coming, KvPool
 from .config import Config, Shape
@@ -297,13 +297,7 @@ class TorchDriver:
         raise AssertionError("unreachable")
 
     def _holders(self) -> str:
-        """Who holds the device's memory."""
-        held = [
-            f"model {handle}: weights {size_text(r.loaded.weights_bytes)}, KV {size_text(r.kv_bytes)}, "
-            f"{len(r.mirror)} sequences"
-            for handle, r in self._residents.items()
-        ]
-        return "; ".join(held) if held else "no other model is loaded"
+        return holders((resident.loaded, len(resident.mirror)) for resident in self._residents.values())
 
 
 def _is_out_of_memory(problem: BaseException) -> bool:

@@ -33,10 +33,6 @@ class Resident:
     static: StaticDecode | None = None
     flights: list[Flight] = field(default_factory=list)
 
-    @property
-    def kv_bytes(self) -> int:
-        return self.loaded.blocks * self.loaded.block_bytes
-
     def launch(self, step: Step, coming: Coming | None) -> Flight:
         """Starts an applied batch, whose PENDING tokens are in `coming`. May be repeated when it fails: it
         leaves the mirror as it is."""

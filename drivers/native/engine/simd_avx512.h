@@ -81,21 +81,7 @@ static inline vi dot_q8(vi acc, vb w, const void *x) {
 static inline vi dot_values(vi acc, vb v, const void *p) {
     return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(*(const int32_t *)p), v);
 }
-// Dot products with whole numbers of 15 bits. These lie by fours in 8 bytes, `stride` bytes apart: 128 * high + low,
-// four high bytes, then four low ones.
-struct v15 { vi high, low; };
-static inline void vf_store_15(int8_t *to, size_t stride, vf v) {
-    vf top = vf_round(vf_mul(v, vf_set(1.f / 128.f)));
-    int8_t high[16], low[16];
-    vf_store_int8(high, top);
-    vf_store_int8(low, vf_fma(top, vf_set(-128.f), v));
-    for (int i = 0; i < 4; i++) {
-        __builtin_memcpy(to + i * stride, high + 4 * i, 4);
-        __builtin_memcpy(to + i * stride + 4, low + 4 * i, 4);
-    }
-}
-static inline v15 v15_zero() { return {vi_zero(), vi_zero()}; }
-static inline v15 v15_start_q8(int32_t minus) { return {vi_zero(), q8_start(minus)}; }
+#include "simd_halves.h"
 static inline vi v15_whole(v15 v) { return _mm512_add_epi32(_mm512_slli_epi32(v.high, 7), v.low); }
 static inline v15 dot15_q8(v15 acc, vb w, const int8_t *x) { return {dot_q8(acc.high, w, x), dot_q8(acc.low, w, x + 4)}; }
 static inline v15 dot15_nibbles(v15 acc, vb w, const int8_t *x) { return dot15_q8(acc, w, x); }
