@@ -23,7 +23,7 @@ from .model import MAX_PICKS, MAX_ROWS, Floats, NativeModel, wanted
 
 KV_DTYPES = ("float32", "bfloat16", "int8")
 
-# 8 bits with a scale a token and head: half the memory, and less error than 8-bit activations in model.FINE.
+# 8 bits with a scale a token and head: half the memory, and less error than 8-bit activations cause.
 _KV_FOR = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "int4": "int8"}
 
 MOST_TOKENS = 1 << 17

@@ -219,8 +219,14 @@ static void embed(Engine &e, int thread) {
 }
 
 static void rotate(float *head, int pairs, const float *cosine, const float *sine) {
-    for (int i = 0; i < pairs; i++) {
-        float a = head[i], b = head[i + pairs];
+    int i = 0;
+    for (; i + 16 <= pairs; i += 16) {
+        const vf a = vf_load(head + i), b = vf_load(head + i + pairs), c = vf_load(cosine + i), s = vf_load(sine + i);
+        vf_store(head + i, vf_sub(vf_mul(a, c), vf_mul(b, s)));
+        vf_store(head + i + pairs, vf_add(vf_mul(b, c), vf_mul(a, s)));
+    }
+    for (; i < pairs; i++) {
+        const float a = head[i], b = head[i + pairs];
         head[i] = a * cosine[i] - b * sine[i];
         head[i + pairs] = b * cosine[i] + a * sine[i];
     }

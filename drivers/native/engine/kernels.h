@@ -21,11 +21,14 @@
 #endif
 
 #define UNROLL _Pragma("GCC unroll 16")
+// Nothing behind it is loaded before it. gcc would load what all rows need first, and keep sums in memory for that.
+#define LOAD_LATE() __asm__ volatile("" ::: "memory")
 
 static constexpr int GROUP = 32;         // columns that share a scale
 static constexpr int BLOCK_TOKENS = 16;  // positions of a KV block
 static constexpr int CHUNK = 128;        // positions whose softmax is taken at once
 static constexpr float HIDDEN_SCORE = -1e30f;
+static constexpr float FINE_RANGE = 127.f * 128.f;  // of whole numbers of 15 bits, with a sign, that two bytes hold
 
 static inline int imin(int a, int b) { return a < b ? a : b; }
 static inline int imax(int a, int b) { return a > b ? a : b; }
@@ -43,6 +46,18 @@ static inline vf vf_exp(vf x) {
     p = vf_fma(p, r, vf_set(1.6666665e-1f));
     p = vf_fma(p, r, vf_set(0.5f));
     p = vf_fma(p, vf_mul(r, r), vf_add(r, vf_set(1.f)));
+    return vf_scale2(p, n);
+}
+
+// exp to 3e-6, enough where the result is rounded to bfloat16 or 15 bits: a power of two times a polynomial that is
+// fitted to 2**r on [-1/2, 1/2].
+static inline vf vf_exp_coarse(vf x) {
+    vf t = vf_max(vf_mul(x, vf_set(1.44269504f)), vf_set(-126.f)), n = vf_round(t), r = vf_sub(t, n);
+    vf p = vf_set(9.6004e-3f);
+    p = vf_fma(p, r, vf_set(5.591689e-2f));
+    p = vf_fma(p, r, vf_set(2.4023718e-1f));
+    p = vf_fma(p, r, vf_set(6.9312199e-1f));
+    p = vf_fma(p, r, vf_set(1.f));
     return vf_scale2(p, n);
 }
 
@@ -176,7 +191,7 @@ __attribute__((always_inline)) static inline void prepare_group(const float *x, 
     }
     float most = vf_highest(vf_max(vf_abs(a), vf_abs(b)));
     most = most > 1e-20f ? most : 1e-20f;
-    const float range = FINE ? 127.f * 128.f : 127.f, scale = most / range;
+    const float range = FINE ? FINE_RANGE : 127.f, scale = most / range;
     vf inverse = vf_set(range / most);
     const vf whole_a = vf_round(vf_mul(a, inverse)), whole_b = vf_round(vf_mul(b, inverse));
     int8_t *out = to.q + (FINE ? 2 : 1) * ((size_t)tile.first * to.cols + (size_t)begin * width + lane * 4);
@@ -379,7 +394,7 @@ static inline void rows_of_blocks(const llk_matrix &matrix, const Rows &x, int f
     if constexpr (FORMAT >= LLK_Q8 && M >= 4 && TILE_ROWS == 16) {
         if (pair) {
             // As many rows as leave both blocks' sums in registers.
-            constexpr int PART = FINE ? (M % 4 ? M / 2 : 4) : M == 16 ? 8 : M;
+            constexpr int PART = M == 16 ? 8 : M;
             for (int lane = 0; lane < M; lane += PART) {
                 vf acc0[PART], acc1[PART];
                 product_pair<FORMAT, FINE, PART, M>(w, w + bytes, x, first, lane, acc0, acc1);
@@ -487,7 +502,12 @@ static inline void write_key(int kv_format, int head_dim, uint8_t *tile, int pla
     } else {
         int8_t q[512];
         ((float *)(tile + (size_t)head_dim * 32))[place] = quantise_head(k, head_dim, q);
-        for (int d = 0; d < head_dim; d++) tile[d / 4 * 64 + place * 4 + d % 4] = (uint8_t)(q[d] + 128);
+        for (int d = 0; d < head_dim; d += 4) {
+            uint32_t four;
+            memcpy(&four, q + d, 4);
+            four ^= 0x80808080;  // + 128
+            memcpy(tile + d * 16 + place * 4, &four, 4);
+        }
     }
 }
 
@@ -553,12 +573,19 @@ static inline void merge(Partial &into, const Partial &next, int head_dim) {
         memcpy(into.values, next.values, (size_t)head_dim * 4);
         return;
     }
-    float most = into.most > next.most ? into.most : next.most;
-    float a = expf(into.most - most), b = expf(next.most - most);
-    into.most = most;
-    into.sum = fmaf(next.sum, b, into.sum * a);
-    for (int d = 0; d < head_dim; d += 16)
-        vf_store(into.values + d, vf_fma(vf_load(next.values + d), vf_set(b), vf_mul(vf_load(into.values + d), vf_set(a))));
+    const float apart = next.most - into.most;
+    if (apart > 0) {
+        const float a = expf(-apart);
+        into.most = next.most;
+        into.sum = fmaf(into.sum, a, next.sum);
+        for (int d = 0; d < head_dim; d += 16)
+            vf_store(into.values + d, vf_fma(vf_load(into.values + d), vf_set(a), vf_load(next.values + d)));
+    } else {
+        const float b = expf(apart);
+        into.sum = fmaf(next.sum, b, into.sum);
+        for (int d = 0; d < head_dim; d += 16)
+            vf_store(into.values + d, vf_fma(vf_load(next.values + d), vf_set(b), vf_load(into.values + d)));
+    }
 }
 
 // The cache of one layer at one KV head, for one sequence. `stride`: bytes from block to block.
@@ -598,10 +625,14 @@ static inline void score_blocks(const Context &at, const Queries &query, int fro
         vi dot[N][R];
         UNROLL for (int n = 0; n < N; n++) UNROLL for (int r = 0; r < R; r++) dot[n][r] = q8_start(query.minus[from + r]);
         for (int d = 0; d < head_dim; d += 4, x += 4 * R)
-            UNROLL for (int n = 0; n < N; n++) {
-                vb key = vb_load_q8(tile[n] + d * 16);
-                UNROLL for (int r = 0; r < R; r++) dot[n][r] = dot_q8(dot[n][r], key, x + 4 * r);
+        {
+            vb key[N];
+            UNROLL for (int n = 0; n < N; n++) key[n] = vb_load_q8(tile[n] + d * 16);
+            UNROLL for (int r = 0; r < R; r++) {
+                UNROLL for (int n = 0; n < N; n++) dot[n][r] = dot_q8(dot[n][r], key[n], x + 4 * r);
+                LOAD_LATE();
             }
+        }
         UNROLL for (int n = 0; n < N; n++) {
             vf scales = vf_load((const float *)(tile[n] + (size_t)head_dim * 32));
             UNROLL for (int r = 0; r < R; r++) s[n][r] = vf_mul(vi_float(dot[n][r]), vf_mul(scales, vf_set(query.scale[from + r])));
@@ -609,11 +640,12 @@ static inline void score_blocks(const Context &at, const Queries &query, int fro
     }
 }
 
-// Weights of the positions of a chunk for R queries, in the form that the values' format wants.
+// Weights of the positions of a chunk for R queries, in the form that the values' format wants: float; bfloat16;
+// whole numbers of 15 bits by fours, see vf_store_15, with what one of them is worth.
 template <int KV, int R> struct Weights {
     alignas(64) float full[R][CHUNK];
     alignas(64) uint16_t half[KV == LLK_KV_BF16 ? R : 1][CHUNK];
-    alignas(64) uint8_t low[KV == LLK_KV_INT8 ? R : 1][CHUNK], high[KV == LLK_KV_INT8 ? R : 1][CHUNK];
+    alignas(64) int8_t fours[KV == LLK_KV_INT8 ? R : 1][CHUNK * 2];
     float step[R];
 };
 
@@ -622,10 +654,10 @@ template <int KV, int R, int N>
 static inline void sum_values(const Context &at, const Weights<KV, R> &weights, int first, int count, int i, Partial *out) {
     const int head_dim = at.head_dim;
     vf acc[N][R];
-    vi small[N][R], large[N][R];
+    v15 whole[N][R];
     UNROLL for (int n = 0; n < N; n++) UNROLL for (int r = 0; r < R; r++) {
-        acc[n][r] = vf_zero();
-        if (KV == LLK_KV_INT8) small[n][r] = large[n][r] = vi_zero();
+        if (KV == LLK_KV_INT8) whole[n][r] = v15_zero();
+        else acc[n][r] = vf_zero();
     }
     for (int b = 0; b < count; b++) {
         const uint8_t *tile = at.tile(first + b);
@@ -646,18 +678,19 @@ static inline void sum_values(const Context &at, const Weights<KV, R> &weights, 
         } else {
             const uint8_t *values = tile + (size_t)head_dim * 16 + i * 4;
             for (int t = 0; t < 4; t++, values += head_dim * 4)
-                UNROLL for (int n = 0; n < N; n++) {
-                    vb value = vb_load(values + 64 * n);
-                    UNROLL for (int r = 0; r < R; r++) {
-                        small[n][r] = dot_values(small[n][r], value, &weights.low[r][b * 16 + 4 * t]);
-                        large[n][r] = dot_values(large[n][r], value, &weights.high[r][b * 16 + 4 * t]);
-                    }
+            {
+                vb value[N];
+                UNROLL for (int n = 0; n < N; n++) value[n] = vb_load(values + 64 * n);
+                UNROLL for (int r = 0; r < R; r++) {
+                    UNROLL for (int n = 0; n < N; n++) whole[n][r] = dot15_values(whole[n][r], value[n], &weights.fours[r][b * 32 + 8 * t]);
+                    LOAD_LATE();
                 }
+            }
         }
     }
     UNROLL for (int n = 0; n < N; n++) UNROLL for (int r = 0; r < R; r++) {
         if (KV == LLK_KV_INT8)
-            acc[n][r] = vf_mul(vf_fma(vi_float(large[n][r]), vf_set(128.f), vi_float(small[n][r])), vf_set(weights.step[r]));
+            acc[n][r] = vf_mul(vi_float(v15_whole(whole[n][r])), vf_set(weights.step[r]));
         vf_store(out[r].values + i + 16 * n, acc[n][r]);
     }
 }
@@ -688,35 +721,42 @@ static void attend_chunk(const Context &at, const Queries &query, int from, int 
             UNROLL for (int r = 0; r < R; r++) vf_store(&weights.full[r][b * 16], seen(r, b, s[n][r], vf_set(HIDDEN_SCORE)));
     }
     for (int r = 0; r < R; r++) {
-        float *row = weights.full[r];
         vf most = vf_set(HIDDEN_SCORE);
-        for (int b = 0; b < count; b++) most = vf_max(most, vf_load(row + b * 16));
+        for (int b = 0; b < count; b++) most = vf_max(most, vf_load(&weights.full[r][b * 16]));
         out[r].most = vf_highest(most);
-        vf top = vf_set(out[r].most), sum = vf_zero(), heaviest = vf_zero();
-        for (int b = 0; b < count; b++) {
-            vf p = seen(r, b, vf_exp(vf_sub(vf_load(row + b * 16), top)), vf_zero());
+    }
+    vf scales[CHUNK / BLOCK_TOKENS];  // of the values
+    if (KV == LLK_KV_INT8)
+        for (int b = 0; b < count; b++) scales[b] = vf_load((const float *)(at.tile(first + b) + (size_t)at.head_dim * 32) + 16);
+    float heaviest[R];
+    for (int r = 0; r < R; r++) {
+        float *row = weights.full[r];
+        vf top = vf_set(out[r].most), sum = vf_zero(), heavy = vf_zero();
+        const auto weigh = [&](int b, auto mask) {
+            vf x = vf_sub(vf_load(row + b * 16), top);
+            vf p = mask(KV == LLK_KV_F32 ? vf_exp(x) : vf_exp_coarse(x));
             sum = vf_add(sum, p);
             if (KV == LLK_KV_BF16) vf_store_bf16(&weights.half[r][b * 16], p);
-            if (KV == LLK_KV_INT8) {  // the values' scales go into the weights
-                p = vf_mul(p, vf_load((const float *)(at.tile(first + b) + (size_t)at.head_dim * 32) + 16));
-                p = seen(r, b, p, vf_zero());
-                heaviest = vf_max(heaviest, p);
+            if (KV == LLK_KV_INT8) {  // the values' scales go into the weights; what lies beyond the end may be anything
+                p = mask(vf_mul(p, scales[b]));
+                heavy = vf_max(heavy, p);
             }
             if (KV != LLK_KV_BF16) vf_store(row + b * 16, p);
-        }
+        };
+        if (whole[r]) for (int b = 0; b < count; b++) weigh(b, [](vf p) { return p; });
+        else for (int b = 0; b < count; b++) weigh(b, [&](vf p) { return seen(r, b, p, vf_zero()); });
         out[r].sum = vf_sum(sum);
-        if (KV == LLK_KV_INT8) {
-            float weight = vf_highest(heaviest);
-            weight = weight > 1e-30f ? weight : 1e-30f;
-            weights.step[r] = weight / 16383.f;
-            vf factor = vf_set(16383.f / weight);
-            for (int b = 0; b < count; b++)
-                vf_store_split(&weights.low[r][b * 16], &weights.high[r][b * 16], vf_mul(vf_load(row + b * 16), factor));
-        }
+        if (KV == LLK_KV_INT8) heaviest[r] = vf_highest(heavy);
     }
-    constexpr int COLUMNS = KV == LLK_KV_INT8 ? (N + 1) / 2 : N;  // two sums a column there
+    if (KV == LLK_KV_INT8)
+        for (int r = 0; r < R; r++) {
+            const float most = heaviest[r] > 1e-30f ? heaviest[r] : 1e-30f;
+            weights.step[r] = most / FINE_RANGE;
+            const vf factor = vf_set(FINE_RANGE / most);
+            for (int b = 0; b < count; b++) vf_store_15(&weights.fours[r][b * 32], 8, vf_mul(vf_load(&weights.full[r][b * 16]), factor));
+        }
     int i = 0;
-    for (; i + 16 * COLUMNS <= at.head_dim; i += 16 * COLUMNS) sum_values<KV, R, COLUMNS>(at, weights, first, count, i, out);
+    for (; i + 16 * N <= at.head_dim; i += 16 * N) sum_values<KV, R, N>(at, weights, first, count, i, out);
     for (; i < at.head_dim; i += 16) sum_values<KV, R, 1>(at, weights, first, count, i, out);
 }
 

@@ -84,14 +84,6 @@ static inline void vf_store_int8(int8_t *p, vf v) {
     __m256i h = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)), 0xd8);
     _mm_storeu_si128((__m128i *)p, _mm_packs_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
 }
-// Whole numbers 0 … 2**14-1 as two bytes of 7 bits.
-static inline void vf_store_split(uint8_t *low, uint8_t *high, vf v) {
-    __m256i h = halves(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b));
-    __m256i l = _mm256_and_si256(h, _mm256_set1_epi16(127));
-    h = _mm256_srli_epi16(h, 7);
-    _mm_storeu_si128((__m128i *)low, _mm_packus_epi16(_mm256_castsi256_si128(l), _mm256_extracti128_si256(l, 1)));
-    _mm_storeu_si128((__m128i *)high, _mm_packus_epi16(_mm256_castsi256_si128(h), _mm256_extracti128_si256(h, 1)));
-}
 
 static inline vi vi_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 static inline vi vi_add(vi a, vi b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
@@ -143,7 +135,6 @@ static inline vi dot_q8(vi acc, vb w, const void *x) {
 }
 #endif
 static inline vi dot_nibbles(vi acc, vb w, const void *x) { return dot_bytes(acc, w, {four_bytes(x), four_bytes(x)}); }
-static inline vi dot_values(vi acc, vb v, const void *p) { return dot_bytes(acc, {four_bytes(p), four_bytes(p)}, v); }
 // acc + the dot product of 2 bfloat16 a lane with the 2 at x.
 static inline __m256 even_bf16(__m256i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
 static inline __m256 odd_bf16(__m256i v) {
@@ -156,7 +147,7 @@ static inline vf dot_bf16(vf acc, vb w, const void *x) {
     return {_mm256_fmadd_ps(odd_bf16(w.a), odd, acc.a), _mm256_fmadd_ps(odd_bf16(w.b), odd, acc.b)};
 }
 // Dot products with whole numbers of 15 bits. These lie by fours in 8 bytes, `stride` bytes apart, as int16: first the
-// two that meet the even bytes of weights, then the two that meet the odd ones.
+// two that meet the even bytes of the other side, then the two that meet the odd ones.
 typedef vi v15;
 static inline void vf_store_15(int8_t *to, size_t stride, vf v) {
     __m256i h = _mm256_permute4x64_epi64(_mm256_packs_epi32(_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)), 0xd8);
@@ -176,13 +167,18 @@ static inline vi dot_shorts(vi acc, vb w, __m256i x) {
     return acc;
 #endif
 }
-// With bytes as they are stored, of which those of Q8 are value+128.
+// With bytes as they are stored, of which those of Q8 are value+128; with the signed bytes of V.
 static inline v15 dot15_q8(v15 acc, vb w, const int8_t *x) {
     const __m256i even = _mm256_set1_epi16(255);
     acc = dot_shorts(acc, {_mm256_and_si256(w.a, even), _mm256_and_si256(w.b, even)}, four_bytes(x));
     return dot_shorts(acc, {_mm256_srli_epi16(w.a, 8), _mm256_srli_epi16(w.b, 8)}, four_bytes(x + 4));
 }
 static inline v15 dot15_nibbles(v15 acc, vb w, const int8_t *x) { return dot15_q8(acc, w, x); }
+static inline __m256i signed_even(__m256i v) { return _mm256_srai_epi16(_mm256_slli_epi16(v, 8), 8); }
+static inline v15 dot15_values(v15 acc, vb v, const int8_t *x) {
+    acc = dot_shorts(acc, {signed_even(v.a), signed_even(v.b)}, four_bytes(x));
+    return dot_shorts(acc, {_mm256_srai_epi16(v.a, 8), _mm256_srai_epi16(v.b, 8)}, four_bytes(x + 4));
+}
 static inline void fetch(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T0); }
 static inline void fetch_far(const void *p) { _mm_prefetch((const char *)p, _MM_HINT_T1); }
 static inline void relax() { _mm_pause(); }

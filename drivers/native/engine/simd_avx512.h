@@ -53,12 +53,6 @@ static inline void vf_store_bf16(uint16_t *p, vf v) {
 static inline void vf_store_int8(int8_t *p, vf v) {
     _mm_storeu_si128((__m128i *)p, _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(v)));
 }
-// Whole numbers 0 … 2**14-1 as two bytes of 7 bits.
-static inline void vf_store_split(uint8_t *low, uint8_t *high, vf v) {
-    __m512i u = _mm512_cvtps_epi32(v);
-    _mm_storeu_si128((__m128i *)low, _mm512_cvtepi32_epi8(_mm512_and_si512(u, _mm512_set1_epi32(127))));
-    _mm_storeu_si128((__m128i *)high, _mm512_cvtepi32_epi8(_mm512_srli_epi32(u, 7)));
-}
 
 static inline vi vi_zero() { return _mm512_setzero_si512(); }
 static inline vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
@@ -70,21 +64,41 @@ static inline vb vb_high(vb v) { return _mm512_and_si512(_mm512_srli_epi16(v, 4)
 // Stored value+128. Dot products with them start from `q8_start`, given -128 times the sum of the other side.
 static inline vb vb_load_q8(const void *p) { return _mm512_loadu_si512(p); }
 static inline vi q8_start(int32_t minus) { return _mm512_set1_epi32(minus); }
-// acc + the dot product of 4 bytes a lane with the 4 int8 at x: nibbles; bytes from vb_load_q8; and V (int8) with
-// probabilities of 7 bits at x.
-static inline vi dot_nibbles(vi acc, vb w, const void *x) {
-    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(*(const int32_t *)x));
-}
+// acc + the dot product of 4 bytes a lane with the 4 int8 at x: nibbles, and bytes from vb_load_q8. In assembly, for
+// gcc 12 keeps the sums of its intrinsic in memory as soon as there are a dozen (attention took half as long again).
 static inline vi dot_q8(vi acc, vb w, const void *x) {
-    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(*(const int32_t *)x));
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32(*(const int32_t *)x)));
+    return acc;
 }
-static inline vi dot_values(vi acc, vb v, const void *p) {
-    return _mm512_dpbusd_epi32(acc, _mm512_set1_epi32(*(const int32_t *)p), v);
+static inline vi dot_nibbles(vi acc, vb w, const void *x) { return dot_q8(acc, w, x); }
+// Dot products with whole numbers of 15 bits. These lie by fours in 8 bytes, `stride` bytes apart, as int16: first the
+// two that meet the even bytes of the other side, then the two that meet the odd ones.
+typedef vi v15;
+static inline void vf_store_15(int8_t *to, size_t stride, vf v) {
+    __m256i h = _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(v));
+    h = _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(h, 0xd8), 0xd8);
+    if (stride == 8) return _mm256_storeu_si256((__m256i *)to, h);
+    int64_t fours[4];
+    _mm256_storeu_si256((__m256i *)fours, h);
+    for (int i = 0; i < 4; i++) *(int64_t *)(to + i * stride) = fours[i];
 }
-#include "simd_halves.h"
-static inline vi v15_whole(v15 v) { return _mm512_add_epi32(_mm512_slli_epi32(v.high, 7), v.low); }
-static inline v15 dot15_q8(v15 acc, vb w, const int8_t *x) { return {dot_q8(acc.high, w, x), dot_q8(acc.low, w, x + 4)}; }
+static inline v15 v15_zero() { return vi_zero(); }
+static inline v15 v15_start_q8(int32_t minus) { return _mm512_set1_epi32(minus); }
+static inline vi v15_whole(v15 v) { return v; }
+static inline vi dot_shorts(vi acc, vb w, const void *x) {
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32(*(const int32_t *)x)));
+    return acc;
+}
+// With bytes as they are stored, of which those of Q8 are value+128; with the signed bytes of V.
+static inline v15 dot15_q8(v15 acc, vb w, const int8_t *x) {
+    acc = dot_shorts(acc, _mm512_and_si512(w, _mm512_set1_epi16(255)), x);
+    return dot_shorts(acc, _mm512_srli_epi16(w, 8), x + 4);
+}
 static inline v15 dot15_nibbles(v15 acc, vb w, const int8_t *x) { return dot15_q8(acc, w, x); }
+static inline v15 dot15_values(v15 acc, vb v, const int8_t *x) {
+    acc = dot_shorts(acc, _mm512_srai_epi16(_mm512_slli_epi16(v, 8), 8), x);
+    return dot_shorts(acc, _mm512_srai_epi16(v, 8), x + 4);
+}
 // acc + the dot product of 2 bfloat16 a lane with the 2 at x.
 static inline vf dot_bf16(vf acc, vb w, const void *x) {
 #ifdef __AVX512BF16__

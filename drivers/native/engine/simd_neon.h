@@ -88,13 +88,6 @@ static inline void vf_store_int8(int8_t *p, vf v) {
     vst1_s8(p, vqmovn_s16(vcombine_s16(four(v.a), four(v.b))));
     vst1_s8(p + 8, vqmovn_s16(vcombine_s16(four(v.c), four(v.d))));
 }
-// Whole numbers 0 … 2**14-1 as two bytes of 7 bits.
-static inline void vf_store_split(uint8_t *low, uint8_t *high, vf v) {
-    const auto four = [](float32x4_t x) { return vmovn_u32(vcvtnq_u32_f32(x)); };
-    const uint16x8_t near = vcombine_u16(four(v.a), four(v.b)), far = vcombine_u16(four(v.c), four(v.d));
-    vst1q_u8(low, vandq_u8(vcombine_u8(vmovn_u16(near), vmovn_u16(far)), vdupq_n_u8(127)));
-    vst1q_u8(high, vcombine_u8(vshrn_n_u16(near, 7), vshrn_n_u16(far, 7)));
-}
 
 static inline vi vi_zero() { return {vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0), vdupq_n_s32(0)}; }
 static inline vf vi_float(vi v) { return each([](int32x4_t x) { return vcvtq_f32_s32(x); }, v); }
@@ -130,7 +123,6 @@ static inline vi dot_q8(vi acc, vb w, const void *x) { return dot_signed(acc, w,
 #endif
 static inline vb vb_load_q8(const void *p) { return vb_q8(vb_load(p)); }
 static inline vi dot_nibbles(vi acc, vb w, const void *x) { return dot_signed(acc, w, x); }
-static inline vi dot_values(vi acc, vb v, const void *p) { return dot_signed(acc, v, p); }
 // acc + the dot product of 2 bfloat16 a lane with the 2 at x.
 static inline float32x4_t even_bf16(uint32x4_t v) { return vreinterpretq_f32_u32(vshlq_n_u32(v, 16)); }
 static inline float32x4_t odd_bf16(uint32x4_t v) { return vreinterpretq_f32_u32(vandq_u32(v, vdupq_n_u32(0xffff0000))); }
@@ -146,7 +138,7 @@ static inline vf dot_bf16(vf acc, vb w, const void *x) {
 static inline vi v15_whole(v15 v) {
     return each([](int32x4_t high, int32x4_t low) { return vaddq_s32(vshlq_n_s32(high, 7), low); }, v.high, v.low);
 }
-// With bytes as they are stored, of which those of Q8 are value+128.
+// With bytes as they are stored, of which those of Q8 are value+128; with the signed bytes of V.
 static inline v15 dot15_q8(v15 acc, vb w, const int8_t *x) {
     w = vb_q8(w);
     return {dot_q8(acc.high, w, x), dot_q8(acc.low, w, x + 4)};
@@ -154,6 +146,7 @@ static inline v15 dot15_q8(v15 acc, vb w, const int8_t *x) {
 static inline v15 dot15_nibbles(v15 acc, vb w, const int8_t *x) {
     return {dot_signed(acc.high, w, x), dot_signed(acc.low, w, x + 4)};
 }
+static inline v15 dot15_values(v15 acc, vb v, const int8_t *x) { return dot15_nibbles(acc, v, x); }
 static inline void fetch(const void *p) { __builtin_prefetch(p); }
 static inline void fetch_far(const void *p) { __builtin_prefetch(p, 0, 2); }
 static inline void relax() { __asm__ volatile("yield"); }

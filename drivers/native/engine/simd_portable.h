@@ -98,12 +98,6 @@ static inline void vf_store_int8(int8_t *p, vf v) {
     memcpy(n, &r, 64);
     for (int i = 0; i < 16; i++) p[i] = (int8_t)n[i];
 }
-static inline void vf_store_split(uint8_t *low, uint8_t *high, vf v) {
-    int32_t n[16];
-    const auto r = each(whole, v);
-    memcpy(n, &r, 64);
-    for (int i = 0; i < 16; i++) low[i] = n[i] & 127, high[i] = (uint8_t)(n[i] >> 7);
-}
 
 static inline vi vi_zero() { return {all(0), all(0), all(0), all(0)}; }
 static inline vi vi_add(vi a, vi b) { return each([](ints x, ints y) { return x + y; }, a, b); }
@@ -131,9 +125,8 @@ static inline vi dot_q8(vi acc, vb w, const void *x) {
     return each([=](ints sum, words v) { return sum + pairs(even(v), near) + pairs(odd(v), far); }, acc, w);
 }
 static inline vi dot_nibbles(vi acc, vb w, const void *x) { return dot_q8(acc, w, x); }
-static inline vi dot_values(vi acc, vb v, const void *p) { return dot_q8(acc, v, p); }
 // Dot products with whole numbers of 15 bits. These lie by fours in 8 bytes, `stride` bytes apart, as int16: first the
-// two that meet the even bytes of weights, then the two that meet the odd ones.
+// two that meet the even bytes of the other side, then the two that meet the odd ones.
 typedef vi v15;
 static inline void vf_store_15(int8_t *to, size_t stride, vf v) {
     int32_t n[16];
@@ -147,7 +140,7 @@ static inline void vf_store_15(int8_t *to, size_t stride, vf v) {
 static inline v15 v15_zero() { return vi_zero(); }
 static inline v15 v15_start_q8(int32_t minus) { return {all(minus), all(minus), all(minus), all(minus)}; }
 static inline vi v15_whole(v15 v) { return v; }
-// With bytes as they are stored, of which those of Q8 are value+128.
+// With bytes as they are stored, of which those of Q8 are value+128; with the signed bytes of V.
 static inline v15 dot15_q8(v15 acc, vb w, const int8_t *x) {
     const shorts near = (shorts)all(load<uint32_t>(x)), far = (shorts)all(load<uint32_t>(x + 4));
     return each([=](ints sum, words v) {
@@ -155,6 +148,10 @@ static inline v15 dot15_q8(v15 acc, vb w, const int8_t *x) {
     }, acc, w);
 }
 static inline v15 dot15_nibbles(v15 acc, vb w, const int8_t *x) { return dot15_q8(acc, w, x); }
+static inline v15 dot15_values(v15 acc, vb v, const int8_t *x) {
+    const shorts near = (shorts)all(load<uint32_t>(x)), far = (shorts)all(load<uint32_t>(x + 4));
+    return each([=](ints sum, words b) { return sum + pairs(even(b), near) + pairs(odd(b), far); }, acc, v);
+}
 static inline vf dot_bf16(vf acc, vb w, const void *x) {
     const words pair = all(load<uint32_t>(x));
     const floats low = (floats)(pair << 16), high = (floats)(pair & 0xffff0000);
