@@ -15,7 +15,6 @@ that is in flight keeps its blocks, for its result is still to be booked.
 from __future__ import annotations
 
 import itertools
-import math
 import random
 from collections.abc import Callable
 
@@ -23,26 +22,20 @@ from llmasos.drivers import base
 from llmasos.syscalls import errors
 from llmasos.syscalls.types import Finish, PullEvent
 
-from . import residency, scheduler, trap
-from .beams import Step
+from . import planning, residency, rounds, trap
 from .config import Config
-from .devices import Device, Flight, Part, Pool, build
+from .devices import Device, Flight, Pool
 from .dmesg import Log, Readers
-from .effects import Effect, Exited, KillWorker, ToWorker
+from .effects import Effect, Exited, KillWorker
 from .imports import Imports
 from .infer import Infer
 from .memory import blocks_for
 from .modelfs.store import ModelFS
 from .process import Process
 from .proctable import ProcessTable
-from .scheduler import Share
 from .sessions import Sessions
 from .tenants import Subject
 from .timers import Timers
-
-LEAD_S = 0.004
-"""The step behind the running one is sent so long before the running one is expected to end: time to plan,
-send and decode it. Steps shorter than two leads are sent at once."""
 
 
 class Kernel:
@@ -149,7 +142,7 @@ class Kernel:
         for call in self._timers.due(self.now()):
             call()
         for device in self.devices.values():
-            self._advance(device)
+            planning.advance(self, device)
         if self.draining and not any(p.infer for p in self.processes):
             loading = any(pool.waiters for d in self.devices.values() for pool in d.pools)
             if not loading:
@@ -189,174 +182,10 @@ class Kernel:
 
     # Steps
 
-    def _advance(self, device: Device) -> None:
-        """Loads what is wanted, or plans and sends steps as long as the device is to have one more."""
-        if device.worker is None or device.loading:
-            return
-        for pool in device.pools:
-            if not pool.ready and (pool.waiters or pool.processes):
-                if not device.flights:
-                    residency.load(self, device, pool)
-                return
-        while len(device.flights) < 2 and (not device.flights or self.now() >= device.ahead_at):
-            resident = itertools.chain.from_iterable(pool.processes for pool in device.pools if pool.ready)
-            queue = scheduler.order(resident, self.now(), self.config.aging_s)
-            if not queue:
-                return
-            pool = queue[0].pool
-            if not self._plan(device, pool, [p for p in queue if p.pool is pool]):
-                return
-
-    def _plan(self, device: Device, pool: Pool, queue: list[Process]) -> bool:
-        """Sends the next step. False: nothing can be sent now."""
-        description = device.description
-        assert description is not None
-        self._match_prefixes(queue)
-        queue = [process for process in queue if process.runnable]
-        if not queue:
-            return True  # a shared prefix was all that they wanted
-        step_tokens = self.config.step_tokens or description.step_tokens
-        most = min(description.max_sequences, step_tokens)
-        # Who has the strongest claim to memory has to be in the step, or those in it may all lack room.
-        if len(queue) > most:
-            first = min(queue, key=Process.rank)
-            if (place := queue.index(first)) >= most:
-                queue.insert(most - 1, queue.pop(place))
-        rows = sum(1 for process in queue[:most] if process.lacking == 1)
-        chunk_tokens = pool.pace.tokens_within(rows, self.config.step_ms / 1000)
-        settled: set[int] = set()  # in the step already, or pushed out of it
-        keys: set[bytes] = set()  # of the blocks that the step fills with prompts
-        must_land = False
-
-        def reserve(process: Process, count: int) -> bool:
-            nonlocal must_land
-            if process.pid in settled or (count > 1 and self._is_filled_elsewhere(device, process, keys)):
-                return False
-            if not self._reserve(process, count, settled):
-                must_land |= scheduler.victim(pool.processes, process, settled, flying=True) is not None
-                return False
-            settled.add(process.pid)
-            if count >= base.BLOCK_TOKENS:
-                keys.update(_filled(process, count))
-            return True
-
-        shares = scheduler.plan(queue, most, step_tokens, chunk_tokens, reserve)
-        if must_land or not shares:
-            # Somebody could take the blocks of a weaker one if that were not in flight: going on ahead would
-            # keep it there for ever.
-            device.ahead_at = math.inf
-            return False
-        self._send(device, pool, shares, keys)
-        return True
-
-    def _match_prefixes(self, queue: list[Process]) -> None:
-        """Lets prompts share what others have computed since they were last planned."""
-        for process in queue:
-            infer, table, before = process.infer, process.table, process.computed
-            if process.lacking < base.BLOCK_TOKENS or process.ahead or before % base.BLOCK_TOKENS:
-                continue
-            if infer is None or infer.scoring:
-                continue
-            memory = process.pool.memory
-            if len(table.blocks) * base.BLOCK_TOKENS > before:  # room that was made and not used
-                memory.truncate(table, before)
-                process.mirror.stale = True
-            process.computed = memory.match(table, process.tokens, len(process.tokens) - 1)
-            if process.computed == before:
-                continue
-            process.mirror.stale = True
-            if infer.first_token is None:
-                gained = process.computed - max(before, infer.first_input)
-                infer.cached = min(infer.cached + max(0, gained), infer.start - infer.first_input)
-            self.settle(process)
-
-    def _is_filled_elsewhere(self, device: Device, process: Process, keys: set[bytes]) -> bool:
-        """Whether the next block of a prompt is being computed for somebody else, in flight or in the step
-        being planned (`keys`): to wait for it is cheaper than to compute it twice."""
-        infer, start = process.infer, process.computed + process.ahead
-        if (
-            infer is None
-            or infer.scoring
-            or process.lacking <= base.BLOCK_TOKENS
-            or start % base.BLOCK_TOKENS
-        ):
-            return False
-        filled = [keys, *(flight.keys for flight in device.flights if flight.pool is process.pool)]
-        if not any(filled):
-            return False
-        key = process.pool.memory.key(process.table, process.tokens, start // base.BLOCK_TOKENS)
-        return any(key in names for names in filled)
-
-    def _reserve(self, process: Process, count: int, settled: set[int]) -> bool:
-        """Makes room for `count` more tokens of `process`, taken from others if need be."""
-        pool = process.pool
-        while (room := pool.memory.reserve(process.table, *process.reach(count))) is None:
-            victim = scheduler.victim(pool.processes, process, settled)
-            if victim is None:
-                return False
-            pool.memory.release(victim.table)
-            victim.computed = 0
-            victim.mirror.stale = True
-            settled.add(victim.pid)
-        if room.copies:
-            process.mirror.stale = True
-            pool.copies += room.copies
-        return True
-
-    def _send(self, device: Device, pool: Pool, shares: list[Share], keys: set[bytes]) -> None:
-        assert device.worker is not None
-        now, drafts = self.now(), self._drafts(pool, shares)
-        parts, rows, tokens = [], 0, 0
-        for share in shares:
-            process, count = share.process, share.count
-            infer = process.infer
-            assert infer is not None
-            sample = infer.samples and infer.beams is None and count == process.lacking
-            draft = drafts if drafts and sample and infer.drafts else 0
-            # Guesses take what is free and push nobody out.
-            if draft and pool.memory.reserve(process.table, *process.reach(count, draft)) is None:
-                draft = 0
-            parts.append(Part(process, infer, count, sample, draft))
-            scheduler.charge(process.beam_of or process, count, now)
-            process.last_run = now
-            if count == 1:
-                rows += 1
-            else:
-                tokens += count
-        copies, pool.copies = pool.copies, []
-        flight = Flight(next(self.numbers), pool, parts, copies, keys, rows, tokens)
-        batch = build(pool, parts, copies, flight.ticket)
-        self.effects.append(ToWorker(device.worker, base.Step(batch)))
-        device.flights.append(flight)
-        if len(device.flights) == 1:
-            self._watch(device)
-
-    def _drafts(self, pool: Pool, shares: list[Share]) -> int:
-        """How many tokens each process of a step may guess. Each may take a block for that, and as many have
-        to be left for who needs one for certain."""
-        spare = scheduler.PASS_ROWS - sum(share.count for share in shares)
-        if spare < len(shares) or pool.memory.free < 2 * len(shares):
-            return 0
-        return min(self.config.draft_tokens, spare // len(shares))
-
-    def _watch(self, device: Device) -> None:
-        """The first flight begins now. Sets when the one behind it is to be sent, if it is not yet."""
-        device.alarm()
-        device.ahead_at = math.inf
-        if len(device.flights) != 1:
-            return
-        flight = device.flights[0]
-        expected = flight.pool.pace.expected(flight.rows, flight.tokens)
-        if expected is not None:
-            now = self.now()
-            device.ahead_at = now if expected < 2 * LEAD_S else now + expected - LEAD_S
-            if device.ahead_at > now:
-                device.alarm = self.at(device.ahead_at, lambda: None)
-
     def _landed(self, device: Device) -> Flight:
         """Takes the first flight off the device and out of its processes."""
         flight = device.flights.popleft()
-        self._watch(device)
+        planning.watch(self, device)
         for part in flight.parts:
             process = part.process
             process.flights -= 1
@@ -400,7 +229,7 @@ class Kernel:
             else:
                 self.settle(process)
         for leader in leaders.values():
-            self._advance_beams(leader)
+            rounds.advance(self, leader)
 
     def _take(self, process: Process, infer: Infer, out: base.SeqOut) -> None:
         """Books sampled tokens, if there are any, and ends the infer when it is over."""
@@ -459,53 +288,6 @@ class Kernel:
         process.computed = 0
         process.mirror.stale = True
 
-    # Beams
-
-    def _advance_beams(self, leader: Process) -> None:
-        """When every running beam has its continuations, lets the search choose and re-forks the beams."""
-        infer = leader.infer
-        if infer is None or infer.beams is None:
-            return
-        running = infer.members or [leader]
-        if any(p.pid not in infer.tops for p in running):
-            return
-        steps = infer.beams.advance([infer.tops[p.pid] for p in running])
-        infer.tops = {}
-        infer.made += 1
-        infer.first_token = infer.first_token or self.now()
-        if infer.beams.done:
-            self.processes.end_infer(leader, Finish.LENGTH)
-        else:
-            infer.members = self._refork(leader, running, steps)
-
-    def _refork(self, leader: Process, running: list[Process], steps: list[Step]) -> list[Process]:
-        """The beams of the next round. A beam's first heir goes on in its place; further heirs are forks."""
-        memory = leader.pool.memory
-        chosen: list[Process | None] = [None] * len(steps)
-        heirs: set[int] = set()
-        for index, step in enumerate(steps):
-            parent = running[step.parent]
-            if parent is not leader and parent.pid not in heirs:
-                heirs.add(parent.pid)
-                chosen[index] = parent
-        spare = [p for p in running if p is not leader and p.pid not in heirs]
-        lengths = {p.pid: len(p.tokens) for p in running}
-        for index, step in enumerate(steps):
-            parent = running[step.parent]
-            member = chosen[index]
-            if member is None:
-                member = spare.pop() if spare else self.processes.add_beam(leader, self.now())
-                memory.release(member.table)
-                member.table = memory.fork(parent.table)
-                member.tokens = parent.tokens[: lengths[parent.pid]]
-                member.computed = parent.computed
-                member.mirror.stale = True
-                chosen[index] = member
-            member.tokens.append(step.token)
-        for member in spare:
-            self.processes.remove_beam(member)
-        return [member for member in chosen if member is not None]
-
     # Imports
 
     def import_progress(self, job: int, event: PullEvent) -> None:
@@ -553,11 +335,3 @@ class Kernel:
                 needed=needed,
                 total=pool.memory.total,
             )
-
-
-def _filled(process: Process, count: int) -> list[bytes]:
-    """The names of the blocks that the next `count` positions of a prompt complete."""
-    start = process.computed + process.ahead
-    memory, table, tokens = process.pool.memory, process.table, process.tokens
-    whole = range(start // base.BLOCK_TOKENS, (start + count) // base.BLOCK_TOKENS)
-    return [memory.key(table, tokens, index) for index in whole]

@@ -20,7 +20,7 @@ from msgspec import Meta
 
 from . import types as t
 
-VERSION = 2
+VERSION = 3
 
 
 class Call(t.Wire, frozen=True):

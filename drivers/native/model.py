@@ -31,8 +31,8 @@ MOST_LISTED = 64
 """Tokens that one row lists at most: 20 log-probabilities, or the continuations of 16 beams."""
 
 FINE = ("head",)
-"""Matrices whose activations have 15 bits where weights are integers: the head is no part of a prompt's work and
-causes a quarter of the error (docs/decisions.md)."""
+"""Matrices whose activations have 15 bits where weights are integers: the head is no part of a prompt's work
+and causes a quarter of the error (docs/decisions.md)."""
 
 NOT_FINITE = "the model's logits are not finite: it overflowed or its weights are broken"
 NOTHING_LEFT = "no token is left to choose: no_repeat_ngram_size or min_new_tokens forbid all"

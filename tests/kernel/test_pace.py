@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 from llmasos.drivers.simulated import StepTime
-from llmasos.kernel.loop import LEAD_S
 from llmasos.kernel.pace import FIRST_CHUNK, LEAST_CHUNK, Pace
+from llmasos.kernel.planning import LEAD_S
 from llmasos.syscalls import types as t
 
 from .conftest import Machine, infer

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from llmasos.drivers import base
 from llmasos.drivers.simulated import StepTime
-from llmasos.kernel.loop import LEAD_S
+from llmasos.kernel.planning import LEAD_S
 from llmasos.syscalls import errors, table, wire
 from llmasos.syscalls import types as t
 

@@ -1,0 +1,201 @@
+"""What goes into the next step, and when it is sent: chooses, makes room, builds the message.
+
+While a step is on a device the next one is planned from what is certain of the first one's result, but sent
+only shortly before the first one is expected to end (loop.py tells why that is safe).
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING
+
+from llmasos.drivers import base
+
+from . import residency, scheduler
+from .devices import Device, Flight, Part, Pool, build
+from .effects import ToWorker
+from .process import Process
+from .scheduler import Share
+
+if TYPE_CHECKING:
+    from .loop import Kernel
+
+LEAD_S = 0.004
+"""The step behind the running one is sent so long before the running one is expected to end: time to plan,
+send and decode it. Steps shorter than two leads are sent at once."""
+
+
+def advance(kernel: Kernel, device: Device) -> None:
+    """Loads what is wanted, or plans and sends steps as long as the device is to have one more."""
+    if device.worker is None or device.loading:
+        return
+    for pool in device.pools:
+        if not pool.ready and (pool.waiters or pool.processes):
+            if not device.flights:
+                residency.load(kernel, device, pool)
+            return
+    while len(device.flights) < 2 and (not device.flights or kernel.now() >= device.ahead_at):
+        resident = itertools.chain.from_iterable(pool.processes for pool in device.pools if pool.ready)
+        queue = scheduler.order(resident, kernel.now(), kernel.config.aging_s)
+        if not queue:
+            return
+        pool = queue[0].pool
+        if not _plan(kernel, device, pool, [p for p in queue if p.pool is pool]):
+            return
+
+
+def _plan(kernel: Kernel, device: Device, pool: Pool, queue: list[Process]) -> bool:
+    """Sends the next step. False: nothing can be sent now."""
+    description = device.description
+    assert description is not None
+    _match_prefixes(kernel, queue)
+    queue = [process for process in queue if process.runnable]
+    if not queue:
+        return True  # a shared prefix was all that they wanted
+    step_tokens = kernel.config.step_tokens or description.step_tokens
+    most = min(description.max_sequences, step_tokens)
+    # Who has the strongest claim to memory has to be in the step, or those in it may all lack room.
+    if len(queue) > most:
+        first = min(queue, key=Process.rank)
+        if (place := queue.index(first)) >= most:
+            queue.insert(most - 1, queue.pop(place))
+    rows = sum(1 for process in queue[:most] if process.lacking == 1)
+    chunk_tokens = pool.pace.tokens_within(rows, kernel.config.step_ms / 1000)
+    settled: set[int] = set()  # in the step already, or pushed out of it
+    keys: set[bytes] = set()  # of the blocks that the step fills with prompts
+    must_land = False
+
+    def reserve(process: Process, count: int) -> bool:
+        nonlocal must_land
+        if process.pid in settled or (count > 1 and _is_filled_elsewhere(kernel, device, process, keys)):
+            return False
+        if not _reserve(kernel, process, count, settled):
+            must_land |= scheduler.victim(pool.processes, process, settled, flying=True) is not None
+            return False
+        settled.add(process.pid)
+        if count >= base.BLOCK_TOKENS:
+            keys.update(_filled(process, count))
+        return True
+
+    shares = scheduler.plan(queue, most, step_tokens, chunk_tokens, reserve)
+    if must_land or not shares:
+        # Somebody could take the blocks of a weaker one if that were not in flight: going on ahead would
+        # keep it there for ever.
+        device.ahead_at = math.inf
+        return False
+    _send(kernel, device, pool, shares, keys)
+    return True
+
+
+def _match_prefixes(kernel: Kernel, queue: list[Process]) -> None:
+    """Lets prompts share what others have computed since they were last planned."""
+    for process in queue:
+        infer, table, before = process.infer, process.table, process.computed
+        if process.lacking < base.BLOCK_TOKENS or process.ahead or before % base.BLOCK_TOKENS:
+            continue
+        if infer is None or infer.scoring:
+            continue
+        memory = process.pool.memory
+        if len(table.blocks) * base.BLOCK_TOKENS > before:  # room that was made and not used
+            memory.truncate(table, before)
+            process.mirror.stale = True
+        process.computed = memory.match(table, process.tokens, len(process.tokens) - 1)
+        if process.computed == before:
+            continue
+        process.mirror.stale = True
+        if infer.first_token is None:
+            gained = process.computed - max(before, infer.first_input)
+            infer.cached = min(infer.cached + max(0, gained), infer.start - infer.first_input)
+        kernel.settle(process)
+
+
+def _is_filled_elsewhere(kernel: Kernel, device: Device, process: Process, keys: set[bytes]) -> bool:
+    """Whether the next block of a prompt is being computed for somebody else, in flight or in the step
+    being planned (`keys`): to wait for it is cheaper than to compute it twice."""
+    infer, start = process.infer, process.computed + process.ahead
+    if infer is None or infer.scoring or process.lacking <= base.BLOCK_TOKENS or start % base.BLOCK_TOKENS:
+        return False
+    filled = [keys, *(flight.keys for flight in device.flights if flight.pool is process.pool)]
+    if not any(filled):
+        return False
+    key = process.pool.memory.key(process.table, process.tokens, start // base.BLOCK_TOKENS)
+    return any(key in names for names in filled)
+
+
+def _reserve(kernel: Kernel, process: Process, count: int, settled: set[int]) -> bool:
+    """Makes room for `count` more tokens of `process`, taken from others if need be."""
+    pool = process.pool
+    while (room := pool.memory.reserve(process.table, *process.reach(count))) is None:
+        victim = scheduler.victim(pool.processes, process, settled)
+        if victim is None:
+            return False
+        pool.memory.release(victim.table)
+        victim.computed = 0
+        victim.mirror.stale = True
+        settled.add(victim.pid)
+    if room.copies:
+        process.mirror.stale = True
+        pool.copies += room.copies
+    return True
+
+
+def _send(kernel: Kernel, device: Device, pool: Pool, shares: list[Share], keys: set[bytes]) -> None:
+    assert device.worker is not None
+    now, drafts = kernel.now(), _drafts(kernel, pool, shares)
+    parts, rows, tokens = [], 0, 0
+    for share in shares:
+        process, count = share.process, share.count
+        infer = process.infer
+        assert infer is not None
+        sample = infer.samples and infer.beams is None and count == process.lacking
+        draft = drafts if drafts and sample and infer.drafts else 0
+        # Guesses take what is free and push nobody out.
+        if draft and pool.memory.reserve(process.table, *process.reach(count, draft)) is None:
+            draft = 0
+        parts.append(Part(process, infer, count, sample, draft))
+        scheduler.charge(process.beam_of or process, count, now)
+        process.last_run = now
+        if count == 1:
+            rows += 1
+        else:
+            tokens += count
+    copies, pool.copies = pool.copies, []
+    flight = Flight(next(kernel.numbers), pool, parts, copies, keys, rows, tokens)
+    batch = build(pool, parts, copies, flight.ticket)
+    kernel.effects.append(ToWorker(device.worker, base.Step(batch)))
+    device.flights.append(flight)
+    if len(device.flights) == 1:
+        watch(kernel, device)
+
+
+def _drafts(kernel: Kernel, pool: Pool, shares: list[Share]) -> int:
+    """How many tokens each process of a step may guess. Each may take a block for that, and as many have
+    to be left for who needs one for certain."""
+    spare = scheduler.PASS_ROWS - sum(share.count for share in shares)
+    if spare < len(shares) or pool.memory.free < 2 * len(shares):
+        return 0
+    return min(kernel.config.draft_tokens, spare // len(shares))
+
+
+def watch(kernel: Kernel, device: Device) -> None:
+    """The first flight begins now. Sets when the one behind it is to be sent, if it is not yet."""
+    device.alarm()
+    device.ahead_at = math.inf
+    if len(device.flights) != 1:
+        return
+    flight = device.flights[0]
+    expected = flight.pool.pace.expected(flight.rows, flight.tokens)
+    if expected is not None:
+        now = kernel.now()
+        device.ahead_at = now if expected < 2 * LEAD_S else now + expected - LEAD_S
+        if device.ahead_at > now:
+            device.alarm = kernel.at(device.ahead_at, lambda: None)
+
+
+def _filled(process: Process, count: int) -> list[bytes]:
+    """The names of the blocks that the next `count` positions of a prompt complete."""
+    start = process.computed + process.ahead
+    memory, table, tokens = process.pool.memory, process.table, process.tokens
+    whole = range(start // base.BLOCK_TOKENS, (start + count) // base.BLOCK_TOKENS)
+    return [memory.key(table, tokens, index) for index in whole]
