@@ -106,10 +106,14 @@ class Work(Struct, frozen=True, array_like=True):
     draft: int = 0
 
 
-class Batch(Struct, frozen=True):
+class Batch(Struct, frozen=True, array_like=True):
     """One step of one model. Applied in this order: closes, opens, copies (source block, target block),
     work. At most one Work a sequence. A batch may be sent before the result of the one before it is back;
-    they are computed in the order sent."""
+    they are computed in the order sent.
+
+    `rounds` > 1: whoever chose a token may go on with it, at most so many times in all, as if the same work
+    had been sent again; together with its guesses by no more than `draft` + `rounds` - 1 further positions.
+    A driver may do fewer."""
 
     ticket: int
     handle: int
@@ -117,14 +121,16 @@ class Batch(Struct, frozen=True):
     opens: list[SeqOpen]
     copies: list[tuple[int, int]]
     work: list[Work]
+    rounds: int = 1
 
 
 class SeqOut(Struct, frozen=True, array_like=True):
     """What one Work produced. `computed`: so many positions have valid KV now. `tokens` were chosen: none,
-    one, or more when guesses were right; `stop` says that the last is one of the stop token ids. `chosen` is
-    parallel to `tokens` when logprobs were asked for. `prompt` scores the tokens at positions start+1 …
-    start+count that were already known, when `prompt_logprobs` is on. `beams` holds the best continuations,
-    best first. `drafted` counts the tokens guessed. `error` not empty: this sequence alone failed."""
+    one, or more when guesses were right or it took part in several `rounds`; `stop` says that the last is one
+    of the stop token ids. `chosen` is parallel to `tokens` when logprobs were asked for. `prompt` scores the
+    tokens at positions start+1 … start+count that were already known, when `prompt_logprobs` is on. `beams`
+    holds the best continuations, best first. `drafted` counts the tokens guessed, `rounds` those that it took
+    part in. `error` not empty: this sequence alone failed."""
 
     seq: int
     computed: int = 0
@@ -135,14 +141,16 @@ class SeqOut(Struct, frozen=True, array_like=True):
     beams: list[t.TokenLogprob] = []
     drafted: int = 0
     error: str = ""
+    rounds: int = 1
 
 
 class StepResult(Struct, frozen=True):
-    """Results in the order of the batch's work. `seconds` is the time on the device."""
+    """Results in the order of the batch's work. `seconds` is the time on the device, of all `rounds`."""
 
     ticket: int
     outputs: list[SeqOut]
     seconds: float
+    rounds: int = 1
 
 
 class Driver(Protocol):

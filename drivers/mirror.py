@@ -59,7 +59,8 @@ class Sequence:
 class Piece:
     """One Work that may be computed: positions `start` … `end`-1 of `sequence`, the last `drafted` of which
     are guesses. `choose`: each of its last `drafted` + 1 rows picks a next token; `beams` > 0: its last row
-    lists the best continuations instead."""
+    lists the best continuations instead. Behind `known` the kernel has made room for `spare` positions, its
+    guesses included; of the tokens that it guesses in one round there are at most `draft`."""
 
     index: int
     sequence: Sequence
@@ -68,6 +69,8 @@ class Piece:
     choose: bool
     beams: int
     drafted: int = 0
+    draft: int = 0
+    spare: int = 0
 
     @property
     def known(self) -> int:
@@ -122,12 +125,30 @@ class Piece:
 
 @dataclass(slots=True)
 class Step:
-    """An applied batch. `outputs` is parallel to the batch's work, filled for what is not a piece."""
+    """An applied batch, one round of it after another. `outputs` is parallel to the batch's work, filled for
+    what is not a piece."""
 
     batch: Batch
     copies: list[tuple[int, int]]
     pieces: list[Piece]
     outputs: list[SeqOut]
+    rounds: int = 1
+
+    def take(self, piece: Piece, out: SeqOut) -> None:
+        """Adds what a piece has produced in this round."""
+        before = self.outputs[piece.index]
+        if self.rounds > 1 and not out.error:
+            out = SeqOut(
+                out.seq,
+                out.computed,
+                before.tokens + out.tokens,
+                out.stop,
+                before.chosen + out.chosen,
+                before.prompt,
+                drafted=before.drafted + out.drafted,
+                rounds=before.rounds + 1,
+            )
+        self.outputs[piece.index] = out
 
 
 class Mirror:
@@ -164,8 +185,28 @@ class Mirror:
             seen.add(work.seq)
             step.outputs.append(SeqOut(work.seq, sequence.computed, error=fault))
             if not fault and not sequence.over:
-                step.pieces.append(self._piece(index, sequence, work))
+                spare = max(0, work.draft) + max(0, batch.rounds - 1)
+                step.pieces.append(
+                    self._piece(index, sequence, work.count, work.sample, work.beams, work.draft, spare)
+                )
         return step
+
+    def again(self, step: Step) -> bool:
+        """Makes the next round of a step whose pieces are all computed; False when there is none."""
+        if step.rounds >= step.batch.rounds:
+            return False
+        pieces = []
+        for piece in step.pieces:
+            sequence = piece.sequence
+            spare = piece.spare - (sequence.computed - piece.known)  # guesses that came true took some
+            # The work's own checks again: nobody but the kernel's arithmetic says that there is a block.
+            room = min(len(sequence.blocks) * BLOCK_TOKENS, self._context_length) - sequence.computed
+            if not piece.choose or sequence.over or sequence.fault or min(spare, room) < 1:
+                continue
+            pieces.append(self._piece(piece.index, sequence, 1, True, 0, piece.draft, spare - 1))
+        step.rounds += 1
+        step.copies, step.pieces = [], pieces
+        return bool(pieces)
 
     def forget(self, batch: Batch) -> None:
         """Closes every sequence of a batch whose step failed half-way: the kernel opens them anew."""
@@ -175,18 +216,20 @@ class Mirror:
     def _in_pool(self, blocks: tuple[int, ...] | list[int]) -> bool:
         return not blocks or (min(blocks) >= 0 and max(blocks) < self._blocks)
 
-    def _piece(self, index: int, sequence: Sequence, work: Work) -> Piece:
+    def _piece(
+        self, index: int, sequence: Sequence, count: int, sample: bool, beams: int, draft: int, spare: int
+    ) -> Piece:
         start, known = sequence.computed, len(sequence.tokens)
-        end = start + work.count
+        end = start + count
         last = end == known
-        beams = work.beams if last else 0
-        choose = last and work.sample and not beams
+        beams = beams if last else 0
+        choose = last and sample and not beams
         guesses: list[int] = []
-        if choose and work.draft > 0 and not sequence.processed:
+        if choose and draft > 0 and not sequence.processed:
             room = min(len(sequence.blocks) * BLOCK_TOKENS, self._context_length, sequence.limit - 1) - end
-            guesses = sequence.drafter.propose(sequence.tokens, min(work.draft, max(0, room)))
+            guesses = sequence.drafter.propose(sequence.tokens, min(draft, spare, max(0, room)))
             sequence.tokens.extend(guesses)
-        return Piece(index, sequence, start, end + len(guesses), choose, beams, len(guesses))
+        return Piece(index, sequence, start, end + len(guesses), choose, beams, len(guesses), draft, spare)
 
     def _open(self, opened: SeqOpen) -> Sequence:
         sequence = Sequence(

@@ -104,7 +104,7 @@ def next_token(
     return scores.best(1, sampling.stop_token_ids if young else ())[0].token
 
 
-class _Resident:
+class Resident:
     """A loaded model: its mirror and its slots, one bytearray of 16 slots a block, made when first used."""
 
     def __init__(self, loaded: Loaded, step_seconds: float, memory: int) -> None:
@@ -144,7 +144,7 @@ class NullDriver:
     name = "null"
 
     def __init__(self) -> None:
-        self._residents: dict[int, _Resident] = {}
+        self._residents: dict[int, Resident] = {}
         self._pending: dict[int, Batch] = {}
 
     def describe(self) -> Description:
@@ -184,7 +184,7 @@ class NullDriver:
                 blocks=loaded.blocks,
                 context_length=loaded.context_length,
             )
-        self._residents[spec.handle] = _Resident(
+        self._residents[spec.handle] = Resident(
             loaded,
             float(config.get("llmasos_null_step_seconds", 0)),
             int(config.get("llmasos_null_memory", 0)),
@@ -203,23 +203,31 @@ class NullDriver:
             raise errors.DeviceFault(f"no step with ticket {ticket} was submitted")
         batch = self._pending.pop(ticket)
         resident = self._resident(batch.handle)
+        step = resident.mirror.apply(batch)
+        seconds = self._round(resident, step)
+        while resident.mirror.again(step):
+            seconds += self._round(resident, step)
+        return StepResult(ticket, step.outputs, self._finish(ticket, seconds), step.rounds)
+
+    def _round(self, resident: Resident, step: Step) -> float:
+        """Computes a round and returns the seconds that it took."""
         begun = time.perf_counter()
         if resident.step_seconds:
             time.sleep(resident.step_seconds)
-        step = resident.mirror.apply(batch)
         for source, target in step.copies:
             resident.put(target, resident.block(source))
         # As on a device, one sequence of a batch may build on blocks that another fills in the same batch.
         for piece in sorted(step.pieces, key=lambda piece: piece.start):
             resident.compute(piece)
         for piece in step.pieces:
-            step.outputs[piece.index] = self._score(resident, piece)
-        return self._finish(step, time.perf_counter() - begun)
+            step.take(piece, self._score(resident, piece))
+        return time.perf_counter() - begun
 
-    def _finish(self, step: Step, seconds: float) -> StepResult:
-        return StepResult(step.batch.ticket, step.outputs, seconds)
+    def _finish(self, ticket: int, seconds: float) -> float:
+        del ticket
+        return seconds
 
-    def _score(self, resident: _Resident, piece: Piece) -> SeqOut:
+    def _score(self, resident: Resident, piece: Piece) -> SeqOut:
         sequence, sampling = piece.sequence, piece.sequence.sampling
         vocab_size = resident.loaded.vocab_size
         slots = resident.history(sequence, piece.end)
@@ -237,7 +245,7 @@ class NullDriver:
             )
         return piece.done(choices, prompt, [])
 
-    def _score_prompt(self, resident: _Resident, slots: bytes, piece: Piece) -> list[t.Chosen]:
+    def _score_prompt(self, resident: Resident, slots: bytes, piece: Piece) -> list[t.Chosen]:
         sampling, tokens = piece.sequence.sampling, piece.sequence.tokens
         vocab_size, memory = resident.loaded.vocab_size, resident.memory
         return [
@@ -262,7 +270,7 @@ class NullDriver:
         self._residents.clear()
         self._pending.clear()
 
-    def _resident(self, handle: int) -> _Resident:
+    def _resident(self, handle: int) -> Resident:
         if (resident := self._residents.get(handle)) is None:
             raise errors.DeviceFault(f"no model is loaded under handle {handle}")
         return resident

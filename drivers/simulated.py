@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from .base import Batch, Description, StepResult
+from .base import Batch, Description
 from .mirror import Step
-from .null import NullDriver
+from .null import NullDriver, Resident
 
 
 @dataclass(slots=True)
@@ -68,10 +68,13 @@ class SimulatedDriver(NullDriver):
         self._submitted[batch.ticket] = self.clock()
         return super().submit(batch)
 
-    def _finish(self, step: Step, seconds: float) -> StepResult:
-        del seconds  # of this machine, which the simulation is not about
-        begun = max(self._submitted.pop(step.batch.ticket), self._free_at)
-        simulated = self._step_time.of(step)
-        self._free_at = begun + simulated
+    def _round(self, resident: Resident, step: Step) -> float:
+        seconds = self._step_time.of(step)
+        super()._round(resident, step)  # in no time: of this machine the simulation is not about
+        return seconds
+
+    def _finish(self, ticket: int, seconds: float) -> float:
+        begun = max(self._submitted.pop(ticket), self._free_at)
+        self._free_at = begun + seconds
         self.clock.advance_to(self._free_at)
-        return StepResult(step.batch.ticket, step.outputs, simulated)
+        return seconds

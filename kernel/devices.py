@@ -89,19 +89,21 @@ class Pool:
 @dataclass(frozen=True, slots=True)
 class Part:
     """What a step does for one process: compute `count` positions; choose a token if `sample`, and guess at
-    most `draft` more."""
+    most `draft` more a round. `extra`: so many further positions its guesses and rounds may compute."""
 
     process: Process
     infer: Infer
     count: int
     sample: bool
     draft: int
+    extra: int
 
 
 @dataclass(slots=True, eq=False)
 class Flight:
     """A step that was sent and not yet collected: its parts in the order of the batch. `keys` name the
-    blocks that it fills with prompts, `rows` and `tokens` are what it was expected to take its time by."""
+    blocks that it fills with prompts; `rows` and `tokens`, `rounds` times, are what it was expected to take
+    its time by."""
 
     ticket: int
     pool: Pool
@@ -110,6 +112,7 @@ class Flight:
     keys: set[bytes]
     rows: int
     tokens: int
+    rounds: int
 
 
 @dataclass(slots=True, eq=False)
@@ -152,7 +155,9 @@ class Device:
         )
 
 
-def build(pool: Pool, parts: list[Part], copies: list[tuple[int, int]], ticket: int) -> base.Batch:
+def build(
+    pool: Pool, parts: list[Part], copies: list[tuple[int, int]], ticket: int, rounds: int
+) -> base.Batch:
     """The message for a step; brings the worker's mirrors up to date with the tables, and books in the
     processes what is in flight."""
     opens, work = [], []
@@ -178,9 +183,9 @@ def build(pool: Pool, parts: list[Part], copies: list[tuple[int, int]], ticket: 
         process.flights += 1
         process.ahead += part.count
         process.coming += part.sample
-        process.guesses += part.draft
+        process.guesses += part.extra
     closes, pool.closes = pool.closes, []
-    return base.Batch(ticket=ticket, handle=pool.handle, closes=closes, opens=opens, copies=copies, work=work)
+    return base.Batch(ticket, pool.handle, closes, opens, copies, work, rounds)
 
 
 def _open(process: Process, infer: Infer) -> base.SeqOpen:

@@ -22,7 +22,7 @@ from llmasos.drivers import base
 from llmasos.syscalls import errors
 from llmasos.syscalls.types import Finish, PullEvent
 
-from . import planning, residency, rounds, trap
+from . import planning, residency, search, trap
 from .config import Config
 from .devices import Device, Flight, Pool
 from .dmesg import Log, Readers
@@ -192,7 +192,7 @@ class Kernel:
             if process.infer is part.infer:
                 process.ahead -= part.count
                 process.coming -= part.sample
-                process.guesses -= part.draft
+                process.guesses -= part.extra
         return flight
 
     def _step_done(self, device: Device, flight: Flight, result: base.StepResult) -> None:
@@ -201,9 +201,11 @@ class Kernel:
             self.effects.append(KillWorker(device.worker_pid))
             return
         self._landed(device)
-        device.step_seconds.append(result.seconds)
-        drafted = sum(out.drafted for out in result.outputs)
-        flight.pool.pace.learn(flight.rows + drafted, flight.tokens, result.seconds)
+        rounds, outputs = result.rounds, result.outputs
+        device.step_seconds.append(result.seconds / rounds)
+        rows = flight.rows if rounds == 1 else sum(out.rounds for out in outputs) / rounds
+        rows += sum(out.drafted for out in outputs) / rounds
+        flight.pool.pace.learn(rows, flight.tokens, result.seconds / rounds)
         leaders: dict[int, Process] = {}
         for part, out in zip(flight.parts, result.outputs, strict=True):
             process, infer = part.process, part.infer
@@ -229,7 +231,7 @@ class Kernel:
             else:
                 self.settle(process)
         for leader in leaders.values():
-            rounds.advance(self, leader)
+            search.advance(self, leader)
 
     def _take(self, process: Process, infer: Infer, out: base.SeqOut) -> None:
         """Books sampled tokens, if there are any, and ends the infer when it is over."""
@@ -237,7 +239,7 @@ class Kernel:
             process.tokens += out.tokens
             process.generated += len(out.tokens)
             process.drafted += out.drafted
-            process.accepted += len(out.tokens) - 1
+            process.accepted += len(out.tokens) - out.rounds
             process.mirror.tokens += len(out.tokens)
             infer.take(out.tokens, out.chosen, self.now())
             if out.stop:

@@ -32,7 +32,7 @@ class Pace:
         """Seconds of a step; None before the first one."""
         return self.fixed + self.row * rows + self.token * tokens if self._seen else None
 
-    def learn(self, rows: int, tokens: int, seconds: float) -> None:
+    def learn(self, rows: float, tokens: int, seconds: float) -> None:
         expected = self.fixed + self.row * rows + self.token * tokens
         error = seconds - expected
         if self._seen >= _YOUNG:

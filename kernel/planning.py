@@ -25,6 +25,12 @@ LEAD_S = 0.004
 """The step behind the running one is sent so long before the running one is expected to end: time to plan,
 send and decode it. Steps shorter than two leads are sent at once."""
 
+ROUNDS_S = 0.016
+"""Steps in which everybody only generates are repeated by the device as long as they take no more than this:
+a frame of a screen, so nobody sees it, and who arrives waits no longer."""
+
+MOST_ROUNDS = 4
+
 
 def advance(kernel: Kernel, device: Device) -> None:
     """Loads what is wanted, or plans and sends steps as long as the device is to have one more."""
@@ -84,7 +90,7 @@ def _plan(kernel: Kernel, device: Device, pool: Pool, queue: list[Process]) -> b
         # keep it there for ever.
         device.ahead_at = math.inf
         return False
-    _send(kernel, device, pool, shares, keys)
+    _send(kernel, device, pool, shares, keys, alone=len(shares) == len(queue))
     return True
 
 
@@ -140,9 +146,11 @@ def _reserve(kernel: Kernel, process: Process, count: int, settled: set[int]) ->
     return True
 
 
-def _send(kernel: Kernel, device: Device, pool: Pool, shares: list[Share], keys: set[bytes]) -> None:
+def _send(
+    kernel: Kernel, device: Device, pool: Pool, shares: list[Share], keys: set[bytes], alone: bool
+) -> None:
     assert device.worker is not None
-    now, drafts = kernel.now(), _drafts(kernel, pool, shares)
+    now, drafts, rounds = kernel.now(), _drafts(kernel, pool, shares), _rounds(pool, shares, alone)
     parts, rows, tokens = [], 0, 0
     for share in shares:
         process, count = share.process, share.count
@@ -150,10 +158,11 @@ def _send(kernel: Kernel, device: Device, pool: Pool, shares: list[Share], keys:
         assert infer is not None
         sample = infer.samples and infer.beams is None and count == process.lacking
         draft = drafts if drafts and sample and infer.drafts else 0
-        # Guesses take what is free and push nobody out.
-        if draft and pool.memory.reserve(process.table, *process.reach(count, draft)) is None:
-            draft = 0
-        parts.append(Part(process, infer, count, sample, draft))
+        extra = draft + rounds - 1
+        # Guesses and rounds take what is free and push nobody out.
+        if extra and pool.memory.reserve(process.table, *process.reach(count, extra)) is None:
+            draft, extra, rounds = 0, 0, 1
+        parts.append(Part(process, infer, count, sample, draft, extra))
         scheduler.charge(process.beam_of or process, count, now)
         process.last_run = now
         if count == 1:
@@ -161,8 +170,8 @@ def _send(kernel: Kernel, device: Device, pool: Pool, shares: list[Share], keys:
         else:
             tokens += count
     copies, pool.copies = pool.copies, []
-    flight = Flight(next(kernel.numbers), pool, parts, copies, keys, rows, tokens)
-    batch = build(pool, parts, copies, flight.ticket)
+    flight = Flight(next(kernel.numbers), pool, parts, copies, keys, rows, tokens, rounds)
+    batch = build(pool, parts, copies, flight.ticket, rounds)
     kernel.effects.append(ToWorker(device.worker, base.Step(batch)))
     device.flights.append(flight)
     if len(device.flights) == 1:
@@ -178,6 +187,19 @@ def _drafts(kernel: Kernel, pool: Pool, shares: list[Share]) -> int:
     return min(kernel.config.draft_tokens, spare // len(shares))
 
 
+def _rounds(pool: Pool, shares: list[Share], alone: bool) -> int:
+    """How often the device may repeat a step without asking: as long as that is no longer than one step of
+    many may be, and there is nobody but those who generate. It halves what kernel and client cost a token."""
+    if not alone or pool.memory.free < 2 * len(shares):
+        return 1
+    for share in shares:
+        infer = share.process.infer
+        if share.count != 1 or share.process.lacking != 1 or not infer or not infer.samples or infer.beams:
+            return 1
+    expected = pool.pace.expected(len(shares), 0)
+    return max(1, min(MOST_ROUNDS, int(ROUNDS_S / expected))) if expected else 1
+
+
 def watch(kernel: Kernel, device: Device) -> None:
     """The first flight begins now. Sets when the one behind it is to be sent, if it is not yet."""
     device.alarm()
@@ -187,6 +209,7 @@ def watch(kernel: Kernel, device: Device) -> None:
     flight = device.flights[0]
     expected = flight.pool.pace.expected(flight.rows, flight.tokens)
     if expected is not None:
+        expected *= flight.rounds
         now = kernel.now()
         device.ahead_at = now if expected < 2 * LEAD_S else now + expected - LEAD_S
         if device.ahead_at > now:

@@ -73,7 +73,7 @@ class Process:
     flights: int = 0  # steps not yet collected that it is in, whatever became of their infer
     ahead: int = 0  # positions that those of this infer compute
     coming: int = 0  # tokens that they choose for certain
-    guesses: int = 0  # tokens, and positions, that they may add if all their guesses are right
+    guesses: int = 0  # tokens, and positions, that they may add by guesses and further rounds
     drafted: int = 0
     accepted: int = 0
     exit: Exit | None = None
@@ -122,12 +122,12 @@ class Process:
         surely_over = len(self.tokens) + self.coming >= infer.limit
         return not self.coming or (infer.credits >= self.coming and not surely_over)
 
-    def reach(self, count: int, draft: int = 0) -> tuple[int, int]:
-        """The first position that `count` more and `draft` guesses may write to, and the end of what they may
-        write at most: nobody knows yet how many guesses of the steps in flight are right."""
+    def reach(self, count: int, extra: int = 0) -> tuple[int, int]:
+        """The first position that `count` more and `extra` by guesses and rounds may write to, and the end of
+        what they may write at most: nobody knows yet how many guesses of the steps in flight are right."""
         start = self.computed + self.ahead
         end = start + count
-        guesses = self.guesses + draft
+        guesses = self.guesses + extra
         if guesses and self.infer is not None:
             # The last token that an infer chooses is never computed by it.
             end = max(end, min(end + guesses, self.infer.limit - 1))

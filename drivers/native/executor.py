@@ -44,10 +44,11 @@ class _Resident:
             self.model.copy_block(source, target)
         for pieces in _portions(step.pieces):
             for piece, result in zip(pieces, self.model.compute(pieces), strict=True):
-                step.outputs[piece.index] = (
+                step.take(
+                    piece,
                     piece.failed(result.error)
                     if result.error
-                    else piece.done(result.choices, result.prompt, result.beams)
+                    else piece.done(result.choices, result.prompt, result.beams),
                 )
 
 
@@ -163,10 +164,12 @@ class NativeDriver:
         step = resident.mirror.apply(batch)
         try:
             resident.compute(step)
+            while resident.mirror.again(step):
+                resident.compute(step)
         except BaseException:
             resident.mirror.forget(batch)
             raise
-        return StepResult(ticket, step.outputs, time.perf_counter() - begun)
+        return StepResult(ticket, step.outputs, time.perf_counter() - begun, step.rounds)
 
     def export_blocks(self, handle: int, blocks: list[int]) -> bytes:
         return self._resident(handle).model.read_blocks(blocks)

@@ -2,9 +2,9 @@
 
     python tests/bench/overhead.py [--streams 1 16] [--tokens 128] [--dtype int4]
 
-For each number of streams, medians of 3 runs: what the client saw from token to token, the device's own time
-of a step as `lsdev` tells it (the median of recent steps), the rest, and the processor seconds that kernel
-and client spent a token. JSON lines.
+For each number of streams, without guesses, medians of 3 runs: what the client saw from token to token, the
+device's own time of a step as `lsdev` tells it (the median of recent steps), the rest, and the processor
+seconds that kernel and client spent a token. JSON lines.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ def measure(
 ) -> dict[str, float]:
     from llmasos.syscalls import table
 
-    times: dict[int, list[float]] = {}
-    counts: dict[int, int] = {}
+    events: dict[int, list[tuple[float, int]]] = {}  # when, and how many tokens, one a round
     watched = processes | {"client": psutil.Process()}
     before = {name: processor_s(process) for name, process in watched.items()}
     for index, event in client.gather(calls):
-        times.setdefault(index, []).append(time.perf_counter())
-        counts[index] = counts.get(index, 0) + len(event.tokens)
+        events.setdefault(index, []).append((time.perf_counter(), len(event.tokens)))
     spent = {name: processor_s(process) - before[name] for name, process in watched.items()}
-    assert all(count == new for count in counts.values()), counts
-    # From event to event: an event is a step's tokens of one stream, one unless some were guessed.
-    gaps = [b - a for stamps in times.values() for a, b in itertools.pairwise(stamps)]
+    counts = [sum(count for _, count in stream) for stream in events.values()]
+    assert counts == [new] * len(counts), counts
+    gaps = [
+        (b - a) / count for stream in events.values() for (a, _), (b, count) in itertools.pairwise(stream)
+    ]
     step_ms = next(d.step_ms for d in client.call(table.Lsdev()).devices if d.step_ms)
     observed = 1000 * statistics.median(gaps)
-    total = sum(counts.values())
+    total = sum(counts)
     return {
         "observed_ms": observed,
         "device_ms": step_ms,
@@ -82,7 +82,7 @@ def main() -> None:
             dtype=arguments.dtype,
         )
 
-    with daemon.running(arguments.home) as supervisor:
+    with daemon.running(arguments.home, "draft_tokens=0") as supervisor:
         from llmasos.userland.client import Client
 
         with Client() as client:

@@ -13,6 +13,7 @@ import pytest
 from llmasos.drivers import base
 from llmasos.drivers.null import NullDriver, next_token
 from llmasos.drivers.simulated import SimulatedDriver, StepTime
+from llmasos.kernel import planning
 from llmasos.kernel.config import Config
 from llmasos.kernel.effects import Exited, KillWorker, ToWorker
 from llmasos.kernel.loop import Kernel
@@ -24,6 +25,15 @@ from llmasos.syscalls import errors, table, wire
 from llmasos.syscalls import types as t
 
 ROOT = Subject("root", 0, 1, True)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def one_round() -> Iterator[None]:
+    """A step of the null driver takes no time, so it would be repeated: here a token is a turn, but in the
+    tests of rounds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "MOST_ROUNDS", 1)
+        yield
 
 
 class World:

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmasos.drivers.null import next_token
+from llmasos.kernel import planning
 from llmasos.syscalls import table, wire
 from llmasos.syscalls import types as t
 
@@ -226,13 +227,18 @@ class Life:
         assert pool.memory.free == pool.memory.total
 
 
-@pytest.mark.parametrize(("memory", "draft_tokens"), [(0, 8), (1, 8), (1, 0)])
+@pytest.mark.parametrize(
+    ("memory", "draft_tokens", "rounds"), [(0, 8, 1), (1, 8, 1), (1, 0, 1), (1, 8, 4), (0, 0, 4)]
+)
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=40, deadline=None)
-def test_whatever_comes_between_a_step_and_its_result(memory: int, draft_tokens: int, seed: int) -> None:
+def test_whatever_comes_between_a_step_and_its_result(
+    memory: int, draft_tokens: int, rounds: int, seed: int
+) -> None:
     """Contexts, forks, beams, signals, preemption, cancels, failures and deaths in any order; with text that
-    repeats itself (memory 1), so that guesses come true, and without guesses."""
-    with tempfile.TemporaryDirectory() as home:
+    repeats itself (memory 1), so that guesses come true, and without guesses; with repeated steps."""
+    with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(planning, "MOST_ROUNDS", rounds)
         life = Life(Path(home), random.Random(seed), memory, draft_tokens=draft_tokens)
         for _ in range(120):
             life.act()
