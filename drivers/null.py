@@ -218,10 +218,13 @@ class NullDriver:
             resident.put(target, resident.block(source))
         # As on a device, one sequence of a batch may build on blocks that another fills in the same batch.
         for piece in sorted(step.pieces, key=lambda piece: piece.start):
-            resident.compute(piece)
+            self._compute(resident, piece)
         for piece in step.pieces:
             step.take(piece, self._score(resident, piece))
         return time.perf_counter() - begun
+
+    def _compute(self, resident: Resident, piece: Piece) -> None:
+        resident.compute(piece)
 
     def _finish(self, ticket: int, seconds: float) -> float:
         del ticket

@@ -6,12 +6,14 @@ collecting it moves the clock to its end. Simulated days of traffic run in secon
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from .base import Batch, Description
-from .mirror import Step
+from . import base
+from .base import Batch, Description, SeqOut, StepResult
+from .mirror import Choice, Piece, Step
 from .null import NullDriver, Resident
 
 
@@ -78,3 +80,42 @@ class SimulatedDriver(NullDriver):
         self._free_at = begun + seconds
         self.clock.advance_to(self._free_at)
         return seconds
+
+
+class LightDriver(SimulatedDriver):
+    """The same times with tokens that nobody checks: they depend on sequence and position alone, so that the
+    simulator spends its time in the kernel. No scores, no beams."""
+
+    def _compute(self, resident: Resident, piece: Piece) -> None:
+        pass
+
+    def _score(self, resident: Resident, piece: Piece) -> SeqOut:
+        vocab_size = resident.loaded.vocab_size
+        ends = range(piece.known, piece.end + 1) if piece.choose else ()
+        return piece.done(
+            [Choice((piece.sequence.id * 7919 + end * 104_729) % vocab_size) for end in ends], [], []
+        )
+
+
+class SimulatedWorker:
+    """A device in virtual time for who moves the clock: steps wait in `held` and run one after another."""
+
+    def __init__(self, driver: SimulatedDriver) -> None:
+        self.driver = driver
+        self.held: deque[base.Step] = deque()
+        self.running: StepResult | None = None
+        self.ends = float("inf")
+
+    def begin(self, now: float) -> None:
+        """Starts the first step that is held, if none runs."""
+        if self.running is None and self.held:
+            batch = self.held.popleft().batch
+            self.running = self.driver.collect(self.driver.submit(batch))
+            self.ends = now + self.running.seconds
+
+    def land(self, now: float) -> StepResult | None:
+        """The result of the step that has ended by `now`."""
+        if self.running is None or now < self.ends:
+            return None
+        done, self.running, self.ends = self.running, None, float("inf")
+        return done

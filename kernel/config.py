@@ -57,6 +57,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     log_lines: Limit = 4096
     """Lines that dmesg keeps."""
 
+    flight_steps: Limit = 1024
+    """Scheduling decisions that the flight recorder keeps."""
+
     crash_limit: Limit = 2
     """A request that was running in this many driver deaths is failed instead of recomputed."""
 

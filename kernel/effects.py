@@ -25,8 +25,16 @@ class KillWorker:
 
 
 @dataclass(frozen=True, slots=True)
+class Dump:
+    """Effect: the flight recorder's lines are kept as a file of the home folder, named after `why`."""
+
+    why: str
+    lines: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Exited:
     """Effect: the kernel is done; the process ends with code 0."""
 
 
-Effect = Send | ToWorker | KillWorker | Exited
+Effect = Send | ToWorker | KillWorker | Dump | Exited

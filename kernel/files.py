@@ -1,6 +1,7 @@
 """The file tree that `ls`, `stat` and `read` show: /models is the model filesystem's, /proc the kernel's.
 
-/proc/PID/tokens is a process's context as packed u32.
+/proc/PID/tokens is a process's context as packed u32. /proc/flight, the administrator's, is the newest part
+of the flight recorder (JSON lines), as much as one read brings.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 # Replies wait in the socket's queue until they are read; this bounds what a client that only asks can take.
 MAX_READ = 128 * 1024
+
+FLIGHT = "/proc/flight"
 
 
 def _proc_pid(path: str) -> int | None:
@@ -47,7 +50,8 @@ def ls(kernel: Kernel, subject: Subject, path: str) -> list[FileInfo]:
         return kernel.store.ls(path)
     if path.strip("/") == "proc":
         pids = [p.pid for p in kernel.processes if p.beam_of is None and subject.may_command(p.owner)]
-        return [FileInfo(f"/proc/{pid}", FileKind.FOLDER, 0) for pid in pids]
+        flight = [stat(kernel, subject, FLIGHT)] if subject.admin else []
+        return flight + [FileInfo(f"/proc/{pid}", FileKind.FOLDER, 0) for pid in pids]
     pid = _proc_pid(path)
     if pid is None or len(path.strip("/").split("/")) != 2:
         raise errors.NoSuchFile(f"no folder {path}", hint="see `llsh ls /proc`")
@@ -66,7 +70,7 @@ def stat(kernel: Kernel, subject: Subject, path: str) -> FileInfo:
     if pid is not None and clean == f"proc/{pid}":
         kernel.processes.find(pid, subject)
         return FileInfo(f"/{clean}", FileKind.FOLDER, 0)
-    return FileInfo(f"/{clean}", FileKind.FILE, len(_tokens(kernel, subject, path)))
+    return FileInfo(f"/{clean}", FileKind.FILE, len(_content(kernel, subject, path)))
 
 
 def read(kernel: Kernel, subject: Subject, path: str, offset: int, length: int) -> tuple[int, bytes]:
@@ -74,11 +78,13 @@ def read(kernel: Kernel, subject: Subject, path: str, offset: int, length: int) 
     length = min(length, MAX_READ)
     if not _is_proc(path):
         return kernel.store.read(path, offset, length)
-    data = _tokens(kernel, subject, path)
+    data = _content(kernel, subject, path)
     return len(data), data[offset : offset + length]
 
 
-def _tokens(kernel: Kernel, subject: Subject, path: str) -> bytes:
+def _content(kernel: Kernel, subject: Subject, path: str) -> bytes:
+    if subject.admin and path.strip("/") == FLIGHT.strip("/"):
+        return kernel.recorder.text(MAX_READ)
     pid = _proc_pid(path)
     if pid is None or path.strip("/") != f"proc/{pid}/tokens":
         raise errors.NoSuchFile(f"no file {path}", hint="see `llsh ls /proc`")

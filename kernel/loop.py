@@ -26,13 +26,14 @@ from . import planning, residency, search, trap
 from .config import Config
 from .devices import Device, Flight, Pool
 from .dmesg import Log, Readers
-from .effects import Effect, Exited, KillWorker
+from .effects import Dump, Effect, Exited, KillWorker
 from .imports import Imports
 from .infer import Infer
 from .memory import blocks_for
 from .modelfs.store import ModelFS
 from .process import Process
 from .proctable import ProcessTable
+from .recorder import Recorder
 from .sessions import Sessions
 from .tenants import Subject
 from .timers import Timers
@@ -50,6 +51,7 @@ class Kernel:
         self.random = random.Random(seed)
         self.boot_id = f"{self.random.getrandbits(64):016x}"
         self.log = Log(now, config.log_lines)
+        self.recorder = Recorder(now, config.flight_steps)
         self.sessions = Sessions()
         self.processes = ProcessTable(config, self.sessions, self.random.randbytes(32))
         self.devices = {name: Device(name) for name in device_names}
@@ -115,8 +117,11 @@ class Kernel:
         self.log.warn(f"{device.name}: worker {device.worker_pid} died; its processes will be recomputed")
         flight, loading = device.flights[0] if device.flights else None, device.loading
         device.worker, device.worker_pid, device.loading = None, 0, None
+        for lost in device.flights:
+            self.recorder.landed(lost.ticket, None, "lost")
         device.flights.clear()
         device.alarm()
+        self._dump(f"{device.name}-died")
         for pool in device.pools:
             pool.forget()
             residency.expect_worker(self, device, pool)
@@ -201,6 +206,7 @@ class Kernel:
             self.effects.append(KillWorker(device.worker_pid))
             return
         self._landed(device)
+        self.recorder.landed(flight.ticket, result.seconds, "done")
         rounds, outputs = result.rounds, result.outputs
         device.step_seconds.append(result.seconds / rounds)
         rows = flight.rows if rounds == 1 else sum(out.rounds for out in outputs) / rounds
@@ -274,6 +280,8 @@ class Kernel:
         and the steps behind it build on them, so whoever holds a copy starts anew."""
         self._landed(device)
         self.log.warn(f"{device.name}: step failed: {type(error).__name__}")
+        self.recorder.landed(flight.ticket, None, type(error).__name__)
+        self._dump(f"{device.name}-failed")
         infers = {part.process: part.infer for part in flight.parts}
         spoiled = {target for _, target in flight.copies}
         for process in [*infers, *(p for p in flight.pool.processes if p not in infers)]:
@@ -289,6 +297,11 @@ class Kernel:
         process.pool.memory.release(process.table)
         process.computed = 0
         process.mirror.stale = True
+
+    def _dump(self, why: str) -> None:
+        """Has the flight recorder written to disk, but not many times in a row."""
+        if self.recorder.dump_due():
+            self.effects.append(Dump(why, self.recorder.text()))
 
     # Imports
 

@@ -90,7 +90,7 @@ def _plan(kernel: Kernel, device: Device, pool: Pool, queue: list[Process]) -> b
         # keep it there for ever.
         device.ahead_at = math.inf
         return False
-    _send(kernel, device, pool, shares, keys, alone=len(shares) == len(queue))
+    _send(kernel, device, pool, shares, keys, len(queue))
     return True
 
 
@@ -136,6 +136,7 @@ def _reserve(kernel: Kernel, process: Process, count: int, settled: set[int]) ->
         victim = scheduler.victim(pool.processes, process, settled)
         if victim is None:
             return False
+        kernel.recorder.pushed(victim.pid, process.pid, len(victim.table.blocks))
         pool.memory.release(victim.table)
         victim.computed = 0
         victim.mirror.stale = True
@@ -147,10 +148,19 @@ def _reserve(kernel: Kernel, process: Process, count: int, settled: set[int]) ->
 
 
 def _send(
-    kernel: Kernel, device: Device, pool: Pool, shares: list[Share], keys: set[bytes], alone: bool
+    kernel: Kernel,
+    device: Device,
+    pool: Pool,
+    shares: list[Share],
+    keys: set[bytes],
+    queue: int,
 ) -> None:
     assert device.worker is not None
-    now, drafts, rounds = kernel.now(), _drafts(kernel, pool, shares), _rounds(pool, shares, alone)
+    now, drafts, rounds = (
+        kernel.now(),
+        _drafts(kernel, pool, shares),
+        _rounds(pool, shares, alone=len(shares) == queue),
+    )
     parts, rows, tokens = [], 0, 0
     for share in shares:
         process, count = share.process, share.count
@@ -171,6 +181,7 @@ def _send(
             tokens += count
     copies, pool.copies = pool.copies, []
     flight = Flight(next(kernel.numbers), pool, parts, copies, keys, rows, tokens, rounds)
+    kernel.recorder.sent(device.name, flight, queue)
     batch = build(pool, parts, copies, flight.ticket, rounds)
     kernel.effects.append(ToWorker(device.worker, base.Step(batch)))
     device.flights.append(flight)

@@ -27,7 +27,7 @@ from llmasos.syscalls import errors, wire
 from llmasos.syscalls.types import PullEvent
 from zmq.utils.monitor import recv_monitor_message
 
-from .effects import Exited, KillWorker, ToWorker
+from .effects import Dump, Exited, KillWorker, ToWorker
 from .imports import Job
 from .loop import Kernel
 from .sessions import Send
@@ -36,6 +36,7 @@ from .tenants import Subject
 # A client that has not read this many messages is not reading at all: credits keep streams far below.
 SEND_LIMIT = 1024
 LINGER_MS = 1000
+DUMPS_KEPT = 20
 PROGRESS_FIELDS = ("phase", "file", "done", "total")
 
 
@@ -211,6 +212,8 @@ class Sockets:
                     case KillWorker(pid):
                         with suppress(ProcessLookupError):
                             os.kill(pid, signal.SIGKILL)
+                    case Dump(why, lines):
+                        self._keep(why, lines)
                     case Exited():
                         self._running = False
 
@@ -355,6 +358,20 @@ class Sockets:
         importer.close()
         died = errors.PullFailed("the importer died", hint="see the daemon's log; pull again to go on")
         self._kernel.import_ended(job, self._outcome.pop(job, died))
+
+    def _keep(self, why: str, lines: bytes) -> None:
+        """Writes a dump of the flight recorder; the oldest go. Not being able to is no reason to stop."""
+        folder = self._home / "state" / "flight"
+        path = folder / f"{time.strftime('%Y%m%dT%H%M%S')}-{why.replace(':', '_')}.jsonl"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(lines)
+            for old in sorted(folder.glob("*.jsonl"))[:-DUMPS_KEPT]:
+                old.unlink()
+        except OSError as problem:
+            self._kernel.log.warn(f"the flight recorder cannot be kept: {problem.strerror}")
+            return
+        self._kernel.log.info(f"the last scheduling decisions are in {path}")
 
     def _close(self) -> None:
         for effect in self._kernel.take_effects():

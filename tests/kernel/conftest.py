@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from llmasos.drivers import base
 from llmasos.drivers.null import NullDriver, next_token
-from llmasos.drivers.simulated import SimulatedDriver, StepTime
+from llmasos.drivers.simulated import SimulatedDriver, SimulatedWorker, StepTime
 from llmasos.kernel import planning
 from llmasos.kernel.config import Config
 from llmasos.kernel.effects import Exited, KillWorker, ToWorker
@@ -190,17 +190,23 @@ class Machine(World):
     def __init__(self, home: Path, step_time: StepTime, **settings: object) -> None:
         super().__init__(home, **settings)
         self.step_time = step_time
-        self.holds_steps = True
-        self.running: base.StepResult | None = None
-        self.ends = 0.0
         self.seen: dict[int, list[tuple[float, wire.FromKernel]]] = {}  # answers by request, with their time
         self.idle = 0.0  # seconds that the device had nothing to do
 
     def attach(self, worker: int = 1, device: str = "null") -> None:
         driver = SimulatedDriver(step_time=self.step_time)
         self.drivers[worker] = driver
+        self.device = SimulatedWorker(driver)
+        self.held = self.device.held
         self.kernel.worker_message(worker, base.Attach(device, 100 + worker, driver.describe()))
         self.flush()
+
+    def answer(self, worker: int, message: base.ToWorker) -> None:
+        if isinstance(message, base.Step):
+            self.sent.append(message.batch)
+            self.device.held.append(message)
+        else:
+            super().answer(worker, message)
 
     def carry_out(self, effect: object) -> None:
         known = len(self.inbox.get(effect.session, ())) if isinstance(effect, Send) else 0
@@ -214,22 +220,16 @@ class Machine(World):
         stops = until if isinstance(until, float) else float("inf")
         while True:
             self.flush()
-            if self.running is None and self.held:
-                worker, step = self.held.popleft()
-                driver = self.drivers[worker]
-                self.running = driver.collect(driver.submit(step.batch))
-                self.ends = self.now + self.running.seconds
+            self.device.begin(self.now)
             if not isinstance(until, float) and until():
                 return
-            busy_until = self.ends if self.running else float("inf")
             timer = self.kernel.next_timer()
-            moment = min(busy_until, float("inf") if timer is None else max(timer, self.now), stops)
+            moment = min(self.device.ends, float("inf") if timer is None else max(timer, self.now), stops)
             assert moment < float("inf"), "nothing is going to happen"
-            if self.running is None:
+            if self.device.running is None:
                 self.idle += moment - self.now
             self.now = moment
-            if self.running and self.now >= self.ends:
-                done, self.running = self.running, None
+            if done := self.device.land(self.now):
                 self.kernel.worker_message(1, base.StepDone(done))
             if self.now >= stops:
                 self.flush()

@@ -1,0 +1,88 @@
+"""The simulator: traces in, figures out, the kernel's own code in between."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SIMULATE = Path(__file__).parent / "bench" / "simulate.py"
+HEADER = "time,tenant,class,prompt_tokens,output_tokens,prefix_id,prefix_tokens\n"
+
+
+def simulate(*words: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, SIMULATE, *map(str, words)], capture_output=True, text=True)
+
+
+def run(trace: Path, *words: object) -> dict[str, Any]:
+    done = simulate("run", trace, "--json", *words)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def trace(tmp_path: Path) -> Path:
+    return tmp_path / "trace.csv"
+
+
+def test_one_request_takes_what_the_model_of_the_device_says(trace: Path, tmp_path: Path) -> None:
+    trace.write_text("time,tenant,class,prompt_tokens,output_tokens\n5,ann,interactive,100,11\n")
+    step_time = {"fixed": 0.01, "prefill_token": 0.001, "decode_sequence": 0.002, "context_token": 0}
+    machine = tmp_path / "machine.json"
+    machine.write_text(json.dumps({"step_time": step_time}))
+    figures = run(trace, "--machine", machine)
+    assert figures["all"]["ttft_ms"]["p50"] == pytest.approx(110)
+    assert figures["all"]["inter_token_ms"]["p99"] == pytest.approx(12)
+    assert figures["seconds"] == pytest.approx(0.110 + 10 * 0.012)
+    assert figures["all"]["goodput_tokens_per_s"] == pytest.approx(11 / 0.230, abs=0.01)
+
+
+def test_shared_prefixes_are_hits_within_a_tenant_only(trace: Path) -> None:
+    lines = [f"{n},{'ann' if n < 4 else 'bob'},interactive,160,2,system,128\n" for n in range(5)]
+    trace.write_text(HEADER + "".join(lines))
+    assert run(trace)["prefix_hit_rate"] == pytest.approx(3 * 128 / 800)
+
+
+def test_the_stronger_class_waits_less_and_devices_share_the_work(trace: Path) -> None:
+    kinds = ["interactive", "batch"]
+    lines = [f"{n / 6},{kinds[n % 2][:3]},{kinds[n % 2]},200,20,,\n" for n in range(80)]
+    trace.write_text(HEADER + "".join(lines))
+    one, four = run(trace), run(trace, "--devices", 4)
+    first = {name: part["ttft_ms"]["p50"] for name, part in one["classes"].items()}
+    assert first["interactive"] < first["batch"]
+    assert one["all"]["failed"] == four["all"]["failed"] == 0
+    assert four["all"]["ttft_ms"]["p95"] < one["all"]["ttft_ms"]["p95"] / 2
+    assert 0 < one["jain"] <= 1 <= one["max_min_share"]
+
+
+def test_too_little_memory_is_shared_by_preemption(trace: Path, tmp_path: Path) -> None:
+    trace.write_text(HEADER + "".join(f"0.{n},ann,interactive,100,200,,\n" for n in range(8)))
+    machine = tmp_path / "machine.json"
+    machine.write_text('{"blocks": 40}')
+    figures = run(trace, "--machine", machine)
+    assert figures["all"]["failed"] == 0
+    assert figures["preemptions"] > 0
+    assert run(trace)["preemptions"] == 0
+
+
+def test_thousands_of_requests_take_seconds(trace: Path) -> None:
+    assert simulate("make", trace, "--seconds", 1000, "--rate", 2).returncode == 0
+    begun = time.monotonic()
+    figures = run(trace)
+    assert figures["all"]["requests"] > 1800
+    assert time.monotonic() - begun < 30
+    assert figures["kernel_us_per_decision"] < 1000
+
+
+@pytest.mark.parametrize("line", ["x,ann,interactive,1,1", "1,ann,urgent,1,1", "1,ann,batch,0,1"])
+def test_a_wrong_line_is_named(trace: Path, line: str) -> None:
+    trace.write_text(f"time,tenant,class,prompt_tokens,output_tokens\n0,a,batch,1,1\n{line}\n")
+    done = simulate("run", trace)
+    assert done.returncode == 2
+    assert "line 3" in done.stderr
+    assert "Traceback" not in done.stderr
