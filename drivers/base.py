@@ -56,7 +56,8 @@ class LoadSpec(Struct, frozen=True):
 
 class Loaded(Struct, frozen=True):
     """A resident model. `blocks` is the number of KV blocks in its pool, all free. `engine` says in a line
-    what computes it and, where it is not the fastest that the device has, why."""
+    what computes it and, where it is not the fastest that the device has, why. `kv_layout` names how a
+    block's bytes are laid out: devices of one layout can take each other's blocks."""
 
     handle: int
     dtype: str
@@ -67,6 +68,7 @@ class Loaded(Struct, frozen=True):
     blocks: int
     block_bytes: int
     weights_bytes: int
+    kv_layout: str = ""
 
 
 class SeqOpen(Struct, frozen=True, array_like=True):
@@ -201,6 +203,48 @@ class Step(Struct, frozen=True, tag="step"):
     batch: Batch
 
 
+class KvStamp(Struct, frozen=True):
+    """Whose KV a file holds: the model's digest, a hash of the tokens, and how many of them are computed."""
+
+    model: str
+    history: bytes
+    positions: int
+
+
+class Export(Struct, frozen=True, tag="export"):
+    """Write the KV of `blocks`, as it is when all that was sent before is done, to a new file at `path`
+    (kv_file.py). `durable`: the answer comes when it survives a power cut."""
+
+    ticket: int
+    handle: int
+    path: str
+    stamp: KvStamp
+    blocks: list[int]
+    durable: bool = False
+
+
+class Import(Struct, frozen=True, tag="import"):
+    """Make the block copies (source, target), then fill `blocks` with those of the file at `path` from its
+    block `skip` on. What is sent after it may read them."""
+
+    ticket: int
+    handle: int
+    path: str
+    stamp: KvStamp
+    skip: int
+    blocks: list[int]
+    copies: list[tuple[int, int]]
+
+
+class Relay(Struct, frozen=True, tag="relay"):
+    """Copy the KV file at `source` to a new one at `path`, verifying it on the way."""
+
+    ticket: int
+    source: str
+    path: str
+    durable: bool = False
+
+
 class LoadDone(Struct, frozen=True, tag="loaded"):
     loaded: Loaded
     memory_free: int
@@ -211,8 +255,16 @@ class StepDone(Struct, frozen=True, tag="stepped"):
     result: StepResult
 
 
+class Moved(Struct, frozen=True, tag="moved"):
+    """An Export, Import or Relay is done: so many bytes of files in so many seconds."""
+
+    ticket: int
+    bytes: int
+    seconds: float
+
+
 class Failed(Struct, frozen=True, tag="failed"):
-    """The verb for `handle` (load) or `ticket` (step) raised; `error` is errors.to_wire's map."""
+    """The verb for `handle` (load) or `ticket` (the others) raised; `error` is errors.to_wire's map."""
 
     handle: int
     ticket: int
@@ -226,8 +278,8 @@ class Note(Struct, frozen=True, tag="note"):
     text: str
 
 
-ToWorker = Load | Unload | Step
-FromWorker = Attach | LoadDone | StepDone | Failed | Note
+ToWorker = Load | Unload | Step | Export | Import | Relay
+FromWorker = Attach | LoadDone | StepDone | Moved | Failed | Note
 
 to_worker = msgspec.msgpack.Decoder(ToWorker)
 from_worker = msgspec.msgpack.Decoder(FromWorker)

@@ -24,7 +24,7 @@ from typing import Any, cast
 import msgspec
 from llmasos.syscalls import errors, wire
 
-from . import base
+from . import base, kv_file
 
 # Device name before the colon -> (module, class). Imported only when chosen: null needs no torch.
 DRIVERS = {
@@ -56,6 +56,7 @@ class Worker:
     def __init__(self, device: str, bus: socket.socket, driver: base.Driver | None = None) -> None:
         self._device = device
         self._bus = bus
+        self._loaded: dict[int, base.Loaded] = {}
         self._early: list[base.Note] | None = []  # notes from before the first message, which is Attach
         self._driver = driver or make_driver(
             device, lambda level, text: self._note(level, f"{device}: {text}")
@@ -89,11 +90,15 @@ class Worker:
                     handle = spec.handle
                     self._load(spec)
                 case base.Unload(handle):
+                    self._loaded.pop(handle, None)
                     self._driver.unload(handle)
                     self._note("info", f"{self._device}: model {handle} unloaded")
                 case base.Step(batch):
                     handle, ticket = batch.handle, batch.ticket
                     self._send(base.StepDone(self._driver.collect(self._driver.submit(batch))))
+                case base.Export() | base.Import() | base.Relay():
+                    ticket = message.ticket
+                    self._send(kv_file.carry_out(self._driver, self._loaded, message))
         except errors.LLMasOSError as problem:
             self._fail(handle, ticket, problem)
         except ConnectionError:
@@ -110,7 +115,7 @@ class Worker:
         size = sum(file.size for file in spec.files.values())
         self._note("info", f"{self._device}: loading model {spec.handle}, {size / 1e6:.0f} MB of files")
         begun = time.perf_counter()
-        loaded = self._driver.load(spec)
+        loaded = self._loaded[spec.handle] = self._driver.load(spec)
         seconds = time.perf_counter() - begun
         self._note(
             "info",

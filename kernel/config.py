@@ -29,6 +29,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     kv_dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16|int8)$")] = ""
     """In which type contexts are kept (float32, bfloat16, int8). Empty: what suits model and device."""
 
+    swap_host_bytes: Count = 2 << 30
+    """Most bytes of the host's memory that hold contexts pushed out of a device's. 0: none."""
+
+    swap_disk_bytes: Count = 8 << 30
+    """Most bytes of the disk that hold them when the host's memory is full. 0: none, they are recomputed."""
+
     step_tokens: Count = 0
     """Most tokens a step computes. 0: what the driver advises."""
 

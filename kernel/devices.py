@@ -20,8 +20,9 @@ from llmasos.syscalls.types import DeviceInfo, PoolInfo, pack_tokens
 
 from .infer import Infer
 from .memory import Memory, Table
-from .pace import Pace
+from .pace import Pace, Transfer
 from .process import Mirror, Process
+from .tiers import KvFile
 
 Ready = Callable[[errors.LLMasOSError | None], None]
 
@@ -60,9 +61,10 @@ class Pool:
         self.pace = Pace()
         for process in self.processes:
             process.table = Table(process.table.salt)
-            process.computed = 0
             process.flights = 0
             process.land()
+            if process.swap is None:
+                process.computed = 0
             process.mirror = Mirror()
 
     def close(self, process: Process) -> None:
@@ -97,6 +99,18 @@ class Part:
     sample: bool
     draft: int
     extra: int
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A KV file that the worker was asked to write (no `blocks`) or to read into `blocks`; `spoiled` are the
+    blocks that hold nothing that counts if it fails."""
+
+    file: KvFile
+    pool: Pool
+    blocks: list[int]
+    spoiled: frozenset[int]
 
 
 @dataclass(slots=True, eq=False)
@@ -129,6 +143,8 @@ class Device:
     pools: list[Pool] = field(default_factory=list)
     loading: Pool | None = None
     flights: deque[Flight] = field(default_factory=deque)
+    moves: dict[int, Move] = field(default_factory=dict)  # sent and not answered, by ticket
+    transfer: Transfer = field(default_factory=Transfer)
     ahead_at: float = math.inf
     alarm: Callable[[], None] = lambda: None  # calls off the timer that waits for it
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=64))

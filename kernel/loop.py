@@ -17,12 +17,13 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 from llmasos.drivers import base
 from llmasos.syscalls import errors
 from llmasos.syscalls.types import Finish, PullEvent
 
-from . import planning, residency, search, trap
+from . import planning, residency, search, swapping, trap
 from .config import Config
 from .devices import Device, Flight, Pool
 from .dmesg import Log, Readers
@@ -36,6 +37,7 @@ from .proctable import ProcessTable
 from .recorder import Recorder
 from .sessions import Sessions
 from .tenants import Subject
+from .tiers import open_tiers
 from .timers import Timers
 
 
@@ -43,10 +45,17 @@ class Kernel:
     """All tables. The I/O shell feeds events and carries out `take_effects()` after each."""
 
     def __init__(
-        self, config: Config, store: ModelFS, device_names: list[str], now: Callable[[], float], seed: int
+        self,
+        config: Config,
+        store: ModelFS,
+        device_names: list[str],
+        now: Callable[[], float],
+        seed: int,
+        host_memory: Path | None = None,
     ) -> None:
         self.config = config
         self.store = store
+        self.tiers = open_tiers(host_memory, store.swap, config.swap_host_bytes, config.swap_disk_bytes)
         self.now = now
         self.random = random.Random(seed)
         self.boot_id = f"{self.random.getrandbits(64):016x}"
@@ -99,6 +108,10 @@ class Kernel:
                 residency.load_done(self, device, device.loading, message)
             case base.StepDone() if device and device.flights:
                 self._step_done(device, device.flights[0], message.result)
+            case base.Moved() if device and message.ticket in device.moves:
+                swapping.done(self, device, message)
+            case base.Failed() if device and message.ticket in device.moves:
+                swapping.failed(self, device, message.ticket, errors.from_wire(dict(message.error)))
             case base.Failed() if device and device.loading and message.handle == device.loading.handle:
                 residency.load_failed(self, device, device.loading, errors.from_wire(dict(message.error)))
             case base.Failed() if device and device.flights and message.ticket == device.flights[0].ticket:
@@ -122,6 +135,7 @@ class Kernel:
         device.flights.clear()
         device.alarm()
         self._dump(f"{device.name}-died")
+        swapping.worker_gone(device)
         for pool in device.pools:
             pool.forget()
             residency.expect_worker(self, device, pool)
@@ -194,7 +208,7 @@ class Kernel:
         for part in flight.parts:
             process = part.process
             process.flights -= 1
-            if process.infer is part.infer:
+            if process.infer is part.infer and process.epoch == part.epoch:
                 process.ahead -= part.count
                 process.coming -= part.sample
                 process.guesses -= part.extra
@@ -215,7 +229,7 @@ class Kernel:
         leaders: dict[int, Process] = {}
         for part, out in zip(flight.parts, result.outputs, strict=True):
             process, infer = part.process, part.infer
-            if process.infer is not infer:
+            if process.infer is not infer or process.epoch != part.epoch:
                 continue
             computed = process.computed + part.count + max(0, len(out.tokens) - 1)
             if out.error or out.computed != computed:
@@ -283,20 +297,21 @@ class Kernel:
         self.recorder.landed(flight.ticket, None, type(error).__name__)
         self._dump(f"{device.name}-failed")
         infers = {part.process: part.infer for part in flight.parts}
-        spoiled = {target for _, target in flight.copies}
+        spoiled = frozenset(target for _, target in flight.copies)
         for process in [*infers, *(p for p in flight.pool.processes if p not in infers)]:
             ours = infers.get(process)
             if ours is None and spoiled.isdisjoint(process.table.blocks):
                 continue
+            flying = process.infer is not None and (process.infer is ours or process.ahead)
             self._forget_kv(process)
-            if process.infer is not None and (process.infer is ours or process.ahead):
+            if flying:
                 self.fail(process, error)
+        swapping.spoil(self, flight.pool, spoiled, flight.ticket)
 
     def _forget_kv(self, process: Process) -> None:
         """After a failed step nobody knows what was written: the context is computed anew."""
         process.pool.memory.release(process.table)
-        process.computed = 0
-        process.mirror.stale = True
+        process.lose()
 
     def _dump(self, why: str) -> None:
         """Has the flight recorder written to disk, but not many times in a row."""

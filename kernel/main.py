@@ -125,6 +125,7 @@ def run_kernel(config: Config, endpoint: str) -> int:
     from .loop import Kernel
     from .modelfs.store import ModelFS
     from .sockets import Sockets, clock
+    from .tiers import host_folder
 
     # libzmq aborts when descriptors run out; connections are bounded far below the hard limit.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -134,7 +135,12 @@ def run_kernel(config: Config, endpoint: str) -> int:
     store.gc(set())
     born = clock()
     kernel = Kernel(
-        config, store, device_names(config), lambda: clock() - born, int.from_bytes(os.urandom(8), "little")
+        config,
+        store,
+        device_names(config),
+        lambda: clock() - born,
+        int.from_bytes(os.urandom(8), "little"),
+        host_folder(home),
     )
     kernel.log.info(f"llmasosd boots, kernel pid {os.getpid()}, home {home}")
     sockets = Sockets(kernel, endpoint, address.runtime_folder() / "bus.sock", home)

@@ -19,6 +19,25 @@ _YOUNG = 5  # so many steps are believed more than that
 _FIXED_GAIN = 64.0  # reading the weights is most of a step, until rows and tokens prove otherwise
 
 
+class Transfer:
+    """How long it takes to write KV to a file and to read it, in seconds a byte; a guess until learnt."""
+
+    __slots__ = ("read", "write")
+
+    def __init__(self) -> None:
+        self.write = self.read = 1e-9
+
+    def learn_write(self, size: int, seconds: float) -> None:
+        self.write += _RATE * (seconds / size - self.write)
+
+    def learn_read(self, size: int, seconds: float) -> None:
+        self.read += _RATE * (seconds / size - self.read)
+
+    def there_and_back(self, size: int) -> float:
+        """Seconds to write `size` bytes and to read them again."""
+        return size * (self.write + self.read)
+
+
 class Pace:
     """All parts in seconds; zero until learnt."""
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llmasos.drivers import base
 
-from . import residency, scheduler
+from . import residency, scheduler, swapping
 from .devices import Device, Flight, Part, Pool, build
 from .effects import ToWorker
 from .process import Process
@@ -100,6 +100,8 @@ def _match_prefixes(kernel: Kernel, queue: list[Process]) -> None:
         infer, table, before = process.infer, process.table, process.computed
         if process.lacking < base.BLOCK_TOKENS or process.ahead or before % base.BLOCK_TOKENS:
             continue
+        if process.swap:  # comes back whole
+            continue
         if infer is None or infer.scoring:
             continue
         memory = process.pool.memory
@@ -132,15 +134,19 @@ def _is_filled_elsewhere(kernel: Kernel, device: Device, process: Process, keys:
 def _reserve(kernel: Kernel, process: Process, count: int, settled: set[int]) -> bool:
     """Makes room for `count` more tokens of `process`, taken from others if need be."""
     pool = process.pool
+    if process.swap:  # what others have computed again or still hold is shared, the rest comes from the file
+        pool.memory.match(process.table, process.tokens, process.computed)
     while (room := pool.memory.reserve(process.table, *process.reach(count))) is None:
         victim = scheduler.victim(pool.processes, process, settled)
         if victim is None:
+            if process.swap:
+                pool.memory.release(process.table)
             return False
         kernel.recorder.pushed(victim.pid, process.pid, len(victim.table.blocks))
-        pool.memory.release(victim.table)
-        victim.computed = 0
-        victim.mirror.stale = True
+        swapping.push_out(kernel, victim)
         settled.add(victim.pid)
+    if process.swap:
+        swapping.bring_in(kernel, process)
     if room.copies:
         process.mirror.stale = True
         pool.copies += room.copies
@@ -172,7 +178,7 @@ def _send(
         # Guesses and rounds take what is free and push nobody out.
         if extra and pool.memory.reserve(process.table, *process.reach(count, extra)) is None:
             draft, extra, rounds = 0, 0, 1
-        parts.append(Part(process, infer, count, sample, draft, extra))
+        parts.append(Part(process, infer, count, sample, draft, extra, process.epoch))
         scheduler.charge(process.beam_of or process, count, now)
         process.last_run = now
         if count == 1:

@@ -5,6 +5,7 @@ Its state is derived from facts, never stored:
     STOPPED  a STOP signal came
     NEW      its model is not resident yet
     RUNNING  in a step that is on the device, or sent to it
+    SWAPPED  its KV is in a file, not in a device's memory
     READY    has tokens to compute
     WAITING  for its owner's next infer, or for a slow reader
 A process has tokens known and tokens computed; everything the scheduler does is to let the second catch up
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 from llmasos.syscalls.types import ProcessInfo, SchedClass, State
 
 from .memory import Table
+from .tiers import KvFile
 
 if TYPE_CHECKING:
     from .devices import Pool
@@ -80,6 +82,11 @@ class Process:
     vruntime: float = 0.0
     last_run: float = 0.0
     mirror: Mirror = field(default_factory=Mirror)
+    swap: KvFile | None = (
+        None  # where the KV of its first `computed` positions is, if not in its table's blocks
+    )
+    epoch: int = 0  # counts how often its KV was lost while steps might be in flight: their results are void
+    preemptions: int = 0  # how often it lost its place in memory with an infer running
     beam_of: Process | None = None  # a beam's group leader; beams live and die with it
 
     @property
@@ -133,6 +140,20 @@ class Process:
             end = max(end, min(end + guesses, self.infer.limit - 1))
         return start, end
 
+    def lose(self) -> None:
+        """Its KV is gone or worthless: the context is computed anew, and what steps in flight say of it is
+        void. Its blocks are the caller's to give back."""
+        self.forget_swap()
+        self.computed = 0
+        self.epoch += 1
+        self.land()
+        self.mirror.stale = True
+
+    def forget_swap(self) -> None:
+        if self.swap is not None:
+            self.swap.release()
+            self.swap = None
+
     def land(self) -> None:
         """Nothing of this infer is in flight any more: it is over, or its worker is."""
         self.ahead = self.coming = self.guesses = 0
@@ -148,13 +169,17 @@ class Process:
         steps = [self, *self.infer.members] if self.infer else []
         if any(p.flights for p in steps):
             return State.RUNNING
+        if self.swap is not None:
+            return State.SWAPPED
         return State.READY if any(p.runnable for p in steps) else State.WAITING
 
     @property
     def waiting_for(self) -> str:
         if self.state is State.NEW:
             return f"model {self.pool.model} on {self.pool.device_name}"
-        if self.state is State.WAITING:
+        if self.state is State.SWAPPED and self.runnable:
+            return "memory"
+        if self.state in (State.WAITING, State.SWAPPED):
             return "reader" if self.infer is not None and self.infer.blocked else "owner"
         return "wait" if self.state is State.ZOMBIE else ""
 
@@ -177,7 +202,7 @@ class Process:
             state=self.state,
             waiting_for=self.waiting_for,
             context=len(self.tokens),
-            computed=self.computed,
+            computed=0 if self.swap else self.computed,
             blocks=sum(len(p.table.blocks) for p in [self, *(self.infer.members if self.infer else [])]),
             generated=self.generated,
             tokens_per_s=round(self.infer.rate(now), 2) if self.infer else 0.0,
@@ -185,4 +210,5 @@ class Process:
             age_s=round(now - self.born, 3),
             drafted=self.drafted,
             accepted=self.accepted,
+            preemptions=self.preemptions,
         )

@@ -99,6 +99,7 @@ class ProcessTable:
         child.computed = parent.computed
         child.vruntime = parent.vruntime
         child.table = parent.pool.memory.fork(parent.table)
+        child.swap = parent.swap.share() if parent.swap else None
         return child
 
     def fork(self, parent: Process, count: int, session: bytes | None, now: float) -> ForkReply:
@@ -122,6 +123,8 @@ class ProcessTable:
         process.computed = min(process.computed, length)
         process.pool.memory.truncate(process.table, process.computed)
         process.mirror.stale = True
+        if not length:
+            process.forget_swap()
 
     def signal(self, process: Process, signal: Signal) -> None:
         """Acts between steps: what is on the device now is discarded."""
@@ -199,6 +202,7 @@ class ProcessTable:
         process.exit = how
         process.stopped = False
         process.pool.memory.release(process.table)
+        process.forget_swap()
         process.computed = 0
         waiter = self._waiters.get(process.pid)
         if waiter is not None:
@@ -275,6 +279,7 @@ class ProcessTable:
 
     def _remove(self, process: Process) -> None:
         process.pool.memory.release(process.table)
+        process.forget_swap()
         process.pool.processes.discard(process)
         process.pool.close(process)
         process.infer = None

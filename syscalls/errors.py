@@ -28,7 +28,8 @@ the client.
     │   ├── ConnectionLost
     │   ├── DeviceUnavailable
     │   ├── ShuttingDown
-    │   └── TimedOut
+    │   ├── TimedOut
+    │   └── StorageFailed       a file could not be written or read: the disk is full or broken
     ├── DeviceFault             the driver failed this request
     ├── ModelError
     │   ├── UnsupportedModel    architecture, dtype or option that no driver computes
@@ -170,6 +171,10 @@ class ShuttingDown(Unavailable):
 
 class TimedOut(Unavailable):
     code = 65
+
+
+class StorageFailed(Unavailable):
+    code = 66
 
 
 class DeviceFault(LLMasOSError):

@@ -172,6 +172,7 @@ class ProcessInfo(Wire, frozen=True):
     age_s: float
     drafted: int = 0  # tokens guessed while generating
     accepted: int = 0  # of them came true
+    preemptions: int = 0  # how often others took its memory while an infer ran
 
 
 class FileKind(enum.StrEnum):

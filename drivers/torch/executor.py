@@ -169,6 +169,7 @@ class TorchDriver:
             blocks=blocks,
             block_bytes=block_bytes,
             weights_bytes=model.weights_bytes,
+            kv_layout="torch heads",
         )
         pool = KvPool(shape, blocks, dtype, self._device)
         mirror = Mirror(blocks, shape.vocab_size, shape.context_length)

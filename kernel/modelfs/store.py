@@ -3,6 +3,7 @@
     <home>/modelfs/blobs/sha256-<hex>           immutable files, each by the hash of its content
     <home>/modelfs/manifests/<name>/<tag>.json  which blobs a model is made of
     <home>/modelfs/derived/<hex>-<anything>     what drivers made of blobs; kept as long as the blob
+    <home>/modelfs/swap/                        contexts pushed out of memory; swept at boot (kernel/tiers.py)
     <home>/modelfs/tmp/                         what is not finished; wheels/ survives a failed import
     <home>/modelfs/imports.lock                 held shared by whoever adds blobs, exclusively by `gc`
 
@@ -121,6 +122,7 @@ class ModelFS:
         self.blobs = self.folder / "blobs"
         self.manifests = self.folder / "manifests"
         self.derived = self.folder / "derived"
+        self.swap = self.folder / "swap"
         self.tmp = self.folder / "tmp"
         self.wheels = self.tmp / "wheels"
         for folder in (

@@ -67,6 +67,7 @@ class Simulation:
                 "max_processes_per_owner": PLENTY,
                 "step_tokens": machine.step_tokens,
                 "flight_steps": 1,
+                "swap_disk_bytes": 0,  # a LightDriver has no KV to write
             }
             | settings,
             Config,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llmasos.drivers import base
+from llmasos.drivers import base, kv_file
 from llmasos.drivers.null import NullDriver, next_token
 from llmasos.drivers.simulated import SimulatedDriver, SimulatedWorker, StepTime
 from llmasos.kernel import planning
@@ -49,8 +49,11 @@ class World:
         self.exited = False
         self.next_id = 0
         self.holds_steps = False  # a device that takes its time: `land` ends a step
-        self.held: deque[tuple[int, base.Step]] = deque()
+        self.held: deque[tuple[int, Any]] = deque()
         self.sent: list[base.Batch] = []
+        self.loaded: dict[int, dict[int, base.Loaded]] = {}  # by worker and handle
+        self.moves: list[base.Export | base.Import | base.Relay] = []
+        self.fail_moves = False
         self.refuse_load: errors.LLMasOSError | None = None
 
     def model(self, name: str, **config: object) -> None:
@@ -108,11 +111,18 @@ class World:
                 self.kernel.worker_message(worker, failed)
             case base.Load(spec):
                 try:
-                    self.kernel.worker_message(worker, base.LoadDone(driver.load(spec), 0, 0.1))
+                    loaded = self.loaded.setdefault(worker, {})[spec.handle] = driver.load(spec)
+                    self.kernel.worker_message(worker, base.LoadDone(loaded, 0, 0.1))
                 except errors.LLMasOSError as problem:
                     self.kernel.worker_message(worker, base.Failed(spec.handle, 0, errors.to_wire(problem)))
             case base.Unload(handle):
                 driver.unload(handle)
+            case base.Export() | base.Import() | base.Relay():
+                self.moves.append(message)
+                if self.holds_steps:
+                    self.held.append((worker, message))
+                else:
+                    self.move(worker, message)
             case base.Step(batch):
                 self.sent.append(batch)
                 if self.holds_steps:
@@ -120,8 +130,20 @@ class World:
                 else:
                     self.kernel.worker_message(worker, base.StepDone(driver.collect(driver.submit(batch))))
 
+    def move(self, worker: int, message: base.Export | base.Import | base.Relay) -> None:
+        """Carries out an order about KV files, or fails it."""
+        try:
+            if self.fail_moves:
+                raise errors.StorageFailed("told to fail")
+            answer: base.FromWorker = kv_file.carry_out(self.drivers[worker], self.loaded[worker], message)
+        except errors.LLMasOSError as problem:
+            answer = base.Failed(0, message.ticket, errors.to_wire(problem))
+        self.kernel.worker_message(worker, answer)
+
     def land(self, fails: bool = False) -> None:
         """The first step that is held ends, or raises half-way."""
+        while not isinstance(self.held[0][1], base.Step):
+            self.move(*self.held.popleft())
         worker, step = self.held.popleft()
         driver = self.drivers[worker]
         result = driver.collect(driver.submit(step.batch))
@@ -204,7 +226,10 @@ class Machine(World):
     def answer(self, worker: int, message: base.ToWorker) -> None:
         if isinstance(message, base.Step):
             self.sent.append(message.batch)
-            self.device.held.append(message)
+            self.held.append(message)
+        elif isinstance(message, base.Export | base.Import | base.Relay):
+            self.moves.append(message)
+            self.held.append(message)
         else:
             super().answer(worker, message)
 
@@ -220,6 +245,8 @@ class Machine(World):
         stops = until if isinstance(until, float) else float("inf")
         while True:
             self.flush()
+            while self.device.running is None and self.held and not isinstance(self.held[0], base.Step):
+                self.move(1, self.held.popleft())
             self.device.begin(self.now)
             if not isinstance(until, float) and until():
                 return
