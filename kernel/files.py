@@ -1,7 +1,7 @@
 """The file tree that `ls`, `stat` and `read` show: /models is the model filesystem's, /proc the kernel's.
 
-/proc/PID/tokens is a process's context as packed u32. /proc/flight, the administrator's, is the newest part
-of the flight recorder (JSON lines), as much as one read brings.
+/proc/PID/tokens is a process's context as packed u32, /proc/uptime the seconds since boot. /proc/flight, the
+administrator's, is the newest part of the flight recorder (JSON lines), as much as one read brings.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 MAX_READ = 128 * 1024
 
 FLIGHT = "/proc/flight"
+UPTIME = "/proc/uptime"
 
 
 def _proc_pid(path: str) -> int | None:
@@ -50,8 +51,10 @@ def ls(kernel: Kernel, subject: Subject, path: str) -> list[FileInfo]:
         return kernel.store.ls(path)
     if path.strip("/") == "proc":
         pids = [p.pid for p in kernel.processes if p.beam_of is None and subject.may_command(p.owner)]
-        flight = [stat(kernel, subject, FLIGHT)] if subject.admin else []
-        return flight + [FileInfo(f"/proc/{pid}", FileKind.FOLDER, 0) for pid in pids]
+        own = [UPTIME, *([FLIGHT] if subject.admin else [])]
+        return [stat(kernel, subject, path) for path in own] + [
+            FileInfo(f"/proc/{pid}", FileKind.FOLDER, 0) for pid in pids
+        ]
     pid = _proc_pid(path)
     if pid is None or len(path.strip("/").split("/")) != 2:
         raise errors.NoSuchFile(f"no folder {path}", hint="see `llsh ls /proc`")
@@ -83,6 +86,8 @@ def read(kernel: Kernel, subject: Subject, path: str, offset: int, length: int) 
 
 
 def _content(kernel: Kernel, subject: Subject, path: str) -> bytes:
+    if path.strip("/") == UPTIME.strip("/"):
+        return f"{kernel.now():.3f}\n".encode()
     if subject.admin and path.strip("/") == FLIGHT.strip("/"):
         return kernel.recorder.text(MAX_READ)
     pid = _proc_pid(path)

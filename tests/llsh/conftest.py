@@ -14,9 +14,11 @@ import signal
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -144,7 +146,7 @@ class Keyboard:
             env={**os.environ, "TERM": "xterm", "COLUMNS": str(columns), "LINES": "30"},
         )
         os.close(slave)
-        self._seen = ""
+        self._seen = self.raw = ""
 
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
@@ -172,6 +174,13 @@ class Keyboard:
                     self._seen += self._read()
         return self._process.returncode
 
+    def mode(self) -> list[Any]:
+        """What the terminal does with keys."""
+        return termios.tcgetattr(self._master)[:4]
+
+    def terminate(self) -> None:
+        self._process.terminate()
+
     def close(self) -> None:
         if self._process.poll() is None:
             self._process.kill()
@@ -184,6 +193,7 @@ class Keyboard:
             text = os.read(self._master, 65536).decode("utf-8", "replace")
         except OSError:  # the other side is closed
             raise AssertionError(f"llsh ended with {self._process.wait()}: {self._seen!r}") from None
+        self.raw += text
         if "\x1b[6n" in text:
             self.type("\x1b[1;1R")
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[=>]|\r", "", text)

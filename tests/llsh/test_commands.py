@@ -129,6 +129,7 @@ def test_wait_gives_up_after_its_timeout(llsh, pid):
 
 
 def test_top_prints_one_screen_without_a_terminal(llsh, pid):
+    assert llsh("top", "--once", tty=True).splitlines()[0].startswith("llmasos ")
     out = llsh("top")
     assert "1 process," in out
     assert "null  ready" in out
@@ -194,6 +195,23 @@ def test_machine(llsh):
     lines = llsh("dmesg", "--json").splitlines()
     assert all({"seq", "time", "level", "text"} == set(json.loads(line)) for line in lines)
     assert "llmasosd boots" in llsh("dmesg")
+    assert llsh("dmesg", "-l", "err") == ""
+    assert "llmasosd boots" in llsh("dmesg", "-l", "warn,info")
+    first = llsh("dmesg", "-T").splitlines()[0]
+    stamp = time.mktime(time.strptime(first[1 : first.index("]")], "%a %b %d %H:%M:%S %Y"))
+    assert abs(time.time() - stamp) < 600
+    llsh("dmesg", "-l", "loud")
+    assert llsh.code == 2
+
+
+def test_the_flight_recorder_is_shown(llsh):
+    llsh("run", "tiny", "w1 w2", "--max-tokens", "3")
+    last = llsh("flight").splitlines()
+    assert last[0].split()[:4] == ["TIME", "DEVICE", "TICKET", "QUEUE"]
+    assert "done" in last[-1]
+    decisions = [json.loads(line) for line in llsh("flight", "--json").splitlines()]
+    assert decisions[-1]["outcome"] == "done"
+    assert decisions[-1]["work"]
 
 
 def test_jobs_of_one_command_are_none(llsh):

@@ -110,9 +110,56 @@ def test_the_interactive_shell(keyboard, client):
 def test_top_is_left_with_q(keyboard, client):
     top = keyboard("top", columns=60)
     top.expect("0 processes, 0 running")
-    top.expect("q leaves")
+    top.type("?")
+    top.expect("select a process")
+    top.type("x")
+    top.expect("0 processes, 0 running")
+    top.type("k")
+    top.expect("no process")
     top.type("q")
     assert top.ends() == 0
+
+
+def test_keys_in_top_act_on_the_selected_process(keyboard, client, llsh):
+    pids = [llsh.json("spawn", "tiny")["pid"] for _ in range(2)]
+    nices = lambda: {row.pid: row.nice for row in client.ps()}  # noqa: E731
+    top = keyboard("top", "-d", "0.2")
+    top.expect("2 processes, 0 running")
+    top.type("p")
+    top.expect("sorted by pid")
+    top.type("r")
+    top.expect(f"nice value of process {pids[0]}")
+    top.type("7\r")
+    top.expect(f"process {pids[0]}: nice 7")
+    assert nices() == {pids[0]: 7, pids[1]: 0}
+    top.type("\x1b[B")
+    top.type("s")
+    top.expect(f"process {pids[1]}: STOP sent")
+    top.expect("stopped")
+    top.type("s")
+    top.expect(f"process {pids[1]}: CONT sent")
+    top.type("k")
+    top.expect(f"kill process {pids[1]}")
+    top.type("n")
+    top.expect("left alone")
+    assert set(nices()) == set(pids)
+    top.type("ky")
+    top.expect(f"process {pids[1]}: TERM sent")
+    soon(lambda: {row.pid for row in client.ps() if row.state != "zombie"} == {pids[0]})
+    top.type("q")
+    assert top.ends() == 0
+    llsh("kill", str(pids[0]))
+
+
+def test_top_gives_the_terminal_back_when_it_is_terminated(keyboard, home):
+    top = keyboard("top")
+    before = top.mode()
+    top.expect("0 processes, 0 running")
+    assert top.mode() != before
+    top.terminate()
+    assert top.ends() == 143
+    assert top.mode() == before
+    assert "\x1b[?1049l" in top.raw
 
 
 def test_a_chat_of_lines_from_a_pipe(llsh):

@@ -1,4 +1,4 @@
-"""Commands about the machine: lsdev, dmesg, whoami, shutdown."""
+"""Commands about the machine: lsdev, dmesg, flight, whoami, shutdown."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import time
 from typing import Annotated
 
+import msgspec
 import typer
 from llmasos.syscalls import errors, table
 
@@ -16,6 +17,8 @@ from .shell import shell_of
 from .table import Column, Table
 
 app = typer.Typer()
+
+LEVELS = ("debug", "info", "warn", "err")
 
 # How long the daemon may take to end after its drain.
 PATIENCE_S = 10.0
@@ -58,22 +61,106 @@ def lsdev(context: typer.Context, json: Json = False) -> None:
         shell.terminal.table(pools(resident))
 
 
-@app.command(epilog=examples("llsh dmesg", "llsh dmesg -w", "llsh dmesg --json | jq .text"))
+@app.command(
+    epilog=examples(
+        "llsh dmesg", "llsh dmesg -w", "llsh dmesg -T -l warn,err", "llsh dmesg --json | jq .text"
+    )
+)
 def dmesg(
     context: typer.Context,
     follow: Annotated[
         bool, typer.Option("-w", "--follow", help="Go on with new lines until Ctrl-C.")
     ] = False,
+    follow_new: Annotated[
+        bool, typer.Option("-W", "--follow-new", help="Only new lines, until Ctrl-C.")
+    ] = False,
+    ctime: Annotated[
+        bool, typer.Option("-T", "--ctime", help="Date and time instead of seconds since boot.")
+    ] = False,
+    level: Annotated[
+        str, typer.Option("-l", "--level", help="Only these levels, with commas: debug, info, warn, err.")
+    ] = "",
     json: Json = False,
 ) -> None:
     """Show the kernel's log: seconds since boot, level, what happened."""
     shell = shell_of(context)
-    with shell.client().stream(table.Dmesg(follow=follow)) as lines:
+    wanted = _levels(level)
+    client = shell.client()
+    boot = time.time() - float(client.read_file("/proc/uptime")) if ctime else 0.0
+    after = 0
+    if follow_new:
+        with client.stream(table.Dmesg()) as lines:
+            after = max((line.seq for line in lines), default=0)
+    with client.stream(table.Dmesg(after, follow or follow_new)) as lines:
         for line in lines:
+            if wanted and line.level not in wanted:
+                continue
             if json:
                 shell.terminal.document(line)
-            else:
-                shell.terminal.line(f"[{line.time:12.6f}] {line.level}: {line.text}")
+                continue
+            stamp = f"{line.time:12.6f}"
+            if ctime:
+                stamp = time.strftime("%a %b %e %H:%M:%S %Y", time.localtime(boot + line.time))
+            shell.terminal.line(f"[{stamp}] {line.level}: {line.text}")
+
+
+def _levels(text: str) -> set[str]:
+    """The levels of a list with commas. Raises BadParameter."""
+    names = {name for name in text.split(",") if name}
+    if unknown := names - set(LEVELS):
+        raise typer.BadParameter(f"no level {unknown.pop()!r}: one of {', '.join(LEVELS)}")
+    return names
+
+
+@app.command(epilog=examples("llsh flight", "llsh flight --json > decisions.jsonl"))
+def flight(context: typer.Context, json: Json = False) -> None:
+    """Show the scheduler's last decisions, newest last.
+
+    For the administrator. A line is a step that was sent to a device: how many could run, rows that generate
+    and prompt tokens in it, its expected and its real time, how it ended, which pids it served and who lost
+    its memory to whom. More of them are kept on disk when a driver dies (state/flight in the home folder).
+    """
+    shell = shell_of(context)
+    data = shell.client().read_file("/proc/flight")
+    if json:
+        shell.terminal.data(data)
+        return
+    table_ = Table(
+        [
+            Column("TIME", right=True),
+            Column("DEVICE", drop=3),
+            Column("TICKET", right=True, drop=6),
+            Column("QUEUE", right=True, drop=2),
+            Column("ROWS", right=True),
+            Column("PROMPT", right=True),
+            Column("ROUNDS", right=True, drop=5),
+            Column("EXPECTED", right=True, drop=1),
+            Column("TOOK", right=True),
+            Column("END"),
+            Column("PIDS", drop=4, least=8),
+            Column("PUSHED OUT", drop=7, least=8),
+        ]
+    )
+    for step in map(msgspec.json.decode, data.splitlines()):
+        table_.add(
+            f"{step['time']:.3f}",
+            step["device"],
+            str(step["ticket"]),
+            str(step["queue"]),
+            str(step["rows"]),
+            str(step["tokens"]),
+            str(step["rounds"]),
+            _ms(step["expected"] and step["expected"] * step["rounds"]),
+            _ms(step["seconds"]),
+            step["outcome"],
+            " ".join(str(work[0]) for work in step["work"]),
+            " ".join(f"{push['victim']} for {push['claimant']}" for push in step["pushed"]),
+        )
+    shell.terminal.table(table_)
+
+
+def _ms(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1000 * seconds:.1f} ms"
 
 
 @app.command(epilog=examples("llsh whoami"))

@@ -1,96 +1,70 @@
-"""`top`: devices and processes, drawn again every second."""
+"""`top`: the machine live on the screen, and keys that act on processes.
+
+Owns the terminal's mode while it runs and gives it back as it was, whatever ends it. What is shown and what
+a key means is `monitor`'s.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import select
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from llmasos.syscalls import table
+from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 
-from . import quantity
 from .argument import Json, examples
+from .monitor import Act, Snapshot, View
 from .processes import rows
 from .shell import shell_of
 from .terminal import Terminal
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
-
     from ..client import Client
 
 app = typer.Typer()
 
-# The busiest first: what runs, what could run; everything else after.
-_RANK = {t.State.RUNNING: 0, t.State.READY: 1, t.State.NEW: 2}
+_KEYS = {
+    "\x1b[A": "up",
+    "\x1bOA": "up",
+    "\x1b[B": "down",
+    "\x1bOB": "down",
+    "\r": "enter",
+    "\n": "enter",
+    "\x7f": "backspace",
+    "\x08": "backspace",
+    "\x03": "ctrl-c",
+    "\x04": "ctrl-d",
+}
+"""What a terminal sends -> the key's name; other signs are their own names."""
 
 
-class Snapshot:
-    """What one screen shows. Never holds a connection: it is what was true a moment ago."""
-
-    def __init__(self, client: Client) -> None:
-        alive = [process for process in client.ps() if process.state is not t.State.ZOMBIE]
-        self.processes = sorted(alive, key=lambda p: (_RANK.get(p.state, 3), -p.tokens_per_s, p.pid))
-        self.devices = client.call(table.Lsdev()).devices
-
-    def header(self) -> list[str]:
-        """Three or more lines: the clock and totals, then a line a device and model."""
-        running = sum(process.state is t.State.RUNNING for process in self.processes)
-        speed = sum(process.tokens_per_s for process in self.processes)
-        lines = [
-            f"llmasos {time.strftime('%H:%M:%S')}   {quantity.number(len(self.processes), 'process')},"
-            f" {running} running"
-            f"   {speed:.1f} tokens/s"
-        ]
-        for device in self.devices:
-            memory = f"{quantity.size(device.memory_free)} of {quantity.size(device.memory_total)} free"
-            lines.append(f"{device.name}  {device.state}  step {device.step_ms:.1f} ms  {memory}")
-            for pool in device.pools:
-                used = pool.blocks_total - pool.blocks_free
-                share = 100 * used / pool.blocks_total if pool.blocks_total else 0.0
-                lines.append(
-                    f"  {pool.model.removesuffix(':latest')} {pool.dtype}"
-                    f"  KV {used}/{pool.blocks_total} blocks ({share:.0f} %)"
-                    f"  {quantity.number(pool.processes, 'process')}"
-                )
-        return lines
-
-    def screen(self, terminal: Terminal) -> RenderableType:
-        """The whole screen, cut to the terminal's height."""
-        from rich.console import Group
-        from rich.text import Text
-
-        width, height = terminal.out_console.size
-        lines = self.header()
-        table_ = rows(self.processes[: max(1, height - len(lines) - 4)])
-        head = [Text(line, no_wrap=True, overflow="ellipsis") for line in lines]
-        return Group(*head, Text(), table_.fitted(width), Text("q leaves", style="dim"))
-
-
-@app.command(epilog=examples("llsh top", "llsh top | head -3", "llsh top --json"))
+@app.command(epilog=examples("llsh top", "llsh top -d 0.5", "llsh top --once", "llsh top --json"))
 def top(
     context: typer.Context,
     interval: Annotated[float, typer.Option("-d", "--delay", min=0.1, help="Seconds between screens.")] = 1.0,
+    once: Annotated[bool, typer.Option("--once", help="Print one screen and end.")] = False,
     json: Json = False,
 ) -> None:
-    """Watch devices and processes; q leaves.
+    """Watch devices, tenants and processes; ? shows the keys, q leaves.
 
-    Without a terminal it prints one screen.
+    The bar under a model is its KV memory, a letter and a colour for each owner. Without a terminal it prints
+    one screen.
     """
     shell = shell_of(context)
     client = shell.client()
     snapshot = Snapshot(client)
     if json:
         shell.terminal.document({"devices": snapshot.devices, "processes": snapshot.processes})
-    elif not shell.terminal.is_tty:
-        shell.terminal.write("\n".join(snapshot.header()) + "\n\n")
-        shell.terminal.table(rows(snapshot.processes))
+    elif once or not shell.terminal.is_tty:
+        shell.terminal.write(snapshot.plain() + "\n\n")
+        shell.terminal.table(rows(View().sorted(snapshot)))
     else:
         with contextlib.suppress(KeyboardInterrupt):  # Ctrl-C is the usual way out
             _watch(shell.terminal, client, snapshot, interval)
@@ -99,32 +73,65 @@ def top(
 def _watch(terminal: Terminal, client: Client, snapshot: Snapshot, interval: float) -> None:
     from rich.live import Live
 
-    with _keys(), Live(console=terminal.out_console, screen=True, auto_refresh=False) as live:
+    view, console = View(), terminal.out_console
+    due = time.monotonic() + interval
+    with (
+        _keyboard(),
+        Live(console=console, screen=True, auto_refresh=False, vertical_overflow="crop") as live,
+    ):
         while True:
-            live.update(snapshot.screen(terminal), refresh=True)
-            if _leaves(interval):
-                return
-            snapshot = Snapshot(client)
+            live.update(view.screen(snapshot, *console.size), refresh=True)
+            fresh = time.monotonic() >= due
+            for key in _pressed(max(0.0, due - time.monotonic())):
+                act = view.press(key, snapshot)
+                if act and act.name == "quit":
+                    return
+                if act:
+                    view.message = _do(client, act)
+                    fresh = True
+            if fresh or time.monotonic() >= due:
+                due = time.monotonic() + interval
+                try:
+                    snapshot = Snapshot(client)
+                except (errors.ConnectionLost, errors.DaemonUnreachable) as gone:
+                    view.message = f"{gone.message}; this is what was known before"
 
 
-def _leaves(patience_s: float) -> bool:
-    """Whether q or Ctrl-C was pressed within `patience_s`."""
+def _do(client: Client, act: Act) -> str:
+    """Carries an act out; what to tell about it."""
+    try:
+        if act.name == "nice":
+            client.call(table.SetPriority(act.pid, act.value, None))
+            return f"process {act.pid}: nice {act.value}"
+        signals = {"kill": t.Signal.TERM, "stop": t.Signal.STOP, "cont": t.Signal.CONT}
+        client.kill(act.pid, signals[act.name])
+    except errors.LLMasOSError as refused:
+        return refused.message
+    return f"process {act.pid}: {signals[act.name]} sent"
+
+
+def _pressed(patience_s: float) -> list[str]:
+    """The keys pressed within `patience_s`, as soon as there are any."""
     if not sys.stdin.isatty():
         time.sleep(patience_s)
-        return False
-    until = time.monotonic() + patience_s
-    while (left := until - time.monotonic()) > 0:
-        if (
-            select.select([sys.stdin], [], [], left)[0]
-            and os.read(sys.stdin.fileno(), 64)[:1] in b"qQ\x03\x04"
-        ):
-            return True
-    return False
+        return []
+    if not select.select([sys.stdin], [], [], patience_s)[0]:
+        return []
+    text = os.read(sys.stdin.fileno(), 64).decode("utf-8", "replace")
+    if not text:
+        return ["q"]  # the terminal is gone
+    keys = []
+    while text:
+        size = 3 if text[:2] in ("\x1b[", "\x1bO") else 1
+        keys.append(_KEYS.get(text[:size], text[:size]))
+        text = text[size:]
+    return keys
 
 
 @contextlib.contextmanager
-def _keys() -> Iterator[None]:
-    """Single key presses instead of lines, as they were afterwards."""
+def _keyboard() -> Iterator[None]:
+    """Single key presses instead of lines; the terminal is as it was afterwards, also after SIGTERM. Ctrl-Z
+    would leave a shell behind on a screen that is not its own."""
     if not sys.stdin.isatty():
         yield
         return
@@ -132,8 +139,14 @@ def _keys() -> Iterator[None]:
     import tty
 
     before = termios.tcgetattr(sys.stdin)
+    handlers = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)),
+        signal.SIGTSTP: signal.signal(signal.SIGTSTP, signal.SIG_IGN),
+    }
     try:
         tty.setcbreak(sys.stdin)
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
