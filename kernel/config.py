@@ -11,6 +11,7 @@ from typing import Annotated
 
 import msgspec
 from llmasos.syscalls.errors import InvalidArgument
+from llmasos.syscalls.types import Capability
 from msgspec import Meta
 
 Count = Annotated[int, Meta(ge=0)]
@@ -43,6 +44,12 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     draft_tokens: Annotated[int, Meta(ge=0, le=64)] = 8
     """Most tokens that are guessed ahead for one context and verified in the same step. 0: no guessing."""
+
+    user_rights: tuple[Capability, ...] = (Capability.SEE, Capability.INFER, Capability.PROCESS)
+    """What other users of this machine may do, when the socket lets them in (`socket_group`)."""
+
+    socket_group: str = ""
+    """Group that may connect to the local socket. Empty: nobody but the daemon's user and root."""
 
     max_sessions: Limit = 1024
     max_requests: Limit = 1024

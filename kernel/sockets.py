@@ -11,6 +11,7 @@ import json
 import math
 import os
 import pwd
+import shutil
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ import msgspec
 import zmq
 from llmasos.drivers import base
 from llmasos.syscalls import errors, wire
-from llmasos.syscalls.types import PullEvent
+from llmasos.syscalls.types import Capability, PullEvent
 from zmq.utils.monitor import recv_monitor_message
 
 from .effects import Dump, Exited, KillWorker, ToWorker
@@ -113,6 +114,7 @@ class Sockets:
         self._kernel = kernel
         self._home = home
         self._running = True
+        self._user_rights = frozenset({Capability.CONNECT, *kernel.config.user_rights})
         self._poller = zmq.Poller()
         self._sessions: dict[bytes, tuple[int, Subject]] = {}
         self._sessions_on: dict[int, set[bytes]] = {}
@@ -138,6 +140,10 @@ class Sockets:
             router.bind(address)
         finally:
             os.umask(before)
+        if group := self._kernel.config.socket_group:
+            path = address.removeprefix("ipc://")
+            shutil.chown(path, group=group)
+            os.chmod(path, 0o660)
         self._poller.register(router, zmq.POLLIN)
         self._poller.register(self._monitor, zmq.POLLIN)
         return router
@@ -243,7 +249,8 @@ class Sockets:
         fd = int(frame.get(zmq.SRCFD))
         try:
             _, uid, _, pid = str(frame.get("Peer-Address")).rsplit(":", 3)
-            subject = Subject(_user(int(uid)), int(uid), int(pid), int(uid) in (0, os.getuid()))
+            admin = int(uid) in (0, os.getuid())
+            subject = Subject(_user(int(uid)), int(uid), int(pid), admin, self._user_rights)
         except (ValueError, zmq.ZMQError):
             return None
         self._sessions[session] = (fd, subject)

@@ -1,7 +1,8 @@
-"""Who may do what. Identity comes from the socket (the peer's uid), never from a message.
+"""Who may do what. Identity comes from the socket (the peer's uid, or a CURVE key), never from a message.
 
 A subject is a path: `user`, or `user/label` for a session that narrowed itself. A subject sees and
-commands what lies at or below it; the daemon's own user, unlabelled, and root are administrators.
+commands what lies at or below it. Rights are denied unless held: the daemon's own user and root hold all,
+other local users what `user_rights` says, a key what its entry says; a sub-tenant never more than its parent.
 """
 
 from __future__ import annotations
@@ -9,17 +10,25 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmasos.syscalls import errors
-from llmasos.syscalls.types import SchedClass
+from llmasos.syscalls.types import Capability, SchedClass
+
+LABEL_RIGHTS = frozenset(
+    {Capability.CONNECT, Capability.SEE, Capability.INFER, Capability.PROCESS, Capability.MODELS}
+)
+"""The most that a sub-tenant can hold, however much its parent does."""
 
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """`path` is what owns processes; `uid` and `pid` are the peer's."""
+    """`path` is what owns processes; `uid` and `pid` are the local peer's, `key` is a remote one's public key
+    in hexadecimal (uid and pid are then -1). An administrator holds every right."""
 
     path: str
     uid: int
     pid: int
     admin: bool
+    rights: frozenset[Capability] = frozenset({Capability.CONNECT})
+    key: str = ""
 
     def may_command(self, owner: str) -> bool:
         """Whether this subject sees and commands what `owner` owns."""
@@ -27,17 +36,26 @@ class Subject:
 
     def narrowed(self, label: str) -> Subject:
         """The sub-tenant `label` of this subject; it is nobody's administrator."""
-        return Subject(f"{self.path}/{label}", self.uid, self.pid, False) if label else self
+        if not label:
+            return self
+        rights = LABEL_RIGHTS if self.admin else LABEL_RIGHTS & self.rights
+        return Subject(f"{self.path}/{label}", self.uid, self.pid, False, rights, self.key)
 
-    def require_admin(self, what: str) -> None:
-        if not self.admin:
+    def holds(self, right: Capability) -> bool:
+        return self.admin or right in self.rights
+
+    def require(self, right: Capability, what: str) -> None:
+        """Raises PermissionDenied for `what` when `right` is not held."""
+        if not self.holds(right):
             raise errors.PermissionDenied(
-                f"{what} needs the daemon's administrator", hint="connect unlabelled"
+                f"{what} needs the right {right}, which {self.path} does not have",
+                hint="the daemon's own user, unlabelled, has all",
+                right=str(right),
             )
 
     def require_priority(self, sched_class: SchedClass | None, nice: int | None) -> None:
-        """Raising oneself above others is the administrator's right, as in Unix."""
-        if sched_class is SchedClass.REALTIME and not self.admin:
-            raise errors.PermissionDenied("class realtime needs the daemon's administrator")
-        if nice is not None and nice < 0 and not self.admin:
-            raise errors.PermissionDenied("a negative nice value needs the daemon's administrator")
+        """Raising oneself above others is a right of its own, as in Unix."""
+        if sched_class is SchedClass.REALTIME:
+            self.require(Capability.PRIORITY, "class realtime")
+        if nice is not None and nice < 0:
+            self.require(Capability.PRIORITY, "a negative nice value")

@@ -52,6 +52,7 @@ def _serve(kernel: Kernel, session_id: bytes, subject: Subject, request: wire.Re
     key = (session_id, request.id)
     try:
         call = cast(table.Syscall, request.call)
+        session.subject.require(call.needs, call.name)
         reply = _dispatch(kernel, session, key, call, request.credits)
         if reply is not None:
             kernel.sessions.reply(key, reply)
@@ -126,7 +127,6 @@ def _dispatch(
             _may_replace(kernel, subject, call.target)
             return kernel.store.link(call.source, call.target)
         case table.Unlink():
-            subject.require_admin("unlink")
             kernel.store.unlink(call.model, kernel.pinned())
             return table.Done()
         case table.Pull():
@@ -138,11 +138,9 @@ def _dispatch(
         case table.Lsdev():
             return table.LsdevReply(devices=[device.info() for device in kernel.devices.values()])
         case table.Dmesg():
-            subject.require_admin("dmesg")
             kernel.readers.start(request, call.after, call.follow, credits_)
             return None
         case table.Shutdown():
-            subject.require_admin("shutdown")
             kernel.drain(call.drain_s)
             return table.Done()
         case _:
@@ -183,7 +181,7 @@ def _may_replace(kernel: Kernel, subject: Subject, model: str) -> None:
         kernel.store.resolve(model)
     except errors.LLMasOSError:
         return
-    subject.require_admin(f"replacing {model}")
+    subject.require(t.Capability.ADMIN, f"replacing {model}")
 
 
 def _refuse_new_work(kernel: Kernel) -> None:

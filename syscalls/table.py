@@ -4,7 +4,8 @@ The table drives the decoder, the dispatcher, the client's types and the hash th
 `hello`. Adding a call: a class here and a case in kernel/trap.py.
 
 `Reply` is what the one final answer carries; `Item` the type of stream items (None: no stream);
-`payload` names a bytes field that travels as its own raw frame, which msgpack never parses.
+`payload` names a bytes field that travels as its own raw frame, which msgpack never parses. `needs` is the
+capability that a caller must hold; a call that declares none cannot be made.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ class Call(t.Wire, frozen=True):
     """Base of all syscalls."""
 
     name: ClassVar[str]
+    needs: ClassVar[t.Capability]
     Reply: ClassVar[type[t.Wire]]
     Item: ClassVar[type[t.Wire] | None] = None
     payload: ClassVar[str] = ""
@@ -48,6 +50,7 @@ class Hello(Call, frozen=True):
     """Opens a session. `label` narrows the session to a sub-tenant of the caller (`uid-name/label`)."""
 
     name = "hello"
+    needs = t.Capability.CONNECT
     Reply = HelloReply
     version: int
     table_hash: t.Text
@@ -65,6 +68,7 @@ class Whoami(Call, frozen=True):
     """Who the kernel takes the caller for."""
 
     name = "whoami"
+    needs = t.Capability.CONNECT
     Reply = WhoamiReply
 
 
@@ -85,6 +89,7 @@ class SpawnModel(Call, frozen=True):
     """
 
     name = "spawn_model"
+    needs = t.Capability.PROCESS
     Reply = SpawnReply
     model: t.Text
     sched_class: t.SchedClass = t.SchedClass.INTERACTIVE
@@ -118,6 +123,7 @@ class Infer(Call, frozen=True):
     """
 
     name = "infer"
+    needs = t.Capability.INFER
     Reply = InferReply
     Item = t.InferEvent
     payload = "tokens"
@@ -142,6 +148,7 @@ class Fork(Call, frozen=True):
     """Copies a process that has no infer running, `count` times; the copies share its KV blocks."""
 
     name = "fork"
+    needs = t.Capability.PROCESS
     Reply = ForkReply
     pid: t.Pid
     count: Annotated[int, Meta(ge=1, le=256)] = 1
@@ -164,6 +171,7 @@ class Wait(Call, frozen=True):
     """
 
     name = "wait"
+    needs = t.Capability.PROCESS
     Reply = WaitReply
     pid: t.Pid
     timeout_s: Annotated[float, Meta(ge=0, le=86400 * 365)] | None = None
@@ -173,6 +181,7 @@ class Kill(Call, frozen=True):
     """Sends a signal. TERM and KILL end the process, STOP suspends it, CONT lets it go on."""
 
     name = "kill"
+    needs = t.Capability.PROCESS
     Reply = Done
     pid: t.Pid
     signal: t.Signal = t.Signal.TERM
@@ -182,6 +191,7 @@ class SetPriority(Call, frozen=True):
     """Changes nice value or class of a process. None leaves one as it is."""
 
     name = "setpriority"
+    needs = t.Capability.PROCESS
     Reply = t.ProcessInfo
     pid: t.Pid
     nice: Annotated[int, Meta(ge=-20, le=19)] | None = None
@@ -192,6 +202,7 @@ class Truncate(Call, frozen=True):
     """Cuts a process's context back to its first `length` tokens."""
 
     name = "truncate"
+    needs = t.Capability.PROCESS
     Reply = Done
     pid: t.Pid
     length: Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -206,6 +217,7 @@ class Ps(Call, frozen=True):
     """The processes the caller may see, by pid, at most `limit` of them with pids above `after`."""
 
     name = "ps"
+    needs = t.Capability.SEE
     Reply = PsReply
     after: Annotated[int, Meta(ge=0, le=2**53)] = 0
     limit: Annotated[int, Meta(ge=1, le=1024)] = 1024
@@ -215,6 +227,7 @@ class StatProcess(Call, frozen=True):
     """One row of `ps`. The tokens of a process are the file /proc/<pid>/tokens."""
 
     name = "stat_process"
+    needs = t.Capability.SEE
     Reply = t.ProcessInfo
     pid: t.Pid
 
@@ -227,6 +240,7 @@ class Ls(Call, frozen=True):
     """A folder of the model filesystem: /, /models, /models/NAME:TAG, /proc."""
 
     name = "ls"
+    needs = t.Capability.SEE
     Reply = LsReply
     path: t.Path_ = "/"
 
@@ -235,6 +249,7 @@ class Stat(Call, frozen=True):
     """One entry of the model filesystem."""
 
     name = "stat"
+    needs = t.Capability.SEE
     Reply = t.FileInfo
     path: t.Path_
 
@@ -251,6 +266,7 @@ class Read(Call, frozen=True):
     """
 
     name = "read"
+    needs = t.Capability.SEE
     Reply = ReadReply
     path: t.Path_
     offset: Annotated[int, Meta(ge=0, le=2**53)] = 0
@@ -261,6 +277,7 @@ class Link(Call, frozen=True):
     """Gives a model a second name; no data is copied. Replaces `target` if it exists."""
 
     name = "link"
+    needs = t.Capability.MODELS
     Reply = t.FileInfo
     source: t.Text
     target: t.Text
@@ -270,6 +287,7 @@ class Unlink(Call, frozen=True):
     """Removes a model's name and the blobs that no other name needs."""
 
     name = "unlink"
+    needs = t.Capability.ADMIN
     Reply = Done
     model: t.Text
 
@@ -282,6 +300,7 @@ class Pull(Call, frozen=True):
     """
 
     name = "pull"
+    needs = t.Capability.MODELS
     Reply = t.FileInfo
     Item = t.PullEvent
     model: t.Text
@@ -303,6 +322,7 @@ class Df(Call, frozen=True):
     """How much room the model filesystem and the KV pools have."""
 
     name = "df"
+    needs = t.Capability.SEE
     Reply = DfReply
 
 
@@ -314,6 +334,7 @@ class Lsdev(Call, frozen=True):
     """The devices, their drivers, and the models resident on them."""
 
     name = "lsdev"
+    needs = t.Capability.SEE
     Reply = LsdevReply
 
 
@@ -321,6 +342,7 @@ class Dmesg(Call, frozen=True):
     """The kernel log after line `after`; with `follow` the stream goes on until cancelled."""
 
     name = "dmesg"
+    needs = t.Capability.ADMIN
     Reply = Done
     Item = t.LogLine
     after: Annotated[int, Meta(ge=0, le=2**53)] = 0
@@ -331,6 +353,7 @@ class Shutdown(Call, frozen=True):
     """Stops the daemon: new work is refused at once, running infers get `drain_s` seconds to end."""
 
     name = "shutdown"
+    needs = t.Capability.ADMIN
     Reply = Done
     drain_s: Annotated[float, Meta(ge=0, le=3600)] = 5.0
 

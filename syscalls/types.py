@@ -28,6 +28,19 @@ class Wire(Struct, frozen=True, forbid_unknown_fields=True):
     """Base of everything that travels."""
 
 
+class Capability(enum.StrEnum):
+    """Rights that a caller may hold. Every call names the one that it needs (`Call.needs`)."""
+
+    CONNECT = "connect"  # say hello and ask who one is: whoever is let in at all
+    SEE = "see"  # list and read what the caller may see: models, devices, its own processes
+    INFER = "infer"  # generate
+    PROCESS = "process"  # start processes and command its own
+    MODELS = "models"  # bring in models and give them further names
+    PRIORITY = "priority"  # class realtime, negative nice values
+    AUDIT = "audit"  # read the audit log
+    ADMIN = "admin"  # everything, others' processes included
+
+
 class SchedClass(enum.StrEnum):
     """Scheduling classes, strongest first."""
 

@@ -1,0 +1,109 @@
+"""Who may do what: every call declares a right, and none is granted by accident."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from llmasos.kernel.tenants import Subject
+from llmasos.syscalls import errors, table, wire
+from llmasos.syscalls.types import Capability, SchedClass
+
+from .conftest import World, infer
+
+MALLORY = Subject("mallory", 1000, 2, False, frozenset({Capability.CONNECT, Capability.PROCESS}))
+
+
+def calls() -> list[table.Call]:
+    """One of every call that needs more than to be let in, with the least arguments that it takes."""
+    return [made(kind) for kind in table.BY_NAME.values() if kind.needs is not Capability.CONNECT]
+
+
+def made(kind: type[table.Call]) -> table.Call:
+    return kind(**{f.name: some(f.type) for f in msgspec.structs.fields(kind) if f.required})
+
+
+def some(type_: Any) -> Any:
+    """A value that a field of this type takes."""
+    for value in (7, "tiny", "tcp://x:1", "0" * 64, b"", [], {}):
+        try:
+            return msgspec.convert(value, type_)
+        except msgspec.ValidationError:
+            continue
+    raise AssertionError(f"no example for {type_}")
+
+
+@pytest.mark.parametrize("kind", table.BY_NAME.values(), ids=lambda kind: kind.name)
+def test_every_call_declares_what_it_needs(kind: type[table.Call]) -> None:
+    assert isinstance(vars(kind).get("needs"), Capability), f"{kind.name} declares no capability"
+
+
+@pytest.mark.parametrize("call", calls(), ids=lambda call: call.name)
+def test_a_right_that_is_not_held_is_refused(world: World, call: table.Call) -> None:
+    world.attach()
+    without = frozenset(Capability) - {call.needs, Capability.ADMIN}
+    id_ = world.send(call, b"\0m", subject=Subject("mallory", 1000, 2, False, without))
+    world.turn(3)
+    assert world.error(id_, b"\0m") is errors.PermissionDenied
+
+
+def test_a_label_never_has_more_than_its_parent() -> None:
+    root = Subject("root", 0, 1, True)
+    assert not root.narrowed("a").admin
+    assert not root.narrowed("a").holds(Capability.AUDIT)
+    assert root.narrowed("a").holds(Capability.MODELS)
+    assert MALLORY.narrowed("a").rights == MALLORY.rights
+    assert not MALLORY.narrowed("a").holds(Capability.INFER)
+
+
+def test_priority_is_a_right_of_its_own(world: World) -> None:
+    world.attach()
+    id_ = world.send(table.SpawnModel(model="tiny", sched_class=SchedClass.REALTIME), b"\0m", subject=MALLORY)
+    assert world.turn() is None
+    assert world.error(id_, b"\0m") is errors.PermissionDenied
+    pid = world.spawn()
+    own = world.send(table.SetPriority(pid, nice=-1))
+    world.turn()
+    assert world.result(own).kind == wire.Kind.REPLY
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        table.Kill(2),
+        table.Fork(2),
+        table.Wait(2, 0.0),
+        table.SetPriority(2, nice=1),
+        table.Truncate(2, 0),
+        table.StatProcess(2),
+        table.Stat("/proc/2"),
+        table.Stat("/proc/2/tokens"),
+        table.Ls("/proc/2"),
+        table.Read("/proc/2/tokens"),
+        infer([1], pid=2),
+    ],
+    ids=lambda call: call.name,
+)
+def test_a_foreign_process_answers_like_one_that_is_not_there(world: World, call: table.Call) -> None:
+    world.attach()
+    assert world.spawn() == 2
+    everything = frozenset(Capability) - {Capability.ADMIN}
+    stranger = Subject("mallory", 1000, 2, False, everything)
+    foreign = world.send(call, b"\0m", subject=stranger)
+    world.turn(2)
+    answer = world.result(foreign, b"\0m").body
+    world.send(table.Kill(2))
+    waited = world.send(table.Wait(2, 0.0))
+    world.turn(2)
+    assert world.result(waited).kind == wire.Kind.REPLY
+    missing = world.send(call, b"\0m", subject=stranger)
+    world.turn(2)
+    assert world.result(missing, b"\0m").body == answer
+    assert answer["code"] == errors.NoSuchProcess.code
+    seen = world.send(table.Ps(), b"\0m", subject=stranger)
+    listed = world.send(table.Ls("/proc"), b"\0m", subject=stranger)
+    world.turn(2)
+    assert world.result(seen, b"\0m").body["processes"] == []
+    entries = world.result(listed, b"\0m").body["entries"]
+    assert not [entry for entry in entries if entry["path"].removeprefix("/proc/").isdecimal()]
