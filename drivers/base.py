@@ -183,12 +183,21 @@ class Driver(Protocol):
 # The driver bus: length-prefixed msgpack over a private Unix socket, one worker a connection.
 
 
+class Resident(Struct, frozen=True):
+    """A model that a worker has loaded, as asked and as it came to be, and the sequences that are open."""
+
+    spec: LoadSpec
+    loaded: Loaded
+    sequences: list[int]
+
+
 class Attach(Struct, frozen=True, tag="attach"):
-    """A worker's first message."""
+    """A worker's first message on a connection. `residents`: what it kept from an earlier one."""
 
     device: str
     pid: int
     description: Description
+    residents: list[Resident] = []
 
 
 class Load(Struct, frozen=True, tag="load"):

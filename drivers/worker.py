@@ -2,11 +2,11 @@
 
     python -m llmasos.drivers.worker --device cpu --bus /run/user/1000/llmasos/bus.sock
 
-Single-threaded: what the kernel sends during a step, mostly the next one, waits in the socket. Ends with
-status 0 when the kernel closes the bus; dies with the thread that started it (Linux), so that no worker
-outlives a killed supervisor.
-What fails in a verb is answered with Failed; after a failed step its sequences must be opened anew.
-"""
+Single-threaded: what the kernel sends during a step, mostly the next one, waits in the socket. Outlives the
+kernel: when the bus breaks it keeps what it has loaded, connects again and tells the next kernel of it. Ends
+with status 0 when no kernel listens for KERNEL_TIMEOUT_S; dies with the thread that started it (Linux), so
+that no worker outlives a killed supervisor. What fails in a verb is answered with Failed; after a failed step
+its sequences must be opened anew."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import msgspec
@@ -33,6 +34,11 @@ DRIVERS = {
     "null": ("llmasos.drivers.null", "NullDriver"),
     "simulated": ("llmasos.drivers.simulated", "SimulatedDriver"),
 }
+
+KERNEL_TIMEOUT_S = 60.0
+"""How long a worker waits for a kernel: longer than the supervisor's longest pause before it starts one."""
+
+RETRY_S = 0.02
 
 _PR_SET_PDEATHSIG = 1
 
@@ -51,33 +57,45 @@ def make_driver(device: str, note: Note) -> base.Driver:
 
 
 class Worker:
-    """Serves a device over a connected stream socket until the other side closes it."""
+    """Serves a device over one connected stream socket after another."""
 
-    def __init__(self, device: str, bus: socket.socket, driver: base.Driver | None = None) -> None:
+    def __init__(self, device: str) -> None:
         self._device = device
-        self._bus = bus
+        self._bus: socket.socket | None = None
         self._loaded: dict[int, base.Loaded] = {}
-        self._early: list[base.Note] | None = []  # notes from before the first message, which is Attach
-        self._driver = driver or make_driver(
-            device, lambda level, text: self._note(level, f"{device}: {text}")
-        )
+        self._specs: dict[int, base.LoadSpec] = {}
+        self._open: dict[int, set[int]] = {}  # by handle: the sequences that the driver remembers
+        self._early: list[base.Note] = []  # notes from before the first message, which is Attach
+        self._driver = make_driver(device, lambda level, text: self._note(level, f"{device}: {text}"))
 
-    def serve(self) -> None:
-        self._send(base.Attach(self._device, os.getpid(), self._driver.describe()))
-        early, self._early = self._early or [], None
-        for note in early:
-            self._send(note)
-        reader = wire.FrameReader()
-        while data := self._bus.recv(1 << 20):
-            for message in reader.feed(data):
-                self._answer(base.to_worker.decode(message))
+    def serve(self, bus: socket.socket) -> None:
+        """Returns, or raises ConnectionError, when the other side is gone."""
+        self._bus = bus
+        try:
+            self._send(base.Attach(self._device, os.getpid(), self._driver.describe(), self._residents()))
+            early, self._early = self._early, []
+            for note in early:
+                self._send(note)
+            reader = wire.FrameReader()
+            while data := bus.recv(1 << 20):
+                for message in reader.feed(data):
+                    self._answer(base.to_worker.decode(message))
+        finally:
+            self._bus = None
+
+    def _residents(self) -> list[base.Resident]:
+        return [
+            base.Resident(spec, self._loaded[handle], sorted(self._open[handle]))
+            for handle, spec in self._specs.items()
+        ]
 
     def _send(self, message: base.FromWorker) -> None:
+        assert self._bus is not None
         self._bus.sendall(wire.frame(msgspec.msgpack.encode(message)))
 
     def _note(self, level: str, text: str) -> None:
         note = base.Note(level, text)
-        if self._early is not None:
+        if self._bus is None:
             self._early.append(note)
         else:
             self._send(note)
@@ -90,11 +108,15 @@ class Worker:
                     handle = spec.handle
                     self._load(spec)
                 case base.Unload(handle):
-                    self._loaded.pop(handle, None)
+                    for known in (self._loaded, self._specs, self._open):
+                        known.pop(handle, None)
                     self._driver.unload(handle)
                     self._note("info", f"{self._device}: model {handle} unloaded")
                 case base.Step(batch):
                     handle, ticket = batch.handle, batch.ticket
+                    opened = self._open.setdefault(handle, set())
+                    opened.difference_update(batch.closes)
+                    opened.update(opening.seq for opening in batch.opens)
                     self._send(base.StepDone(self._driver.collect(self._driver.submit(batch))))
                 case base.Export() | base.Import() | base.Relay():
                     ticket = message.ticket
@@ -116,6 +138,7 @@ class Worker:
         self._note("info", f"{self._device}: loading model {spec.handle}, {size / 1e6:.0f} MB of files")
         begun = time.perf_counter()
         loaded = self._loaded[spec.handle] = self._driver.load(spec)
+        self._specs[spec.handle], self._open[spec.handle] = spec, set()
         seconds = time.perf_counter() - begun
         self._note(
             "info",
@@ -138,30 +161,47 @@ def _place(problem: BaseException) -> str:
     return f" at {os.path.basename(frame.tb_frame.f_code.co_filename)}:{frame.tb_lineno}" if frame else ""
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> bool:
+    """False: `parent` (0: whoever it is) was dead already."""
     if sys.platform == "linux":
         libc: Any = ctypes.CDLL(None)
         libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    return parent in (0, os.getppid())
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="llmasos.drivers.worker", description=__doc__)
     parser.add_argument("--device", required=True, help="cpu, cuda:0, null, null:1 or simulated")
     parser.add_argument("--bus", required=True, help="path of the kernel's Unix stream socket")
+    parser.add_argument("--parent", type=int, default=0, help="end when this is not the parent process")
     arguments = parser.parse_args()
-    _die_with_parent()
+    if not _die_with_parent(arguments.parent):
+        return 0
     # Ctrl-C on the terminal is for the kernel, which then closes the bus.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as bus:
-        try:
-            bus.connect(arguments.bus)
-            Worker(arguments.device, bus).serve()
-        except (BrokenPipeError, ConnectionResetError):
-            return 0  # the kernel is gone: nobody is left to tell
-        except (errors.LLMasOSError, msgspec.DecodeError, ImportError, OSError) as problem:
-            print(f"worker of {arguments.device}: {problem}", file=sys.stderr)
-            return 1
+    try:
+        worker = Worker(arguments.device)
+        while bus := _connect(arguments.bus):
+            with bus, suppress(ConnectionError):
+                worker.serve(bus)
+    except (errors.LLMasOSError, msgspec.DecodeError, ImportError, OSError) as problem:
+        print(f"worker of {arguments.device}: {problem}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _connect(path: str) -> socket.socket | None:
+    """A connection to the kernel; None when none listens for long. Raises OSError when the path is none."""
+    deadline = time.monotonic() + KERNEL_TIMEOUT_S
+    while time.monotonic() < deadline:
+        bus = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            bus.connect(path)
+            return bus
+        except (ConnectionRefusedError, FileNotFoundError):
+            bus.close()
+            time.sleep(RETRY_S)
+    return None
 
 
 if __name__ == "__main__":

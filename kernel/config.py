@@ -51,6 +51,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     socket_group: str = ""
     """Group that may connect to the local socket. Empty: nobody but the daemon's user and root."""
 
+    session_grace_s: Annotated[float, Meta(ge=0)] = 30.0
+    """After a restart of the kernel its clients have so long to return before their processes are ended."""
+
     max_sessions: Limit = 1024
     max_requests: Limit = 1024
     """Open requests of one session."""

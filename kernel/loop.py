@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from llmasos.drivers import base
@@ -30,12 +30,14 @@ from .dmesg import Log, Readers
 from .effects import Dump, Effect, Exited, KillWorker
 from .imports import Imports
 from .infer import Infer
+from .ledger import Ledger
 from .memory import blocks_for
 from .modelfs.store import ModelFS
 from .process import Process
 from .proctable import ProcessTable
 from .recorder import Recorder
-from .sessions import Sessions
+from .restore import restore
+from .sessions import Session, Sessions
 from .tenants import Subject
 from .tiers import open_tiers
 from .timers import Timers
@@ -52,7 +54,10 @@ class Kernel:
         now: Callable[[], float],
         seed: int,
         host_memory: Path | None = None,
+        rows: Mapping[str, bytes] | None = None,
+        epoch: float = 0.0,
     ) -> None:
+        """`rows` are what an earlier kernel committed; `epoch` is the wall clock's time when `now` is 0."""
         self.config = config
         self.store = store
         self.tiers = open_tiers(host_memory, store.swap, config.swap_host_bytes, config.swap_disk_bytes)
@@ -61,8 +66,9 @@ class Kernel:
         self.boot_id = f"{self.random.getrandbits(64):016x}"
         self.log = Log(now, config.log_lines)
         self.recorder = Recorder(now, config.flight_steps)
-        self.sessions = Sessions()
-        self.processes = ProcessTable(config, self.sessions, self.random.randbytes(32))
+        self.ledger = Ledger(epoch)
+        self.sessions = Sessions(self.ledger)
+        self.processes = ProcessTable(config, self.sessions, self.ledger, self.random.randbytes(32))
         self.devices = {name: Device(name) for name in device_names}
         self.readers = Readers(self.log, self.sessions)
         self.imports = Imports(self.sessions, config.max_imports)
@@ -70,6 +76,9 @@ class Kernel:
         self.effects: list[Effect] = []
         self._timers = Timers()
         self.numbers = itertools.count(1)
+        self.absent = restore(self, rows or {}, epoch)  # sessions of an earlier kernel, not yet back
+        if self.absent:
+            self.at(now() + config.session_grace_s, self._forget_absent)
 
     # Events
 
@@ -78,15 +87,43 @@ class Kernel:
         trap.handle(self, session, subject, frames)
 
     def disconnected(self, session: bytes) -> None:
-        """A client is gone: what it owned is freed now."""
-        gone = self.sessions.by_id.pop(session, None)
+        """A client is gone: what it owned is freed now. What it was answered is kept for a while, for one
+        that only lost its connection."""
+        gone = self.sessions.by_id.get(session)
         if gone is None:
             return
-        for entry in list(gone.open.values()):
-            entry.cancel()
-            entry.closed()
-        if ended := self.processes.session_gone(session):
+        self._end_requests(gone)
+        if gone.returns:
+            self.at(self.now() + self.config.session_grace_s, lambda: self._forget(gone.key))
+        if ended := self.processes.session_gone(session, gone.key):
             self.log.info(f"client {gone.subject.pid} of {gone.subject.path} left, {ended} processes ended")
+
+    def returned(self, session: Session) -> None:
+        """A client said who it is: what its session had in an earlier kernel, or over another connection, is
+        this one's."""
+        self.absent.discard(session.key)
+        for other in list(self.sessions.by_id.values()):
+            if other.key == session.key and other is not session:
+                self._end_requests(other)
+
+    def _end_requests(self, session: Session) -> None:
+        for entry in list(session.open.values()):
+            entry.cancel()
+        for entry in list(session.open.values()):
+            entry.closed()
+        self.sessions.drop(session.id)
+
+    def _forget_absent(self) -> None:
+        """Who has not come back by now does not come."""
+        absent, self.absent = self.absent, set()
+        for key in absent:
+            if ended := self.processes.session_gone(b"", key):
+                self.log.info(f"a client did not return after the restart, {ended} processes ended")
+            self.ledger.forget(key)
+
+    def _forget(self, key: bytes) -> None:
+        if all(session.key != key for session in self.sessions.by_id.values()):
+            self.ledger.forget(key)
 
     def worker_attached(self, worker: int, attach: base.Attach) -> None:
         device = self.devices.get(attach.device)
@@ -98,6 +135,7 @@ class Kernel:
         device.description = attach.description
         device.memory_free = attach.description.memory_free
         self.log.info(f"{device.name}: worker {attach.pid} attached, {attach.description.text}")
+        residency.adopt(self, device, attach.residents)
 
     def worker_message(self, worker: int, message: base.FromWorker) -> None:
         device = next((d for d in self.devices.values() if d.worker == worker), None)

@@ -15,6 +15,7 @@ import glob
 import os
 import resource
 import sys
+import time
 from importlib import metadata
 from pathlib import Path
 
@@ -33,7 +34,7 @@ examples:
   llmasosd --fsck                   verify every file of the model filesystem and exit
 
 exit codes: 0 stopped as asked, 1 failed or --fsck found damage, 2 wrong usage or configuration,
-75 another daemon of this user runs already
+65 the journal is damaged, 75 another daemon of this user runs already
 """
 
 
@@ -116,15 +117,18 @@ def run_supervisor(config: Config, overrides: list[str]) -> int:
         for override in overrides:
             kernel += ["--set", override]
         bus = str(runtime / "bus.sock")
-        worker = [sys.executable, "-m", "llmasos.drivers.worker", "--bus", bus, "--device"]
+        worker = [sys.executable, "-m", "llmasos.drivers.worker", "--bus", bus]
+        worker += ["--parent", str(os.getpid()), "--device"]
         return Supervisor(kernel, {name: [*worker, name] for name in device_names(config)}).run()
 
 
 def run_kernel(config: Config, endpoint: str) -> int:
     """The kernel process: standard input is the supervisor's pipe, one line on standard output says ready."""
+    from .journal import Journal
     from .loop import Kernel
     from .modelfs.store import ModelFS
     from .sockets import Sockets, clock
+    from .supervisor import DAMAGED
     from .tiers import host_folder
 
     # libzmq aborts when descriptors run out; connections are bounded far below the hard limit.
@@ -133,6 +137,11 @@ def run_kernel(config: Config, endpoint: str) -> int:
     home = address.home_folder()
     store = ModelFS(home)
     store.gc(set())
+    try:
+        journal = Journal(home / "journal")
+    except errors.LLMasOSError as problem:
+        print(f"llmasosd: {problem}", file=sys.stderr, flush=True)
+        return DAMAGED if isinstance(problem, errors.Corrupt) else 1
     born = clock()
     kernel = Kernel(
         config,
@@ -141,12 +150,15 @@ def run_kernel(config: Config, endpoint: str) -> int:
         lambda: clock() - born,
         int.from_bytes(os.urandom(8), "little"),
         host_folder(home),
+        journal.rows,
+        time.time(),
     )
     kernel.log.info(f"llmasosd boots, kernel pid {os.getpid()}, home {home}")
-    sockets = Sockets(kernel, endpoint, address.runtime_folder() / "bus.sock", home)
+    sockets = Sockets(kernel, journal, endpoint, address.runtime_folder() / "bus.sock", home)
     kernel.log.info(f"listening on {endpoint}, devices {', '.join(kernel.devices)}")
     print(f"ready, listening on {endpoint}", flush=True)
     sockets.run(sys.stdin.fileno())
+    journal.close()
     return 0
 
 

@@ -55,7 +55,8 @@ class Mirror:
 
 @dataclass(slots=True, eq=False)
 class Process:
-    """One row of the process table. `session` is None when detached; `vruntime` is weighted service."""
+    """One row of the process table. `session` (its key) is None when detached; `named`: its pid was told, so
+    it survives the kernel; `vruntime` is weighted service."""
 
     pid: int
     parent: int
@@ -72,6 +73,7 @@ class Process:
     generated: int = 0
     infer: Infer | None = None
     stopped: bool = False
+    named: bool = False
     flights: int = 0  # steps not yet collected that it is in, whatever became of their infer
     ahead: int = 0  # positions that those of this infer compute
     coming: int = 0  # tokens that they choose for certain

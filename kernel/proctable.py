@@ -14,6 +14,7 @@ from llmasos.syscalls.table import ForkReply, InferReply, WaitReply
 from llmasos.syscalls.types import Finish, SchedClass, Signal
 
 from .config import Config
+from .ledger import Ledger
 from .memory import Table
 from .process import INIT, Exit, Process
 from .sessions import Request, Sessions
@@ -28,9 +29,10 @@ _EXIT_CODES = {Signal.TERM: 143, Signal.KILL: 137}
 class ProcessTable:
     """Rows by pid. Beams are rows too, but only their leader can be named."""
 
-    def __init__(self, config: Config, sessions: Sessions, secret: bytes) -> None:
+    def __init__(self, config: Config, sessions: Sessions, ledger: Ledger, secret: bytes) -> None:
         self._config = config
         self._sessions = sessions
+        self._ledger = ledger
         self._secret = secret
         self._rows: dict[int, Process] = {}
         self._waiters: dict[int, Request] = {}
@@ -82,12 +84,26 @@ class ProcessTable:
             sched_class=sched_class,
             nice=nice,
             label=label,
-            table=Table(self._secret + owner.encode()),
+            table=Table(self._salt(owner)),
             born=now,
             last_run=now,
         )
         self._add(process)
         return process
+
+    def restore(self, process: Process) -> None:
+        """Takes in a process of an earlier kernel, under its own pid."""
+        process.table = Table(self._salt(process.owner))
+        self._insert(process)
+        self.reserve_pids(process.pid + 1)
+
+    def reserve_pids(self, pid: int) -> None:
+        """New processes get no pid below."""
+        self._next_pid = max(self._next_pid, pid)
+        self._ledger.next_pid(self._next_pid)
+
+    def _salt(self, owner: str) -> bytes:
+        return self._secret + owner.encode()
 
     def copy(self, parent: Process, session: bytes | None, now: float) -> Process:
         """A process with the same context, sharing the parent's blocks."""
@@ -105,7 +121,15 @@ class ProcessTable:
     def fork(self, parent: Process, count: int, session: bytes | None, now: float) -> ForkReply:
         self.must_be_idle(parent)
         self.room_for(parent.owner, count)
-        return ForkReply(pids=[self.copy(parent, session, now).pid for _ in range(count)])
+        children = [self.copy(parent, session, now) for _ in range(count)]
+        for child in children:
+            self.name(child)
+        return ForkReply(pids=[child.pid for child in children])
+
+    def name(self, process: Process) -> None:
+        """Its pid is told: from now on it survives the kernel."""
+        process.named = True
+        self._ledger.process(process)
 
     def must_be_idle(self, process: Process) -> None:
         if process.exit is not None:
@@ -125,16 +149,16 @@ class ProcessTable:
         process.mirror.stale = True
         if not length:
             process.forget_swap()
+        self._ledger.process(process)
 
     def signal(self, process: Process, signal: Signal) -> None:
         """Acts between steps: what is on the device now is discarded."""
         if process.exit is not None:
             return
         match signal:
-            case Signal.STOP:
-                process.stopped = True
-            case Signal.CONT:
-                process.stopped = False
+            case Signal.STOP | Signal.CONT:
+                process.stopped = signal is Signal.STOP
+                self._ledger.process(process)
             case Signal.TERM | Signal.KILL:
                 self.end_infer(process, Finish.KILLED)
                 if process.pid in self._rows:
@@ -185,6 +209,7 @@ class ProcessTable:
         # Room for guesses that did not come true. Steps in flight may still write there; whoever gets it
         # writes later (loop.py).
         process.pool.memory.truncate(process.table, process.computed)
+        self._ledger.process(process)
         for member in infer.members:
             self._remove(member)
         infer.members = []
@@ -201,6 +226,7 @@ class ProcessTable:
         """Makes a zombie, or removes the process when somebody waits or nobody ever can."""
         process.exit = how
         process.stopped = False
+        self._ledger.process(process)
         process.pool.memory.release(process.table)
         process.forget_swap()
         process.computed = 0
@@ -232,11 +258,13 @@ class ProcessTable:
         self._remove(process)
         for child in children:
             child.parent = INIT
+            self._ledger.process(child)
             if child.exit is not None and child.session is None and child.pid in self._rows:
                 self.reap(child)  # nobody is left who could wait for it
 
-    def session_gone(self, session: bytes) -> int:
-        """Ends and removes what a vanished client leaves; returns how many processes that were."""
+    def session_gone(self, session: bytes, key: bytes) -> int:
+        """Ends and removes what a vanished client leaves: its connection's requests, its session's processes.
+        Returns how many processes that were."""
         before = len(self)
         for pid, (waiting, _) in list(self._waiters.items()):
             if waiting == session:
@@ -244,9 +272,9 @@ class ProcessTable:
         for process in [p for p in self if p.beam_of is None]:
             if process.infer is not None and process.infer.request[0] == session:
                 self.end_infer(process, Finish.CANCELLED)
-            if process.session == session:
+            if process.session == key:
                 self.end_infer(process, Finish.KILLED)  # somebody else's infer on it
-            if process.session == session and process.pid in self._rows:
+            if process.session == key and process.pid in self._rows:
                 if process.exit is None:
                     self.end(process, Exit(129, "its client vanished"))
                 if process.pid in self._rows:
@@ -273,7 +301,10 @@ class ProcessTable:
         self._remove(member)
 
     def _add(self, process: Process) -> None:
-        self._next_pid += 1
+        self.reserve_pids(process.pid + 1)
+        self._insert(process)
+
+    def _insert(self, process: Process) -> None:
         self._rows[process.pid] = process
         process.pool.processes.add(process)
 
@@ -283,4 +314,5 @@ class ProcessTable:
         process.pool.processes.discard(process)
         process.pool.close(process)
         process.infer = None
+        self._ledger.gone(process)
         del self._rows[process.pid]

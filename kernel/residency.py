@@ -6,6 +6,7 @@ another model needs its room. Callers wait in `pool.waiters` and are told once.
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from llmasos.drivers import base
@@ -88,6 +89,33 @@ def load(kernel: Kernel, device: Device, pool: Pool) -> None:
         str(kernel.store.derived),
     )
     kernel.effects.append(ToWorker(device.worker, base.Load(spec)))
+
+
+def adopt(kernel: Kernel, device: Device, residents: list[base.Resident]) -> None:
+    """A worker attached that outlived an earlier kernel: what it has resident need not be loaded again. The
+    contexts in it are forgotten. What does not fit the configuration any more, or has no name, is
+    unloaded."""
+    assert device.worker is not None
+    if not residents:
+        return
+    # Its handles were another kernel's: nothing of ours may be called the same.
+    used = max(resident.spec.handle for resident in residents)
+    kernel.numbers = itertools.count(max(next(kernel.numbers), used + 1))
+    for pool in device.pools:
+        pool.handle = next(kernel.numbers)
+    config, files = kernel.config, kernel.store.driver_files
+    for resident in residents:
+        spec, loaded = resident.spec, resident.loaded
+        manifest = kernel.store.find(lambda manifest, spec=spec: files(manifest) == spec.files)  # type: ignore[misc]
+        same = (spec.kv_fraction, spec.kv_dtype) == (config.kv_fraction, config.kv_dtype)
+        if manifest is None or not same:
+            kernel.effects.append(ToWorker(device.worker, base.Unload(spec.handle)))
+            continue
+        pool = pool_for(kernel, manifest.name, device.name, spec.dtype)
+        pool.handle, pool.loaded, pool.memory = spec.handle, loaded, Memory(loaded.blocks)
+        pool.closes = list(resident.sequences)
+        kernel.log.info(f"{device.name}: {pool.model} is resident already")
+        tell(pool, None)
 
 
 def load_done(kernel: Kernel, device: Device, pool: Pool, done: base.LoadDone) -> None:

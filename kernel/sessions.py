@@ -13,6 +13,7 @@ from llmasos.syscalls import errors, wire
 from llmasos.syscalls.table import Call
 from llmasos.syscalls.types import Wire
 
+from .ledger import Ledger
 from .tenants import Subject
 
 MOST_ITEMS = 64
@@ -33,9 +34,10 @@ class Send:
 @dataclass(slots=True)
 class Open:
     """An unanswered request: what to do when its caller cancels it or gives it credits, and when it is
-    answered or its session ends."""
+    answered or its session ends. `kept`: the answer is, for a client that asks again."""
 
     call: type[Call]
+    kept: bool = False
     cancel: Callable[[], None] = lambda: None
     credit: Callable[[int], None] = lambda n: None
     closed: Callable[[], object] = lambda: None
@@ -43,29 +45,38 @@ class Open:
 
 @dataclass(slots=True)
 class Session:
-    """One connection. `subject` may narrow once, in `hello`."""
+    """One connection. `subject` may narrow once, in `hello`, which also sets the `key` that processes and
+    answers are owned by: it outlives the connection if the client has a token to say it is back."""
 
     id: bytes
     subject: Subject
+    key: bytes
     greeted: bool = False
     open: dict[int, Open] = field(default_factory=dict)
+
+    @property
+    def returns(self) -> bool:
+        """Whether the client can say over another connection that it is the same."""
+        return self.key != self.id
 
 
 class Sessions:
     """All sessions, and the outbox of what they are to be sent."""
 
-    def __init__(self) -> None:
+    def __init__(self, ledger: Ledger) -> None:
+        self._ledger = ledger
         self.by_id: dict[bytes, Session] = {}
         self._outbox: list[Send] = []
         self._items: dict[bytes, list[tuple[int, int, Wire]]] = {}  # not yet sent, to go in one message
 
-    def open(self, session: Session, id_: int, call: type[Call], limit: int) -> None:
-        """Registers a request. Raises InvalidArgument for a reused id, QueueFull over `limit`."""
+    def open(self, session: Session, id_: int, call: type[Call], kept: bool, limit: int) -> None:
+        """Registers a request, whose answer is `kept` or not. Raises InvalidArgument for a reused id,
+        QueueFull over `limit`."""
         if id_ in session.open:
             raise errors.InvalidArgument(f"request id {id_} is already open", field="id")
         if len(session.open) >= limit:
             raise errors.QueueFull(f"{limit} requests are open on this connection", hint="wait for answers")
-        session.open[id_] = Open(call)
+        session.open[id_] = Open(call, kept)
 
     def on_cancel(self, request: Request, cancel: Callable[[], None]) -> None:
         if entry := self._entry(request):
@@ -81,7 +92,21 @@ class Sessions:
 
     def reply(self, request: Request, reply: Wire) -> None:
         if entry := self._close(request):
-            self._send(request, wire.encode_reply(request[1], entry.call, reply))
+            frames = wire.encode_reply(request[1], entry.call, reply)
+            if entry.kept:
+                self._ledger.answer(self.by_id[request[0]].key, request[1], frames)
+            self._send(request, frames)
+
+    def answer_again(self, request: Request, frames: list[bytes]) -> None:
+        """Answers a request as it was answered before."""
+        if self._close(request):
+            self._send(request, frames)
+
+    def drop(self, session: bytes) -> None:
+        """The connection is gone: nothing more is sent to it."""
+        self.by_id.pop(session, None)
+        self._items.pop(session, None)
+        self._outbox = [send for send in self._outbox if send.session != session]
 
     def fail(self, request: Request, error: errors.LLMasOSError) -> None:
         if self._close(request):

@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,9 @@ from llmasos.syscalls import errors, wire
 from llmasos.syscalls.types import Capability, PullEvent
 from zmq.utils.monitor import recv_monitor_message
 
-from .effects import Dump, Exited, KillWorker, ToWorker
+from .effects import Dump, Effect, Exited, KillWorker, ToWorker
 from .imports import Job
+from .journal import Journal
 from .loop import Kernel
 from .sessions import Send
 from .tenants import Subject
@@ -110,8 +112,9 @@ def _message(line: bytes) -> dict[str, Any] | None:
 class Sockets:
     """Owns every file descriptor of the kernel."""
 
-    def __init__(self, kernel: Kernel, address: str, bus: Path, home: Path) -> None:
+    def __init__(self, kernel: Kernel, journal: Journal, address: str, bus: Path, home: Path) -> None:
         self._kernel = kernel
+        self._journal = journal
         self._home = home
         self._running = True
         self._user_rights = frozenset({Capability.CONNECT, *kernel.config.user_rights})
@@ -209,19 +212,31 @@ class Sockets:
             self._run_importers()
             if not effects:
                 return
-            for effect in effects:
-                match effect:
-                    case Send(session, frames):
-                        self._send(session, frames)
-                    case ToWorker(worker, message):
-                        self._tell_worker(worker, message)
-                    case KillWorker(pid):
-                        with suppress(ProcessLookupError):
-                            os.kill(pid, signal.SIGKILL)
-                    case Dump(why, lines):
-                        self._keep(why, lines)
-                    case Exited():
-                        self._running = False
+            # Devices need not wait for the disk, clients have to: what they are told is durable.
+            told = [effect for effect in effects if isinstance(effect, Send)]
+            self._carry_out([effect for effect in effects if not isinstance(effect, Send)])
+            if told:
+                self._commit()
+            self._carry_out(told)
+
+    def _carry_out(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case Send(session, frames):
+                    self._send(session, frames)
+                case ToWorker(worker, message):
+                    self._tell_worker(worker, message)
+                case KillWorker(pid):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                case Dump(why, lines):
+                    self._keep(why, lines)
+                case Exited():
+                    self._running = False
+
+    def _commit(self) -> None:
+        if changes := self._kernel.ledger.take():
+            self._journal.commit(changes)
 
     # Clients
 
@@ -381,6 +396,7 @@ class Sockets:
         self._kernel.log.info(f"the last scheduling decisions are in {path}")
 
     def _close(self) -> None:
+        self._commit()
         for effect in self._kernel.take_effects():
             if isinstance(effect, Send):
                 self._send(effect.session, effect.frames)

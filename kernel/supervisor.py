@@ -1,7 +1,8 @@
 """How the kernel and the workers are started, watched and restarted. Tiny; no tenant can reach it.
 
 Children are found dead by pidfds. Whatever dies is started again after a pause that doubles from 0.1 s to
-30 s and is forgotten after a minute of health. The kernel ending with code 0 ends the daemon. The kernel's
+30 s and is forgotten once a child ran ten times as long. The kernel ending with code 0, or DAMAGED, ends the
+daemon. The kernel's
 standard input is a pipe from here: when this process is gone the kernel sees its end and stops.
 """
 
@@ -17,8 +18,12 @@ from dataclasses import dataclass
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 30.0
-HEALTHY_S = 60.0
+HEALTHY = 10
 STOP_TIMEOUT_S = 10.0
+
+DAMAGED = 65
+"""Exit code of a kernel that does not start because its journal is damaged: trying again makes it no
+better."""
 
 
 @dataclass(slots=True)
@@ -47,7 +52,7 @@ class Child:
                 pipe.close()
         os.close(self.pidfd)
         self.process, self.pidfd = None, -1
-        if time.monotonic() - self.started > HEALTHY_S:
+        if time.monotonic() - self.started > HEALTHY * self.pause:
             self.pause = FIRST_PAUSE_S
         self.due = time.monotonic() + self.pause
         self.pause = min(2 * self.pause, LONGEST_PAUSE_S)
@@ -75,7 +80,7 @@ class Supervisor:
                 self._start_due()
                 for child in self._wait():
                     code = child.reaped()
-                    if child is self._kernel and (code == 0 or self._stopping):
+                    if child is self._kernel and (code in (0, DAMAGED) or self._stopping):
                         return code
                     if not self._stopping:
                         _say(f"{child.name} ended with {code}, starting it again in {child.pause / 2:g} s")

@@ -45,7 +45,8 @@ def handle(kernel: Kernel, session_id: bytes, subject: Subject, frames: list[byt
 def _serve(kernel: Kernel, session_id: bytes, subject: Subject, request: wire.Request) -> None:
     try:
         session = _session(kernel, session_id, subject, request)
-        kernel.sessions.open(session, request.id, type(request.call), kernel.config.max_requests)
+        kept = _is_kept(session, cast(table.Syscall, request.call))
+        kernel.sessions.open(session, request.id, type(request.call), kept, kernel.config.max_requests)
     except errors.LLMasOSError as error:
         kernel.sessions.refuse(session_id, request.id, error)
         return
@@ -53,6 +54,9 @@ def _serve(kernel: Kernel, session_id: bytes, subject: Subject, request: wire.Re
     try:
         call = cast(table.Syscall, request.call)
         session.subject.require(call.needs, call.name)
+        if kept and (frames := kernel.ledger.answered(session.key, request.id)):
+            kernel.sessions.answer_again(key, frames)
+            return
         reply = _dispatch(kernel, session, key, call, request.credits)
         if reply is not None:
             kernel.sessions.reply(key, reply)
@@ -65,6 +69,14 @@ def _serve(kernel: Kernel, session_id: bytes, subject: Subject, request: wire.Re
         kernel.sessions.fail(key, errors.KernelFault(f"kernel fault {fault}", hint="see the daemon's log"))
 
 
+def _is_kept(session: Session, call: table.Syscall) -> bool:
+    """Whether the answer has to be kept for a client that lost its connection before it came. A one-shot
+    infer can be made again instead."""
+    if isinstance(call, table.Infer):
+        return session.returns and call.pid is not None
+    return session.returns and call.Item is None and type(call) not in table.READ_ONLY
+
+
 def _session(kernel: Kernel, session_id: bytes, subject: Subject, request: wire.Request) -> Session:
     """The session of a request; the first one has to be a hello. Raises NotGreeted, QueueFull."""
     session = kernel.sessions.by_id.get(session_id)
@@ -73,7 +85,7 @@ def _session(kernel: Kernel, session_id: bytes, subject: Subject, request: wire.
             raise errors.NotGreeted("the first call of a connection is hello", hint="connect again")
         if len(kernel.sessions.by_id) >= kernel.config.max_sessions:
             raise errors.QueueFull("too many connections", hint="the limit is max_sessions")
-        session = kernel.sessions.by_id[session_id] = Session(session_id, subject)
+        session = kernel.sessions.by_id[session_id] = Session(session_id, subject, session_id)
     elif not session.greeted and not isinstance(request.call, table.Hello):
         raise errors.NotGreeted("hello was refused", hint="install the same version on both sides")
     return session
@@ -98,7 +110,7 @@ def _dispatch(
             return None
         case table.Fork():
             _refuse_new_work(kernel)
-            owner = None if call.detached else session.id
+            owner = None if call.detached else session.key
             return processes.fork(processes.find(call.pid, subject), call.count, owner, kernel.now())
         case table.Wait():
             _wait(kernel, processes.find(call.pid, subject), request, call.timeout_s)
@@ -157,6 +169,9 @@ def _hello(kernel: Kernel, session: Session, call: table.Hello) -> table.HelloRe
         )
     session.greeted = True
     session.subject = session.subject.narrowed(call.label)
+    if call.token:
+        session.key = f"{session.subject.path}:{call.token}".encode()
+        kernel.returned(session)
     return table.HelloReply(
         version=table.VERSION,
         table_hash=table.table_hash(),
@@ -199,7 +214,7 @@ def _new_process(
     label = call.label if isinstance(call, table.SpawnModel) else "infer"
     return kernel.processes.spawn(
         session.subject.path,
-        None if detached else session.id,
+        None if detached else session.key,
         pool,
         call.sched_class,
         call.nice,
@@ -221,6 +236,7 @@ def _spawn(kernel: Kernel, session: Session, request: Request, call: table.Spawn
             _discard(kernel, process)
             kernel.sessions.fail(request, error or errors.DeviceUnavailable("the device went away"))
             return
+        kernel.processes.name(process)
         kernel.sessions.reply(
             request,
             table.SpawnReply(
@@ -397,6 +413,7 @@ def _set_priority(kernel: Kernel, session: Session, call: table.SetPriority) -> 
         process.sched_class = call.sched_class
     if call.nice is not None:
         process.nice = call.nice
+    kernel.ledger.process(process)
     return process.info(kernel.now(), _places(kernel).get(process.pid, 0))
 
 

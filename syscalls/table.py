@@ -47,7 +47,11 @@ class HelloReply(t.Wire, frozen=True):
 
 
 class Hello(Call, frozen=True):
-    """Opens a session. `label` narrows the session to a sub-tenant of the caller (`uid-name/label`)."""
+    """Opens a session. `label` narrows the session to a sub-tenant of the caller (`uid-name/label`).
+
+    `token`, drawn by the client, says that it is the same client over another connection: what it started and
+    what it was answered is still its own, also after the kernel was restarted. Empty: it never returns.
+    """
 
     name = "hello"
     needs = t.Capability.CONNECT
@@ -55,6 +59,7 @@ class Hello(Call, frozen=True):
     version: int
     table_hash: t.Text
     label: Annotated[str, Meta(max_length=64, pattern=r"^([a-z0-9][a-z0-9._-]*)?$")] = ""
+    token: Annotated[str, Meta(pattern=r"^([0-9a-f]{32})?$")] = ""
 
 
 class WhoamiReply(t.Wire, frozen=True):
@@ -381,6 +386,10 @@ Syscall = Union[
     Dmesg,
     Shutdown,
 ]
+
+READ_ONLY: frozenset[type[Call]] = frozenset({Hello, Whoami, Ps, StatProcess, Ls, Stat, Read, Df, Lsdev})
+"""Calls that change nothing: asked again, they may be answered anew. The answers of all others are kept until
+the client cannot want them any more, except those of streams, which begin again or go on."""
 
 BY_NAME: dict[str, type[Call]] = {call.name: call for call in typing.get_args(Syscall)}
 

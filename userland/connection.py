@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import os
+import secrets
 import threading
 import time
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ class Connection:
         self.address = address or addresses.socket_address()
         self.timeout_s = timeout_s
         self.greeted: concurrent.futures.Future[table.HelloReply] = concurrent.futures.Future()
-        self._session = Session(label)
+        self._session = Session(label, secrets.token_hex(16))
         self._commands: collections.deque[Ticket | _Grant | _Cancel | _Stop] = collections.deque()
         self._tickets: dict[int, Ticket] = {}
         self._read_end, self._write_end = os.pipe()

@@ -114,6 +114,7 @@ class Session:
     """One client's conversation with the kernel over any number of connections."""
 
     label: str = ""
+    token: str = ""
     phase: Phase = Phase.OFFLINE
     hello: table.HelloReply | None = None
     _ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
@@ -161,7 +162,7 @@ class Session:
         """A fresh connection is being made: greet the kernel."""
         self.phase = Phase.GREETING
         self._hello_id = next(self._ids)
-        hello = table.Hello(table.VERSION, table.table_hash(), self.label)
+        hello = table.Hello(table.VERSION, table.table_hash(), self.label, self.token)
         self._out = [wire.encode_request(self._hello_id, hello, 0)]
 
     def offline(self, reason: str = "the connection to the kernel broke") -> list[Event]:

@@ -24,7 +24,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -145,6 +145,14 @@ class ModelFS:
             return self._load(model)
         except FileNotFoundError:
             raise self._no_such_model(model) from None
+
+    def find(self, fits: Callable[[Manifest], bool]) -> Manifest | None:
+        """The first model that `fits`, whatever its name is. One that is damaged fits nothing."""
+        for model in self._models():
+            with contextlib.suppress(Corrupt, FileNotFoundError):
+                if fits(manifest := self._load(model)):
+                    return manifest
+        return None
 
     def ls(self, path: str) -> list[FileInfo]:
         """The entries of /, /models or /models/NAME:TAG. Raises NoSuchFile, NoSuchModel, InvalidArgument."""

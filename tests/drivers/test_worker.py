@@ -53,6 +53,14 @@ class Bus:
                 return message
             self.notes.append(message)
 
+    def reconnect(self) -> Any:
+        """As a kernel does that was started again; returns what the worker says first."""
+        self.connection.close()
+        self.connection, _ = self._listener.accept()
+        self.connection.settimeout(60)
+        self._reader, self._messages = wire.FrameReader(), []
+        return self.receive()
+
     def close(self) -> None:
         self.connection.close()
         self._listener.close()
@@ -81,7 +89,7 @@ def step(ticket: int, tokens: list[int], handle: int = 1) -> base.Step:
 
 
 @pytest.mark.parametrize("device", ["null", "null:1", "simulated"])
-def test_a_worker_attaches_computes_and_ends_with_the_bus(device: str, bus_to: Callable[[str], Bus]) -> None:
+def test_a_worker_attaches_computes_and_outlives_the_bus(device: str, bus_to: Callable[[str], Bus]) -> None:
     bus = bus_to(device)
     attach = bus.receive()
     assert (attach.device, attach.pid) == (device, bus.process.pid)
@@ -96,8 +104,13 @@ def test_a_worker_attaches_computes_and_ends_with_the_bus(device: str, bus_to: C
         done = bus.receive()
         [out] = done.result.outputs
         assert (done.result.ticket, out.tokens) == (ticket, [null.next_token([3, 1, 4, 1, 5])])
-    bus.connection.close()
-    assert bus.process.wait(timeout=20) == 0
+    attach = bus.reconnect()
+    assert (attach.pid, attach.residents[0].spec.handle) == (bus.process.pid, 1)
+    assert (attach.residents[0].loaded.blocks, attach.residents[0].sequences) == (4096, [1])
+    bus.send(step(3, [2, 7]))  # nothing has to be loaded again
+    assert bus.receive().result.outputs[0].tokens == [null.next_token([2, 7])]
+    bus.send(base.Unload(1))
+    assert bus.reconnect().residents == []
 
 
 def test_what_fails_is_answered_and_the_worker_goes_on(bus_to: Callable[[str], Bus], tmp_path: Path) -> None:

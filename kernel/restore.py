@@ -1,0 +1,71 @@
+"""Brings back what the journal holds, when the kernel boots: processes under their pids, answers, free pids.
+
+A process comes back READY or WAITING with its history and nothing computed; its model is loaded, or adopted
+from a worker that holds it. One whose model or device is gone is a zombie that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import msgspec
+from llmasos.syscalls import errors
+from llmasos.syscalls.types import unpack_tokens
+
+from . import residency
+from .devices import Pool
+from .ledger import ANSWER, NEXT_PID, PROCESS, AnswerRow, ProcessRow
+from .memory import Table
+from .process import Exit, Process
+
+if TYPE_CHECKING:
+    from .loop import Kernel
+
+
+def restore(kernel: Kernel, rows: Mapping[str, bytes], epoch: float) -> set[bytes]:
+    """Returns the sessions that may come back for what is theirs. `epoch`: see ledger.Ledger."""
+    answers = [msgspec.msgpack.decode(data, type=AnswerRow) for data in _of(rows, ANSWER)]
+    kernel.ledger.known(answers)
+    found = [msgspec.msgpack.decode(data, type=ProcessRow) for data in _of(rows, PROCESS)]
+    for row in sorted(found, key=lambda row: row.pid):
+        kernel.processes.restore(_process(kernel, row, epoch))
+    if taken := rows.get(NEXT_PID):
+        kernel.processes.reserve_pids(msgspec.msgpack.decode(taken, type=int))
+    if found:
+        kernel.log.info(f"{len(found)} processes are back")
+    return {row.session for row in found if row.session} | {row.session for row in answers}
+
+
+def _of(rows: Mapping[str, bytes], kind: str) -> list[bytes]:
+    return [data for name, data in rows.items() if name.startswith(f"{kind} ")]
+
+
+def _process(kernel: Kernel, row: ProcessRow, epoch: float) -> Process:
+    end = Exit(*row.exit) if row.exit else None
+    pool = Pool(0, row.model, row.digest, row.dtype, row.device, {}, 0.0)  # a zombie needs no real one
+    if end is None:
+        try:
+            manifest = kernel.store.find(lambda manifest: manifest.digest == row.digest)
+            if manifest is None:
+                raise errors.NoSuchModel(f"{row.model} is not in the model filesystem any more")
+            pool = residency.pool_for(kernel, manifest.name, row.device, row.dtype)
+        except errors.LLMasOSError as problem:
+            end = Exit(1, f"after a restart: {problem.message}")
+            kernel.log.warn(f"process {row.pid} cannot go on: {problem}")
+    return Process(
+        pid=row.pid,
+        parent=row.parent,
+        owner=row.owner,
+        session=row.session or None,
+        pool=pool,
+        sched_class=row.sched_class,
+        nice=row.nice,
+        label=row.label,
+        table=Table(),
+        born=row.born - epoch,
+        tokens=unpack_tokens(row.tokens),
+        generated=row.generated,
+        stopped=row.stopped,
+        exit=end,
+        named=True,
+    )
