@@ -222,9 +222,29 @@ static inline size_t block_bytes(int format, int cols) {
     }
 }
 
-// acc[m] = the 16 outputs of a block of weights for row first + m of a tile of M rows.
-template <int FORMAT, bool FINE, int M> static inline void product(const uint8_t *w, const Rows &x, int first, vf *acc) {
+// Sums of products of weights with whole numbers of 8 bits or, when they are fine, of 15.
+template <int FORMAT, bool FINE> static inline auto no_products() {
+    if constexpr (FINE) return v15_zero();
+    else if constexpr (FORMAT == LLK_Q4) return vn_zero();
+    else return vi_zero();
+}
+template <int FORMAT, bool FINE> static inline auto start_products(int32_t minus) {
+    if constexpr (FORMAT == LLK_Q4) return no_products<FORMAT, FINE>();
+    else if constexpr (FINE) return v15_start_q8(minus);
+    else return q8_start(minus);
+}
+template <int FORMAT, bool FINE, typename Sum> static inline Sum add_products(Sum sum, vb weight, const int8_t *x) {
+    if constexpr (FINE) return FORMAT == LLK_Q4 ? dot15_nibbles(sum, weight, x) : dot15_q8(sum, weight, x);
+    else if constexpr (FORMAT == LLK_Q4) return dot_nibbles(sum, weight, x);
+    else return dot_q8(sum, weight, x);
+}
+
+// out[m] = the 16 outputs of a block of weights for row first + m of a tile of M rows.
+template <int FORMAT, bool FINE, int M>
+static __attribute__((noinline)) void product(const uint8_t *w, const Rows &x, int first, vf *out) {
     const int cols = x.cols, groups = cols / GROUP;
+    vf acc[M];
+    const auto done = [&] { UNROLL for (int m = 0; m < M; m++) out[m] = acc[m]; };
     UNROLL for (int m = 0; m < M; m++) acc[m] = vf_zero();
     if (FORMAT == LLK_F32) {
         const float *rows = x.full + (size_t)first * cols;
@@ -232,7 +252,7 @@ template <int FORMAT, bool FINE, int M> static inline void product(const uint8_t
             vf weight = vf_load((const float *)w + k * 16);
             UNROLL for (int m = 0; m < M; m++) acc[m] = vf_fma(weight, vf_set(rows[m]), acc[m]);
         }
-        return;
+        return done();
     }
     if (FORMAT == LLK_BF16) {
         const uint16_t *rows = x.half + (size_t)first * cols;
@@ -241,12 +261,13 @@ template <int FORMAT, bool FINE, int M> static inline void product(const uint8_t
             fetch(w + k * 32 + 2048);
             UNROLL for (int m = 0; m < M; m++) acc[m] = dot_bf16(acc[m], weight, rows + 2 * m);
         }
-        return;
+        return done();
     }
-    const int8_t *q = x.q + (FINE ? 2 : 1) * (size_t)first * cols;
+    constexpr int FOUR = FINE ? 8 : 4;  // bytes of four columns of a row
+    const int8_t *q = x.q + FOUR / 4 * (size_t)first * cols;
     const float *scale = x.scale + (size_t)first * groups, *sum = x.sum + (size_t)first * groups;
     const int32_t *minus = x.minus + (size_t)first * groups;
-    for (int g = 0; g < groups; g++, q += (FINE ? 2 : 1) * GROUP * M, scale += M, sum += M, minus += M) {
+    for (int g = 0; g < groups; g++, q += FOUR / 4 * GROUP * M, scale += M, sum += M, minus += M) {
         vb weight[8];
         vf d, least;
         if (FORMAT == LLK_Q4) {
@@ -265,29 +286,27 @@ template <int FORMAT, bool FINE, int M> static inline void product(const uint8_t
             UNROLL for (int j = 0; j < 9; j++) fetch(w + 544 * 6 + 64 * j);
             w += 544;
         }
-        UNROLL for (int m = 0; m < M; m++) {
-            // Whole numbers: however they are added, the sum is the same. Two sums side by side hide the latency.
-            vi dot, other = vi_zero();
-            if (FINE) {
-                v15 sum15 = FORMAT == LLK_Q4 ? v15_zero() : v15_start_q8(minus[m]);
-                UNROLL for (int j = 0; j < 8; j++) {
-                    const int8_t *at = q + (j * M + m) * 8;
-                    sum15 = FORMAT == LLK_Q4 ? dot15_nibbles(sum15, weight[j], at) : dot15_q8(sum15, weight[j], at);
-                }
-                dot = v15_whole(sum15);
-            } else {
-                dot = FORMAT == LLK_Q4 ? vi_zero() : q8_start(minus[m]);
-                UNROLL for (int j = 0; j < 8; j++) {
-                    const int8_t *at = q + (j * M + m) * 4;
-                    vi &into = M < 4 && j >= 4 ? other : dot;
-                    into = FORMAT == LLK_Q4 ? dot_nibbles(into, weight[j], at) : dot_q8(into, weight[j], at);
-                }
-                if (M < 4) dot = vi_add(dot, other);
+        // Rows abreast share what is read of the weights. Few rows of 8 bits take two sums each, side by side, which hides
+        // the latency; of whole numbers the sum is the same.
+        constexpr int A = M % ABREAST ? 1 : ABREAST;
+        constexpr bool two = !FINE && M < 4 && A == 1;
+        UNROLL for (int m = 0; m < M; m += A) {
+            auto other = no_products<FORMAT, FINE>();
+            decltype(other) dots[A];
+            UNROLL for (int a = 0; a < A; a++) dots[a] = start_products<FORMAT, FINE>(minus[m + a]);
+            UNROLL for (int j = 0; j < 8; j++) UNROLL for (int a = 0; a < A; a++) {
+                auto &dot = two && j >= 4 ? other : dots[a];
+                dot = add_products<FORMAT, FINE>(dot, weight[j], q + (j * M + m + a) * FOUR);
             }
-            acc[m] = vf_fma(vf_mul(vi_float(dot), vf_set(scale[m])), d, acc[m]);
-            if (FORMAT == LLK_Q4) acc[m] = vf_fma(least, vf_set(sum[m]), acc[m]);
+            UNROLL for (int a = 0; a < A; a++) {
+                vi dot = whole(dots[a]);
+                if (two) dot = vi_add(dot, whole(other));
+                acc[m + a] = vf_fma(vf_mul(vi_float(dot), vf_set(scale[m + a])), d, acc[m + a]);
+                if (FORMAT == LLK_Q4) acc[m + a] = vf_fma(least, vf_set(sum[m + a]), acc[m + a]);
+            }
         }
     }
+    done();
 }
 
 // The same for two blocks, w0 and w1, and M rows from `lane` of a tile of WIDTH rows: what is read of the rows
@@ -343,7 +362,7 @@ static inline void product_pair(const uint8_t *w0, const uint8_t *w1, const Rows
             least1 = vf_load_f16((const uint16_t *)(w1 + 288));
         }
         UNROLL for (int m = 0; m < M; m++) {
-            if (FINE) dot0[m] = v15_whole(fine0[m]), dot1[m] = v15_whole(fine1[m]);
+            if (FINE) dot0[m] = whole(fine0[m]), dot1[m] = whole(fine1[m]);
             vf by = vf_set(scale[m]);
             acc0[m] = vf_fma(vf_mul(vi_float(dot0[m]), by), d0, acc0[m]);
             acc1[m] = vf_fma(vf_mul(vi_float(dot1[m]), by), d1, acc1[m]);
@@ -654,9 +673,9 @@ template <int KV, int R, int N>
 static inline void sum_values(const Context &at, const Weights<KV, R> &weights, int first, int count, int i, Partial *out) {
     const int head_dim = at.head_dim;
     vf acc[N][R];
-    v15 whole[N][R];
+    v15 sums[N][R];
     UNROLL for (int n = 0; n < N; n++) UNROLL for (int r = 0; r < R; r++) {
-        if (KV == LLK_KV_INT8) whole[n][r] = v15_zero();
+        if (KV == LLK_KV_INT8) sums[n][r] = v15_zero();
         else acc[n][r] = vf_zero();
     }
     for (int b = 0; b < count; b++) {
@@ -682,7 +701,7 @@ static inline void sum_values(const Context &at, const Weights<KV, R> &weights, 
                 vb value[N];
                 UNROLL for (int n = 0; n < N; n++) value[n] = vb_load(values + 64 * n);
                 UNROLL for (int r = 0; r < R; r++) {
-                    UNROLL for (int n = 0; n < N; n++) whole[n][r] = dot15_values(whole[n][r], value[n], &weights.fours[r][b * 32 + 8 * t]);
+                    UNROLL for (int n = 0; n < N; n++) sums[n][r] = dot15_values(sums[n][r], value[n], &weights.fours[r][b * 32 + 8 * t]);
                     LOAD_LATE();
                 }
             }
@@ -690,7 +709,7 @@ static inline void sum_values(const Context &at, const Weights<KV, R> &weights, 
     }
     UNROLL for (int n = 0; n < N; n++) UNROLL for (int r = 0; r < R; r++) {
         if (KV == LLK_KV_INT8)
-            acc[n][r] = vf_mul(vi_float(v15_whole(whole[n][r])), vf_set(weights.step[r]));
+            acc[n][r] = vf_mul(vi_float(whole(sums[n][r])), vf_set(weights.step[r]));
         vf_store(out[r].values + i + 16 * n, acc[n][r]);
     }
 }

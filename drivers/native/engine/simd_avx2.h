@@ -10,6 +10,7 @@
 #define LLK_ISA_NAME "avx2"
 #endif
 static constexpr int TILE_ROWS = 4;  // rows of activations that share one pass over a block of weights
+static constexpr int ABREAST = 4;    // … of which so many are computed side by side
 
 struct vf { __m256 a, b; };   // 16 floats
 struct vi { __m256i a, b; };  // 16 int32
@@ -87,6 +88,7 @@ static inline void vf_store_int8(int8_t *p, vf v) {
 
 static inline vi vi_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
 static inline vi vi_add(vi a, vi b) { return {_mm256_add_epi32(a.a, b.a), _mm256_add_epi32(a.b, b.b)}; }
+static inline vi whole(vi v) { return v; }
 static inline vf vi_float(vi v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
 
 static inline vb vb_load(const void *p) {
@@ -110,6 +112,9 @@ static inline vi dot_bytes(vi acc, vb u, vb s) {
     return {_mm256_dpbusd_avx_epi32(acc.a, u.a, s.a), _mm256_dpbusd_avx_epi32(acc.b, u.b, s.b)};
 }
 static inline vi dot_q8(vi acc, vb w, const void *x) { return dot_bytes(acc, w, {four_bytes(x), four_bytes(x)}); }
+typedef vi vn;  // sums of products with nibbles
+static inline vn vn_zero() { return vi_zero(); }
+static inline vn dot_nibbles(vn acc, vb w, const void *x) { return dot_q8(acc, w, x); }
 #else
 // maddubs adds two products in 16 bits: 2 * 128 * 127 fits, 2 * 255 * 127 does not. So bytes stay signed, and
 // the sign of the weights goes to the other side.
@@ -133,8 +138,17 @@ static inline vi dot_q8(vi acc, vb w, const void *x) {
     const __m256i q = four_bytes(x);
     return dot_bytes(acc, {_mm256_abs_epi8(w.a), _mm256_abs_epi8(w.b)}, {_mm256_sign_epi8(q, w.a), _mm256_sign_epi8(q, w.b)});
 }
+// Sums of products with nibbles stay in 16 bits for a group: 8 * 2 * 15 * 127 fits.
+struct vn { __m256i a, b; };
+static inline vn vn_zero() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+static inline vi whole(vn v) { return {add_pairs(_mm256_setzero_si256(), v.a), add_pairs(_mm256_setzero_si256(), v.b)}; }
+static inline vn dot_nibbles(vn acc, vb w, const void *x) {
+    const __m256i q = four_bytes(x);
+    acc = {_mm256_add_epi16(acc.a, _mm256_maddubs_epi16(w.a, q)), _mm256_add_epi16(acc.b, _mm256_maddubs_epi16(w.b, q))};
+    IN_ORDER(acc);
+    return acc;
+}
 #endif
-static inline vi dot_nibbles(vi acc, vb w, const void *x) { return dot_bytes(acc, w, {four_bytes(x), four_bytes(x)}); }
 // acc + the dot product of 2 bfloat16 a lane with the 2 at x.
 static inline __m256 even_bf16(__m256i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
 static inline __m256 odd_bf16(__m256i v) {
@@ -157,7 +171,6 @@ static inline void vf_store_15(int8_t *to, size_t stride, vf v) {
 }
 static inline v15 v15_zero() { return vi_zero(); }
 static inline v15 v15_start_q8(int32_t minus) { return {_mm256_set1_epi32(minus), _mm256_set1_epi32(minus)}; }
-static inline vi v15_whole(v15 v) { return v; }
 static inline vi dot_shorts(vi acc, vb w, __m256i x) {
 #ifdef __AVXVNNI__
     return {_mm256_dpwssd_avx_epi32(acc.a, w.a, x), _mm256_dpwssd_avx_epi32(acc.b, w.b, x)};

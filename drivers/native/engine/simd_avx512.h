@@ -5,6 +5,7 @@
 
 #define LLK_ISA_NAME "avx512"
 static constexpr int TILE_ROWS = 16;  // rows of activations that share one pass over a block of weights
+static constexpr int ABREAST = 1;    // … of which so many are computed side by side
 
 typedef __m512 vf;    // 16 floats
 typedef __m512i vi;   // 16 int32
@@ -70,7 +71,10 @@ static inline vi dot_q8(vi acc, vb w, const void *x) {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32(*(const int32_t *)x)));
     return acc;
 }
-static inline vi dot_nibbles(vi acc, vb w, const void *x) { return dot_q8(acc, w, x); }
+typedef vi vn;  // sums of products with nibbles
+static inline vn vn_zero() { return vi_zero(); }
+static inline vi whole(vn v) { return v; }
+static inline vn dot_nibbles(vn acc, vb w, const void *x) { return dot_q8(acc, w, x); }
 // Dot products with whole numbers of 15 bits. These lie by fours in 8 bytes, `stride` bytes apart, as int16: first the
 // two that meet the even bytes of the other side, then the two that meet the odd ones.
 typedef vi v15;
@@ -84,7 +88,6 @@ static inline void vf_store_15(int8_t *to, size_t stride, vf v) {
 }
 static inline v15 v15_zero() { return vi_zero(); }
 static inline v15 v15_start_q8(int32_t minus) { return _mm512_set1_epi32(minus); }
-static inline vi v15_whole(v15 v) { return v; }
 static inline vi dot_shorts(vi acc, vb w, const void *x) {
     __asm__("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(_mm512_set1_epi32(*(const int32_t *)x)));
     return acc;

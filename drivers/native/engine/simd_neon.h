@@ -13,6 +13,7 @@
 #endif
 // Of the 32 registers a row takes four for its sum, and eight more while its group is summed.
 static constexpr int TILE_ROWS = 4;  // rows of activations that share one pass over a block of weights
+static constexpr int ABREAST = 1;    // … of which so many are computed side by side
 
 typedef Four<float32x4_t> vf;  // 16 floats
 typedef Four<int32x4_t> vi;    // 16 int32
@@ -122,6 +123,9 @@ static inline vi q8_start(int32_t) { return vi_zero(); }
 static inline vi dot_q8(vi acc, vb w, const void *x) { return dot_signed(acc, w, x); }
 #endif
 static inline vb vb_load_q8(const void *p) { return vb_q8(vb_load(p)); }
+typedef vi vn;  // sums of products with nibbles
+static inline vn vn_zero() { return vi_zero(); }
+static inline vi whole(vn v) { return v; }
 static inline vi dot_nibbles(vi acc, vb w, const void *x) { return dot_signed(acc, w, x); }
 // acc + the dot product of 2 bfloat16 a lane with the 2 at x.
 static inline float32x4_t even_bf16(uint32x4_t v) { return vreinterpretq_f32_u32(vshlq_n_u32(v, 16)); }
@@ -135,7 +139,7 @@ static inline vf dot_bf16(vf acc, vb w, const void *x) {
     }, acc, w);
 }
 #include "simd_halves.h"
-static inline vi v15_whole(v15 v) {
+static inline vi whole(v15 v) {
     return each([](int32x4_t high, int32x4_t low) { return vaddq_s32(vshlq_n_s32(high, 7), low); }, v.high, v.low);
 }
 // With bytes as they are stored, of which those of Q8 are value+128; with the signed bytes of V.

@@ -12,6 +12,7 @@
 
 #define LLK_ISA_NAME "portable"
 static constexpr int TILE_ROWS = 4;  // rows of activations that share one pass over a block of weights
+static constexpr int ABREAST = 1;    // … of which so many are computed side by side
 
 typedef float floats __attribute__((vector_size(16)));
 typedef int32_t ints __attribute__((vector_size(16)));
@@ -50,10 +51,10 @@ static inline vf vf_abs(vf a) { return each([](floats x) { return (floats)((word
 static inline vf vf_fma(vf a, vf b, vf c) { return each([](floats x, floats y, floats z) { return x * y + z; }, a, b, c); }
 // Below 2**22 a sum with this has no place for a fraction, and its low bits are the whole number.
 static constexpr float WHOLE = 0x1.8p23f;
-static inline ints whole(floats x) { return (ints)(x + all(WHOLE)) - (ints)all(WHOLE); }
+static inline ints to_ints(floats x) { return (ints)(x + all(WHOLE)) - (ints)all(WHOLE); }
 static inline vf vf_round(vf a) { return each([](floats x) { return (x + all(WHOLE)) - all(WHOLE); }, a); }
 // a * 2**n, n whole and of -126 … 127.
-static inline vf vf_scale2(vf a, vf n) { return each([](floats x, floats y) { return x * (floats)((whole(y) + 127) << 23); }, a, n); }
+static inline vf vf_scale2(vf a, vf n) { return each([](floats x, floats y) { return x * (floats)((to_ints(y) + 127) << 23); }, a, n); }
 static inline float vf_sum(vf v) {
     floats s = (v.a + v.c) + (v.b + v.d);
     return (s[0] + s[2]) + (s[1] + s[3]);
@@ -94,7 +95,7 @@ static inline void vf_store_bf16(uint16_t *p, vf v) {
 }
 static inline void vf_store_int8(int8_t *p, vf v) {
     int32_t n[16];
-    const auto r = each([](floats x) { return whole(smaller(greater(x, all(-128.f)), all(127.f))); }, v);
+    const auto r = each([](floats x) { return to_ints(smaller(greater(x, all(-128.f)), all(127.f))); }, v);
     memcpy(n, &r, 64);
     for (int i = 0; i < 16; i++) p[i] = (int8_t)n[i];
 }
@@ -124,13 +125,26 @@ static inline vi dot_q8(vi acc, vb w, const void *x) {
     const shorts near = even(q), far = odd(q);
     return each([=](ints sum, words v) { return sum + pairs(even(v), near) + pairs(odd(v), far); }, acc, w);
 }
-static inline vi dot_nibbles(vi acc, vb w, const void *x) { return dot_q8(acc, w, x); }
+// Sums of products with nibbles stay in 16 bits for a group: 8 * 2 * 15 * 127 fits.
+typedef Four<shorts> vn;
+static inline vn vn_zero() { return {shorts{}, shorts{}, shorts{}, shorts{}}; }
+static inline vi whole(vi v) { return v; }
+static inline vi whole(vn v) {
+    return each([](shorts s) { return (((ints)s << 16) >> 16) + ((ints)s >> 16); }, v);
+}
+static inline vn dot_nibbles(vn acc, vb w, const void *x) {
+    const words q = all(load<uint32_t>(x));
+    const shorts near = even(q), far = odd(q);
+    return each([=](shorts sum, words v) {
+        return (shorts)(sum + (shorts)(v & 0x00ff00ff) * near + (shorts)((v >> 8) & 0x00ff00ff) * far);
+    }, acc, w);
+}
 // Dot products with whole numbers of 15 bits. These lie by fours in 8 bytes, `stride` bytes apart, as int16: first the
 // two that meet the even bytes of the other side, then the two that meet the odd ones.
 typedef vi v15;
 static inline void vf_store_15(int8_t *to, size_t stride, vf v) {
     int32_t n[16];
-    const auto r = each(whole, v);
+    const auto r = each(to_ints, v);
     memcpy(n, &r, 64);
     for (int i = 0; i < 4; i++, to += stride) {
         const int16_t four[4] = {(int16_t)n[4 * i], (int16_t)n[4 * i + 2], (int16_t)n[4 * i + 1], (int16_t)n[4 * i + 3]};
@@ -139,7 +153,6 @@ static inline void vf_store_15(int8_t *to, size_t stride, vf v) {
 }
 static inline v15 v15_zero() { return vi_zero(); }
 static inline v15 v15_start_q8(int32_t minus) { return {all(minus), all(minus), all(minus), all(minus)}; }
-static inline vi v15_whole(v15 v) { return v; }
 // With bytes as they are stored, of which those of Q8 are value+128; with the signed bytes of V.
 static inline v15 dot15_q8(v15 acc, vb w, const int8_t *x) {
     const shorts near = (shorts)all(load<uint32_t>(x)), far = (shorts)all(load<uint32_t>(x + 4));
