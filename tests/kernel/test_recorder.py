@@ -6,7 +6,7 @@ import json
 
 from llmasos.kernel.effects import Dump
 from llmasos.kernel.recorder import Recorder
-from llmasos.kernel.tenants import Subject
+from llmasos.kernel.tenants import LABEL_RIGHTS, Subject
 from llmasos.syscalls import table, wire
 
 from .conftest import World, infer
@@ -104,7 +104,7 @@ def test_the_administrator_reads_it_as_a_file_and_nobody_else(world: World) -> N
     listed = world.send(table.Ls("/proc"))
     world.flush()
     assert "/proc/flight" in [entry["path"] for entry in world.result(listed).body["entries"]]
-    eve = Subject("eve", 1000, 9, False)
+    eve = Subject("eve", 1000, 9, False, LABEL_RIGHTS)
     refused = world.send(table.Read("/proc/flight"), session=b"\0e", subject=eve)
     listed = world.send(table.Ls("/proc"), session=b"\0e", subject=eve)
     world.flush()
