@@ -24,6 +24,7 @@ from llmasos.syscalls import errors
 from llmasos.syscalls.types import Finish, PullEvent
 
 from . import planning, residency, search, swapping, trap
+from .audit import Audit
 from .config import Config
 from .devices import Device, Flight, Pool
 from .dmesg import Log, Readers
@@ -69,6 +70,7 @@ class Kernel:
         self.ledger = Ledger(epoch)
         self.sessions = Sessions(self.ledger)
         self.processes = ProcessTable(config, self.sessions, self.ledger, self.random.randbytes(32))
+        self.audit = Audit(store.folder.parent / "state" / "audit.log")
         self.devices = {name: Device(name) for name in device_names}
         self.readers = Readers(self.log, self.sessions)
         self.imports = Imports(self.sessions, config.max_imports)
@@ -370,6 +372,7 @@ class Kernel:
             info, error = None, missing
         if error is None:
             self.log.info(f"pull of {model}: done")
+            self.audit.note("imported", "kernel", model=model)
         else:
             self.log.warn(f"pull of {model}: {type(error).__name__}: {error.message}")
         self.imports.ended(job, info, error)

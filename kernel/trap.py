@@ -57,10 +57,14 @@ def _serve(kernel: Kernel, session_id: bytes, subject: Subject, request: wire.Re
         if kept and (frames := kernel.ledger.answered(session.key, request.id)):
             kernel.sessions.answer_again(key, frames)
             return
+        if call.needs is t.Capability.ADMIN:
+            kernel.audit.before(call.name, session.subject.path, **_facts(call))
         reply = _dispatch(kernel, session, key, call, request.credits)
         if reply is not None:
             kernel.sessions.reply(key, reply)
     except errors.LLMasOSError as error:
+        if isinstance(error, errors.PermissionDenied):
+            kernel.audit.note("refused", session.subject.path, call=request.call.name, why=error.message)
         kernel.sessions.fail(key, error)
     except Exception:
         fault = f"{kernel.random.getrandbits(32):08x}"
@@ -75,6 +79,12 @@ def _is_kept(session: Session, call: table.Syscall) -> bool:
     if isinstance(call, table.Infer):
         return session.returns and call.pid is not None
     return session.returns and call.Item is None and type(call) not in table.READ_ONLY
+
+
+def _facts(call: table.Call) -> dict[str, str | int]:
+    """What the audit log tells of an administrator's call: its plain fields."""
+    fields = ((name, getattr(call, name)) for name in call.__struct_fields__ if name != call.payload)
+    return {name: value for name, value in fields if isinstance(value, str | int)}
 
 
 def _session(kernel: Kernel, session_id: bytes, subject: Subject, request: wire.Request) -> Session:
@@ -116,7 +126,11 @@ def _dispatch(
             _wait(kernel, processes.find(call.pid, subject), request, call.timeout_s)
             return None
         case table.Kill():
-            processes.signal(processes.find(call.pid, subject), call.signal)
+            process = processes.find(call.pid, subject)
+            if process.owner != subject.path:
+                signal = str(call.signal)
+                kernel.audit.note("signal", subject.path, pid=call.pid, owner=process.owner, signal=signal)
+            processes.signal(process, call.signal)
             return table.Done()
         case table.SetPriority():
             return _set_priority(kernel, session, call)
@@ -152,6 +166,9 @@ def _dispatch(
         case table.Dmesg():
             kernel.readers.start(request, call.after, call.follow, credits_)
             return None
+        case table.ReadAudit():
+            size, data = kernel.audit.read(call.offset, min(call.length, files.MAX_READ))
+            return table.ReadReply(size=size, data=data)
         case table.Shutdown():
             kernel.drain(call.drain_s)
             return table.Done()
@@ -187,6 +204,7 @@ def _pull(kernel: Kernel, subject: Subject, request: Request, call: table.Pull, 
         raise errors.InvalidArgument("a source has no zero byte", field="source")
     if call.source:
         _may_replace(kernel, subject, model)
+    kernel.audit.note("import", subject.path, model=model, source=call.source)
     kernel.imports.watch(model, call.source, request, credits_)
 
 
@@ -197,6 +215,7 @@ def _may_replace(kernel: Kernel, subject: Subject, model: str) -> None:
     except errors.LLMasOSError:
         return
     subject.require(t.Capability.ADMIN, f"replacing {model}")
+    kernel.audit.before("replace", subject.path, model=model)
 
 
 def _refuse_new_work(kernel: Kernel) -> None:

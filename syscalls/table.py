@@ -347,11 +347,23 @@ class Dmesg(Call, frozen=True):
     """The kernel log after line `after`; with `follow` the stream goes on until cancelled."""
 
     name = "dmesg"
-    needs = t.Capability.ADMIN
+    needs = t.Capability.AUDIT
     Reply = Done
     Item = t.LogLine
     after: Annotated[int, Meta(ge=0, le=2**53)] = 0
     follow: bool = False
+
+
+class ReadAudit(Call, frozen=True):
+    """Up to `length` bytes of the audit log from `offset`, as `read` gives them: JSON lines, each with the
+    hash of the one before it (syscalls/chain.py verifies them).
+    """
+
+    name = "read_audit"
+    needs = t.Capability.AUDIT
+    Reply = ReadReply
+    offset: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    length: Annotated[int, Meta(ge=0, le=2**20)] = 2**20
 
 
 class Shutdown(Call, frozen=True):
@@ -384,10 +396,13 @@ Syscall = Union[
     Df,
     Lsdev,
     Dmesg,
+    ReadAudit,
     Shutdown,
 ]
 
-READ_ONLY: frozenset[type[Call]] = frozenset({Hello, Whoami, Ps, StatProcess, Ls, Stat, Read, Df, Lsdev})
+READ_ONLY: frozenset[type[Call]] = frozenset(
+    {Hello, Whoami, Ps, StatProcess, Ls, Stat, Read, ReadAudit, Df, Lsdev}
+)
 """Calls that change nothing: asked again, they may be answered anew. The answers of all others are kept until
 the client cannot want them any more, except those of streams, which begin again or go on."""
 

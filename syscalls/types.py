@@ -37,7 +37,7 @@ class Capability(enum.StrEnum):
     PROCESS = "process"  # start processes and command its own
     MODELS = "models"  # bring in models and give them further names
     PRIORITY = "priority"  # class realtime, negative nice values
-    AUDIT = "audit"  # read the audit log
+    AUDIT = "audit"  # read the kernel's log and the audit log
     ADMIN = "admin"  # everything, others' processes included
 
 

@@ -291,10 +291,17 @@ class Client:
 
     def read_file(self, path: str) -> bytes:
         """A whole file of the model filesystem, in as many reads as it takes."""
+        return self._whole(lambda done: self.call(table.Read(path, done)))
+
+    def read_audit(self) -> bytes:
+        """The whole audit log: the lines that `syscalls.chain.verify` takes."""
+        return self._whole(lambda done: self.call(table.ReadAudit(done)))
+
+    def _whole(self, read: Callable[[int], table.ReadReply]) -> bytes:
         parts: list[bytes] = []
         done = 0
         while True:
-            reply = self.call(table.Read(path, done))
+            reply = read(done)
             parts.append(reply.data)
             done += len(reply.data)
             if done >= reply.size or not reply.data:

@@ -28,6 +28,7 @@ READ_ONLY: frozenset[type[table.Call]] = frozenset(
         table.Ls,
         table.Stat,
         table.Read,
+        table.ReadAudit,
         table.Df,
         table.Lsdev,
     }

@@ -170,7 +170,7 @@ def test_tokens_pack_and_unpack(tokens: list[int]) -> None:
 
 def test_the_table_is_complete() -> None:
     """Every call has its types, a docstring, and a name of its own; the hash is stable within a process."""
-    assert len(table.BY_NAME) == 21
+    assert len(table.BY_NAME) >= 21
     for name, call in table.BY_NAME.items():
         assert name == call.name
         assert call.__doc__

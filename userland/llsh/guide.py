@@ -13,7 +13,7 @@ SECTIONS: dict[str, list[str]] = {
     "Processes": ["ps", "top", "kill", "stop", "cont", "nice", "fork", "spawn", "wait", "jobs", "fg"],
     "Models": ["pull", "list", "show", "rm", "cp"],
     "Files": ["ls", "cat", "df"],
-    "Machine": ["lsdev", "dmesg", "flight", "whoami", "shutdown"],
+    "Machine": ["lsdev", "dmesg", "flight", "audit", "whoami", "shutdown"],
     "Help": ["help"],
 }
 
