@@ -18,6 +18,25 @@ Count = Annotated[int, Meta(ge=0)]
 Limit = Annotated[int, Meta(ge=1)]
 
 
+LIVE = frozenset(
+    (
+        "kv_fraction",
+        "kv_dtype",
+        "step_tokens",
+        "step_ms",
+        "draft_tokens",
+        "max_sessions",
+        "max_requests",
+        "max_processes",
+        "max_processes_per_owner",
+        "aging_s",
+        "crash_limit",
+    )
+)
+"""Settings that take effect when the configuration is read again (SIGHUP); those of the KV memory for models
+loaded from then on. The others need a restart."""
+
+
 class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Every knob of the kernel."""
 
@@ -78,6 +97,11 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     crash_limit: Limit = 2
     """A request that was running in this many driver deaths is failed instead of recomputed."""
+
+
+def changed(old: Config, new: Config) -> list[str]:
+    """The names of the settings in which two configurations differ."""
+    return [name for name in Config.__struct_fields__ if getattr(old, name) != getattr(new, name)]
 
 
 def load(path: Path, overrides: list[str]) -> Config:

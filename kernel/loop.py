@@ -25,7 +25,7 @@ from llmasos.syscalls.types import Finish, PullEvent
 
 from . import planning, residency, search, swapping, trap
 from .audit import Audit
-from .config import Config
+from .config import LIVE, Config, changed
 from .devices import Device, Flight, Pool
 from .dmesg import Log, Readers
 from .effects import Dump, Effect, Exited, KillWorker
@@ -221,6 +221,24 @@ class Kernel:
     def at(self, when: float, call: Callable[[], None]) -> Callable[[], None]:
         """Has `call` made when the clock shows `when`; returns what calls it off."""
         return self._timers.add(when, call)
+
+    def reconfigure(self, load: Callable[[], Config]) -> None:
+        """Takes the configuration that `load` reads, whole or not at all; the log says which."""
+        try:
+            config = load()
+        except errors.InvalidArgument as problem:
+            self.log.warn(f"configuration not reloaded, the old one stays: {problem}")
+            return
+        names = changed(self.config, config)
+        if fixed := [name for name in names if name not in LIVE]:
+            self.log.warn(
+                f"configuration not reloaded, the old one stays: {', '.join(fixed)} cannot change while the"
+                " daemon runs; restart it"
+            )
+            return
+        new = ", ".join(f"{name} = {getattr(config, name)}" for name in names)
+        self.config = self.processes.config = config
+        self.log.info(f"configuration reloaded: {new or 'nothing changed'}")
 
     def drain(self, seconds: float) -> None:
         """Refuses new work; exits when no infer runs, or after `seconds`."""

@@ -16,11 +16,13 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
 from llmasos.syscalls import address, errors
 
+from . import systemd
 from .config import Config, load
 
 USAGE = """\
@@ -30,11 +32,15 @@ examples:
   llmasosd                          serve until Ctrl-C or `llsh shutdown`
   llmasosd --set kv_fraction=0.6    give more of the free memory to contexts
   llmasosd --set devices='["cpu"]'  drive the CPU only
-  llmasosd --check                  check the configuration and exit
+  llmasosd --check                  say whether it could serve here, and what to do if not
   llmasosd --fsck                   verify every file of the model filesystem and exit
 
-exit codes: 0 stopped as asked, 1 failed or --fsck found damage, 2 wrong usage or configuration,
-65 the journal is damaged, 75 another daemon of this user runs already
+signals: TERM and INT drain (running answers get 5 s) and stop, a second one stops at once; HUP reads the
+configuration again, all of it or nothing (see dmesg)
+
+exit codes: 0 stopped as asked, 1 cannot run here, or --check or --fsck found something, 2 wrong usage or
+configuration, 65 the journal is damaged, 70 stopped without draining (a second signal, or the kernel died
+meanwhile), 75 another daemon of this user runs already
 """
 
 
@@ -48,23 +54,33 @@ def main() -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help=f"override a setting: {settings}"
     )
-    parser.add_argument("--check", action="store_true", help="check the configuration and exit")
+    parser.add_argument(
+        "--check", action="store_true", help="check configuration, folders, devices and disk, and exit"
+    )
+    parser.add_argument("--systemd-unit", action="store_true", help="print a unit for systemd and exit")
     parser.add_argument("--fsck", action="store_true", help="verify the model filesystem and exit")
     parser.add_argument("--kernel", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+
+    def configured() -> tuple[Config, str]:
+        return load(address.config_file(), arguments.set), _endpoint()
+
+    if arguments.systemd_unit:
+        print(systemd.unit(), end="")
+        return 0
+    if arguments.check:
+        from .check import check
+
+        return 1 if check(configured, device_names) else 0
     try:
-        config = load(address.config_file(), arguments.set)
-        endpoint = _endpoint()
+        config, endpoint = configured()
     except errors.InvalidArgument as problem:
         print(f"llmasosd: {problem}", file=sys.stderr)
         return 2
-    if arguments.check:
-        print(f"llmasosd: configuration is good, socket {endpoint}, home {address.home_folder()}")
-        return 0
     if arguments.fsck:
         return _fsck()
     if arguments.kernel:
-        return run_kernel(config, endpoint)
+        return run_kernel(config, endpoint, lambda: configured()[0])
     return run_supervisor(config, arguments.set)
 
 
@@ -122,8 +138,9 @@ def run_supervisor(config: Config, overrides: list[str]) -> int:
         return Supervisor(kernel, {name: [*worker, name] for name in device_names(config)}).run()
 
 
-def run_kernel(config: Config, endpoint: str) -> int:
-    """The kernel process: standard input is the supervisor's pipe, one line on standard output says ready."""
+def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> int:
+    """The kernel process: standard input is the supervisor's pipe, one line on standard output says ready.
+    `reload` reads the configuration again."""
     from .journal import Journal
     from .loop import Kernel
     from .modelfs.store import ModelFS
@@ -157,7 +174,7 @@ def run_kernel(config: Config, endpoint: str) -> int:
     sockets = Sockets(kernel, journal, endpoint, address.runtime_folder() / "bus.sock", home)
     kernel.log.info(f"listening on {endpoint}, devices {', '.join(kernel.devices)}")
     print(f"ready, listening on {endpoint}", flush=True)
-    sockets.run(sys.stdin.fileno())
+    sockets.run(sys.stdin.fileno(), reload)
     journal.close()
     return 0
 

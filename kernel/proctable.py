@@ -30,7 +30,7 @@ class ProcessTable:
     """Rows by pid. Beams are rows too, but only their leader can be named."""
 
     def __init__(self, config: Config, sessions: Sessions, ledger: Ledger, secret: bytes) -> None:
-        self._config = config
+        self.config = config
         self._sessions = sessions
         self._ledger = ledger
         self._secret = secret
@@ -55,10 +55,7 @@ class ProcessTable:
         """Raises TooManyProcesses when `count` more are over a limit."""
         user = owner.partition("/")[0]  # labels are free to choose, so they share one limit
         own = sum(1 for p in self if p.owner.partition("/")[0] == user)
-        if (
-            len(self) + count > self._config.max_processes
-            or own + count > self._config.max_processes_per_owner
-        ):
+        if len(self) + count > self.config.max_processes or own + count > self.config.max_processes_per_owner:
             raise errors.TooManyProcesses(
                 f"{own} processes of {user}, {len(self)} in all",
                 hint="kill or wait for some; the limits are max_processes and max_processes_per_owner",

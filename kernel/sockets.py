@@ -17,7 +17,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from llmasos.syscalls import errors, wire
 from llmasos.syscalls.types import Capability, PullEvent
 from zmq.utils.monitor import recv_monitor_message
 
+from . import systemd
+from .config import Config
 from .effects import Dump, Effect, Exited, KillWorker, ToWorker
 from .imports import Job
 from .journal import Journal
@@ -39,6 +41,8 @@ from .tenants import Subject
 # A client that has not read this many messages is not reading at all: credits keep streams far below.
 SEND_LIMIT = 1024
 LINGER_MS = 1000
+DRAIN_S = 5.0  # for running answers, after SIGTERM
+LONGEST_SLEEP_S = 60.0
 DUMPS_KEPT = 20
 PROGRESS_FIELDS = ("phase", "file", "done", "total")
 
@@ -164,32 +168,41 @@ class Sockets:
         self._poller.register(bus.fileno(), zmq.POLLIN)
         return bus
 
-    def run(self, supervisor: int | None) -> None:
-        """Serves until the kernel exits, SIGTERM drained it, or the supervisor's pipe closes."""
+    def run(self, supervisor: int | None, reload: Callable[[], Config]) -> None:
+        """Serves until the kernel exits, SIGTERM drained it, or the supervisor's pipe closes. SIGHUP has
+        `reload` read the configuration. Tells systemd's watchdog that the loop turns."""
         wake, ring = os.pipe()
         for fd in (wake, ring):
             os.set_blocking(fd, False)
         signal.set_wakeup_fd(ring)
-        signal.signal(signal.SIGTERM, lambda *_: None)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: None)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self._poller.register(wake, zmq.POLLIN)
         if supervisor is not None:
             self._poller.register(supervisor, zmq.POLLIN)
+        alive_s, alive_due = systemd.watchdog_s(), 0.0
         while self._running:
-            ready = dict(self._poller.poll(self._timeout()))
+            ready = dict(self._poller.poll(self._timeout(alive_s or LONGEST_SLEEP_S)))
             if supervisor in ready and not os.read(supervisor or 0, 1):
                 break
             if ready.pop(wake, 0):
-                os.read(wake, 64)
-                self._kernel.drain(5.0)
+                numbers = os.read(wake, 64)
+                if signal.SIGHUP in numbers:
+                    self._kernel.reconfigure(reload)
+                if signal.SIGTERM in numbers:
+                    self._kernel.drain(DRAIN_S)
             self._serve(ready)
             self._turn()
+            if alive_s and clock() >= alive_due:
+                systemd.notify("WATCHDOG=1")
+                alive_due = clock() + alive_s
         self._close()
 
-    def _timeout(self) -> int | None:
+    def _timeout(self, most: float) -> int:
+        """Milliseconds until the kernel has something to do by itself, rounded up: early is too early."""
         due = self._kernel.next_timer()
-        # poll takes no more than 2**31 ms; waking once a minute is as good. Rounded up: early is too early.
-        return None if due is None else max(0, math.ceil(min(60.0, due - self._kernel.now()) * 1000))
+        return math.ceil(1000 * (most if due is None else max(0.0, min(most, due - self._kernel.now()))))
 
     def _serve(self, ready: dict[Any, int]) -> None:
         if self._monitor in ready:

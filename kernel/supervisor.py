@@ -16,10 +16,14 @@ import sys
 import time
 from dataclasses import dataclass
 
+from .systemd import notify
+
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 30.0
 HEALTHY = 10
 STOP_TIMEOUT_S = 10.0
+UNDRAINED = 70
+"""Exit code when the kernel did not end by itself after it was told to."""
 
 DAMAGED = 65
 """Exit code of a kernel that does not start because its journal is damaged: trying again makes it no
@@ -76,14 +80,17 @@ class Supervisor:
     def run(self) -> int:
         """Returns the exit code of the daemon."""
         try:
-            while True:
+            while self._kernel.process is not None or not self._stopping:
                 self._start_due()
                 for child in self._wait():
                     code = child.reaped()
-                    if child is self._kernel and (code in (0, DAMAGED) or self._stopping):
+                    if child is self._kernel and code in (0, DAMAGED):
                         return code
+                    if child is self._kernel and self._stopping:
+                        return UNDRAINED
                     if not self._stopping:
                         _say(f"{child.name} ended with {code}, starting it again in {child.pause / 2:g} s")
+            return UNDRAINED  # stopped between two kernels
         finally:
             self._stop_all()
 
@@ -97,6 +104,7 @@ class Supervisor:
             line = self._kernel.process.stdout.readline().decode().strip()
             if line:
                 _say(line)
+                notify("READY=1")
         if self._kernel.process is not None:
             for worker in self._workers:
                 if worker.process is None and now >= worker.due:
@@ -114,10 +122,13 @@ class Supervisor:
             numbers = os.read(self._wake, 64)
             if signal.SIGTERM in numbers or signal.SIGINT in numbers:
                 self._stop_kernel()
+            elif signal.SIGHUP in numbers and self._kernel.process is not None:
+                self._kernel.process.send_signal(signal.SIGHUP)
         return [c for c in children if c.pidfd in ready]
 
     def _stop_kernel(self) -> None:
         """The first signal lets the kernel drain; a second one does not wait."""
+        notify("STOPPING=1")
         if self._kernel.process is not None:
             self._kernel.process.send_signal(signal.SIGKILL if self._stopping else signal.SIGTERM)
         self._stopping = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -47,8 +48,9 @@ class Daemon:
         """The daemon's processes whose command line holds `what`: "--kernel" or a device name."""
         found = []
         for child in psutil.Process(self.process.pid).children():
-            if what in child.cmdline():
-                found.append(child)
+            with contextlib.suppress(psutil.Error):  # it is ending
+                if what in child.cmdline():
+                    found.append(child)
         return found
 
     def kernel(self) -> psutil.Process:
@@ -101,5 +103,5 @@ def daemons() -> Iterator[Callable[..., Daemon]]:
     codes = [daemon.stop() for daemon in running]
     for home in homes:
         shutil.rmtree(home, ignore_errors=True)
-    # A test may have killed one on purpose.
-    assert all(code in (0, -signal.SIGKILL) for code in codes), codes
+    # A test may have killed one on purpose, or not waited for its drain.
+    assert all(code in (0, -signal.SIGKILL, 70) for code in codes), codes

@@ -1,0 +1,106 @@
+"""`llmasosd --check`: whether a daemon could serve here, and what to do if not. Changes nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import resource
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from llmasos.syscalls import address, errors
+
+from .config import Config
+
+LEAST_DISK = 1 << 30
+LEAST_FILES = 4096
+
+_DEVICE = re.compile(r"(cpu|cuda:(\d+)|null(:\d+)?|simulated(:\d+)?)")
+
+
+def check(configured: Callable[[], tuple[Config, str]], device_names: Callable[[Config], list[str]]) -> int:
+    """Prints a line a finding, "ok" or "bad"; returns how many are bad. `configured` is what a start would
+    run with: the configuration and the endpoint, or InvalidArgument."""
+    bad = 0
+    for fine, text in _findings(configured, device_names):
+        print(f"{'ok ' if fine else 'bad'}  {text}")
+        bad += not fine
+    return bad
+
+
+def _findings(
+    configured: Callable[[], tuple[Config, str]], device_names: Callable[[Config], list[str]]
+) -> Iterator[tuple[bool, str]]:
+    home, runtime = address.home_folder(), address.runtime_folder()
+    try:
+        config, endpoint = configured()
+    except errors.InvalidArgument as problem:
+        yield False, f"{problem}"
+    else:
+        file = address.config_file()
+        yield True, f"configuration: {file if file.exists() else 'defaults, there is no ' + str(file)}"
+        yield True, f"socket: {endpoint}"
+        for name in device_names(config):
+            yield _device(name)
+    for what, folder in (("home", home), ("runtime folder", runtime)):
+        yield _folder(what, folder)
+    yield _disk(home)
+    yield _files()
+    yield True, f"another daemon: {'runs' if _serves(runtime / 'lock') else 'none'}"
+
+
+def _device(name: str) -> tuple[bool, str]:
+    match = _DEVICE.fullmatch(name)
+    if match is None:
+        return False, f"device {name!r}: there is no such kind; use cpu or cuda:0 in the setting `devices`"
+    if match[2] and not Path(f"/dev/nvidia{match[2]}").exists():
+        return False, f"device {name}: no /dev/nvidia{match[2]}; load its driver or change `devices`"
+    return True, f"device {name}"
+
+
+def _folder(what: str, folder: Path) -> tuple[bool, str]:
+    """A folder has to be ours and writable, or possible to make."""
+    there = folder
+    while not there.exists():
+        there = there.parent
+    if folder.is_symlink() or (there == folder and folder.stat().st_uid != os.getuid()):
+        return False, f"{what}: {folder} belongs to somebody else; set {address.HOME_VARIABLE}"
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return (
+            False,
+            f"{what}: {there} cannot be written to; change its rights or set {address.HOME_VARIABLE}",
+        )
+    return True, f"{what}: {folder}{'' if there == folder else ' (will be made)'}"
+
+
+def _disk(home: Path) -> tuple[bool, str]:
+    there = home
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    text = f"disk: {free / 1e9:.1f} GB free for {home}"
+    if free < LEAST_DISK:
+        return False, f"{text}, at least {LEAST_DISK / 1e9:.1f} are needed; remove models with `llsh rm`"
+    return True, text
+
+
+def _files() -> tuple[bool, str]:
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    text = f"open files: {'unlimited' if hard == resource.RLIM_INFINITY else hard}"
+    if hard != resource.RLIM_INFINITY and hard < LEAST_FILES:
+        return False, f"{text}, at least {LEAST_FILES} are needed; raise `ulimit -Hn` or LimitNOFILE"
+    return True, text
+
+
+def _serves(lock: Path) -> bool:
+    """Whether somebody holds the lock of this runtime folder."""
+    try:
+        with lock.open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False

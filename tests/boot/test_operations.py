@@ -1,0 +1,254 @@
+"""The daemon as an operator sees it: signals, exit codes, --check, systemd, what a death leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from llmasos.kernel import config
+from llmasos.syscalls import table
+from llmasos.syscalls import types as t
+
+TINY = {"llmasos_null_blocks": 64, "max_position_embeddings": 512}
+SLOW = {**TINY, "llmasos_null_step_seconds": 0.05}
+
+
+def llmasosd(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "LLMASOS_HOME": str(home)}
+    environment.pop("LLMASOS_SOCKET", None)
+    command = [sys.executable, "-m", "llmasos.kernel.main", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+
+
+def until(what: Callable[[], object], seconds: float = 10.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def log(client) -> str:
+    with client.stream(table.Dmesg()) as lines:
+        return "\n".join(line.text for line in lines)
+
+
+def infer(new: int) -> table.Infer:
+    return table.Infer(model="slow", tokens=t.pack_tokens([1]), max_tokens=new)
+
+
+# Signals and exit codes
+
+
+def test_sigterm_lets_answers_end_and_exits_with_0(daemons):
+    daemon = daemons('devices=["null"]', slow=SLOW)
+    with daemon.client() as client:
+        stream = client.stream(infer(30), window=1024)
+        next(stream)
+        daemon.process.send_signal(signal.SIGTERM)
+        assert stream.result().generated_tokens == 30
+    assert daemon.process.wait(10) == 0
+
+
+def test_a_second_signal_does_not_wait_and_is_no_success(daemons):
+    daemon = daemons('devices=["null"]', slow=SLOW)
+    with daemon.client() as client:
+        stream = client.stream(infer(400), window=1024)
+        next(stream)
+        daemon.process.send_signal(signal.SIGTERM)
+        until(lambda: "shutting down" in log(client))
+        daemon.process.send_signal(signal.SIGTERM)
+        assert daemon.process.wait(10) == 70
+
+
+def test_an_unexpected_death_of_the_kernel_is_never_the_end(daemons):
+    daemon = daemons('devices=["null"]', slow=SLOW)
+    for number in (signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT):
+        before = daemon.kernel().pid
+        os.kill(before, number)
+        until(lambda before=before: any(c.pid != before for c in daemon.children("--kernel")))
+        assert daemon.process.poll() is None
+
+
+def test_it_stops_also_between_two_kernels(daemons):
+    daemon = daemons('devices=["null"]', slow=SLOW)
+    for _ in range(3):  # the pause grows
+        before = daemon.kernel().pid
+        os.kill(before, signal.SIGKILL)
+        until(lambda before=before: any(c.pid != before for c in daemon.children("--kernel")))
+    daemon.kernel().kill()
+    time.sleep(0.1)
+    daemon.process.terminate()
+    assert daemon.process.wait(5) == 70
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["--set", "kv_fraction=2"], 2, "kv_fraction"),
+        (["--set", "nonsense=1"], 2, "nonsense"),
+        (["--nonsense"], 2, "usage"),
+        (["--fsck"], 0, ""),
+        (["--version"], 0, ""),
+    ],
+)
+def test_exit_codes(tmp_path, words, code, says):
+    done = llmasosd(tmp_path, *words)
+    assert done.returncode == code
+    assert says in done.stderr
+
+
+def test_a_home_that_cannot_be_made_is_1(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = llmasosd(tmp_path / "file" / "home")
+    assert done.returncode == 1
+    assert "llmasosd:" in done.stderr
+
+
+# Configuration
+
+
+def test_sighup_takes_a_new_configuration_whole_or_not_at_all(daemons, tmp_path):
+    daemon = daemons(slow=SLOW, home=_home(tmp_path, 'devices = ["null"]\n'))
+    file = daemon.home / "config.toml"
+
+    def reload(text: str, says: str) -> None:
+        file.write_text(text)
+        daemon.process.send_signal(signal.SIGHUP)
+        until(lambda: says in log(client))
+
+    with daemon.client() as client:
+        reload('devices = ["null"]\nmax_processes = 1\n', "configuration reloaded: max_processes = 1")
+        first = client.call(table.SpawnModel("slow"))
+        with pytest.raises(Exception, match="processes"):
+            client.call(table.SpawnModel("slow"))
+        reload('devices = ["null"]\nmax_processes = 9\nlog_lines = 7\n', "log_lines cannot change")
+        reload(
+            'devices = ["null"]\nmax_processes = "many"\n', "configuration not reloaded, the old one stays: c"
+        )
+        reload('devices = ["null"\n', "configuration not reloaded, the old one stays: configuration: ")
+        with pytest.raises(Exception, match="processes"):
+            client.call(table.SpawnModel("slow"))
+        reload('devices = ["null"]\n', "max_processes = 4096")
+        client.call(table.SpawnModel("slow"))
+        assert first.pid in {row.pid for row in client.ps()}, "nothing was restarted"
+
+
+def test_what_is_live_is_a_setting():
+    assert set(config.Config.__struct_fields__) >= config.LIVE
+    assert "devices" not in config.LIVE
+
+
+def _home(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "config.toml").write_text(text)
+    return tmp_path
+
+
+# --check
+
+
+def test_check_says_what_is_good(tmp_path):
+    done = llmasosd(tmp_path / "new", "--check", "--set", 'devices=["cpu"]')
+    assert done.returncode == 0, done.stdout
+    assert "bad" not in done.stdout
+    assert "home: " in done.stdout
+    assert "(will be made)" in done.stdout
+    assert "another daemon: none" in done.stdout
+    assert not (tmp_path / "new").exists(), "it changes nothing"
+
+
+def test_check_says_what_is_wrong_and_what_to_do(tmp_path):
+    done = llmasosd(tmp_path, "--check", "--set", 'devices=["cuda:77", "abacus"]')
+    assert done.returncode == 1
+    bad = [line for line in done.stdout.splitlines() if line.startswith("bad")]
+    assert len(bad) == 2
+    assert "/dev/nvidia77; load its driver or change `devices`" in bad[0]
+    assert "use cpu" in bad[1]
+    (tmp_path / "config.toml").write_text("step_ms = 'fast'")
+    done = llmasosd(tmp_path, "--check")
+    assert done.returncode == 1
+    assert "step_ms" in done.stdout
+    assert str(tmp_path / "config.toml") in done.stdout
+    (tmp_path / "blocked").write_text("")
+    done = llmasosd(tmp_path / "blocked" / "home", "--check")
+    assert done.returncode == 1
+    assert "cannot be written to" in done.stdout
+
+
+def test_check_sees_a_running_daemon(daemons):
+    daemon = daemons('devices=["null"]', slow=SLOW)
+    done = llmasosd(daemon.home, "--check", "--set", 'devices=["null"]')
+    assert done.returncode == 0
+    assert "another daemon: runs" in done.stdout
+
+
+# systemd
+
+
+def waiting(heard: socket.socket) -> list[bytes]:
+    """What was sent and not yet read."""
+    found = []
+    while select.select([heard], [], [], 0)[0]:
+        found.append(heard.recv(64))
+    return found
+
+
+def test_systemd_hears_of_readiness_life_and_stopping(daemons, monkeypatch, tmp_path):
+    heard = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    heard.bind(str(tmp_path / "notify"))
+    heard.settimeout(10)
+    monkeypatch.setenv("NOTIFY_SOCKET", str(tmp_path / "notify"))
+    monkeypatch.setenv("WATCHDOG_USEC", "300000")
+    daemon = daemons('devices=["null"]', slow=SLOW)
+    monkeypatch.undo()
+    states = {heard.recv(64).decode() for _ in range(4)}
+    assert states == {"READY=1", "WATCHDOG=1"}
+    os.kill(daemon.kernel().pid, signal.SIGSTOP)  # its loop does not turn
+    waiting(heard)
+    time.sleep(0.5)
+    assert waiting(heard) == []
+    os.kill(daemon.kernel().pid, signal.SIGCONT)
+    assert heard.recv(64) == b"WATCHDOG=1"
+    assert daemon.stop() == 0
+    assert b"STOPPING=1" in waiting(heard)
+
+
+def test_the_unit_is_one_that_systemd_accepts(tmp_path):
+    done = llmasosd(tmp_path, "--systemd-unit")
+    assert done.returncode == 0
+    for line in ("Type=notify", "WatchdogSec=60", "ExecReload=/bin/kill -HUP $MAINPID"):
+        assert line in done.stdout.splitlines()
+    unit = tmp_path / "llmasosd.service"
+    unit.write_text(done.stdout)
+    try:
+        verified = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("no systemd-analyze here")
+    complaints = [line for line in verified.stderr.splitlines() if "llmasosd" in line]
+    assert not complaints, verified.stderr
+
+
+# What a death leaves behind
+
+
+def test_a_dead_worker_leaves_the_last_decisions(daemons):
+    daemon = daemons('devices=["null"]', slow=SLOW)
+    folder = daemon.home / "state" / "flight"
+    with daemon.client() as client, client.stream(infer(40), window=1024) as stream:
+        next(stream)
+        daemon.children("null")[0].kill()
+        stream.result()
+        until(lambda: list(folder.glob("*.jsonl")))
+        assert str(folder) in log(client)
+        (dump,) = folder.glob("*.jsonl")
+        decisions = [json.loads(line) for line in dump.read_text().splitlines()]
+        assert decisions[-1]["outcome"] == "lost"
+        assert decisions[0]["outcome"] == "done"
