@@ -31,6 +31,7 @@ from traces import Request
 
 MODEL = "simulated"
 PLENTY = 1 << 20
+RIGHTS = frozenset(t.Capability) - {t.Capability.ADMIN}
 
 
 class Machine(msgspec.Struct, frozen=True):
@@ -83,7 +84,7 @@ class Simulation:
         self._tenants = {request.tenant: f"tenant {request.tenant}".encode() for request in requests}
         hello = table.Hello(table.VERSION, table.table_hash())
         for number, (tenant, session) in enumerate(self._tenants.items()):
-            subject = Subject(tenant, 1000 + number, 1, False)
+            subject = Subject(tenant, 1000 + number, 1, False, RIGHTS)
             self.kernel.message(session, subject, wire.encode_request(wire.MAX_ID, hello, 0))
         self._turn()
 
