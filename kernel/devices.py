@@ -22,9 +22,9 @@ from .infer import Infer
 from .memory import Memory, Table
 from .pace import Pace, Transfer
 from .process import Mirror, Process
-from .tiers import KvFile
 
 Ready = Callable[[errors.LLMasOSError | None], None]
+Answered = Callable[[base.Moved | errors.LLMasOSError], None]
 
 
 @dataclass(slots=True, eq=False)
@@ -51,6 +51,13 @@ class Pool:
     @property
     def ready(self) -> bool:
         return self.loaded is not None
+
+    def when_ready(self, ready: Ready) -> None:
+        """Tells `ready` when it is resident or cannot be: now, if it is."""
+        if self.ready:
+            ready(None)
+        else:
+            self.waiters.append(ready)
 
     def forget(self) -> None:
         """The worker is gone: nothing is resident, nothing computed."""
@@ -102,17 +109,6 @@ class Part:
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
-    """A KV file that the worker was asked to write (no `blocks`) or to read into `blocks`; `spoiled` are the
-    blocks that hold nothing that counts if it fails."""
-
-    file: KvFile
-    pool: Pool
-    blocks: list[int]
-    spoiled: frozenset[int]
-
-
 @dataclass(slots=True, eq=False)
 class Flight:
     """A step that was sent and not yet collected: its parts in the order of the batch. `keys` name the
@@ -143,7 +139,7 @@ class Device:
     pools: list[Pool] = field(default_factory=list)
     loading: Pool | None = None
     flights: deque[Flight] = field(default_factory=deque)
-    moves: dict[int, Move] = field(default_factory=dict)  # sent and not answered, by ticket
+    orders: dict[int, Answered] = field(default_factory=dict)  # about KV files, not answered yet, by ticket
     transfer: Transfer = field(default_factory=Transfer)
     ahead_at: float = math.inf
     alarm: Callable[[], None] = lambda: None  # calls off the timer that waits for it
@@ -208,7 +204,7 @@ def _open(process: Process, infer: Infer) -> base.SeqOpen:
     return base.SeqOpen(
         seq=process.pid,
         tokens=pack_tokens(process.tokens),
-        prompt_length=infer.start,
+        prompt_length=infer.prompt_length,
         computed=process.computed,
         limit=infer.limit,
         blocks=list(process.table.blocks),

@@ -1,4 +1,5 @@
-"""The file tree that `ls`, `stat` and `read` show: /models is the model filesystem's, /proc the kernel's.
+"""The file tree that `ls`, `stat` and `read` show: /models is the model filesystem's, /sessions
+has the caller's own snapshots, /proc is the kernel's.
 
 /proc/PID/tokens is a process's context as packed u32, /proc/uptime the seconds since boot. /proc/flight, the
 administrator's, is the newest part of the flight recorder (JSON lines), as much as one read brings.
@@ -13,6 +14,7 @@ from llmasos.syscalls import errors
 from llmasos.syscalls.table import DfReply
 from llmasos.syscalls.types import FileInfo, FileKind, pack_tokens
 
+from .modelfs import session_files
 from .tenants import Subject
 
 if TYPE_CHECKING:
@@ -46,7 +48,10 @@ def _is_proc(path: str) -> bool:
 def ls(kernel: Kernel, subject: Subject, path: str) -> list[FileInfo]:
     """The entries of a folder. Raises NoSuchFile."""
     if path.strip("/") == "":
-        return [FileInfo(f"/{name}", FileKind.FOLDER, 0) for name in ("models", "proc")]
+        return [FileInfo(f"/{name}", FileKind.FOLDER, 0) for name in ("models", "sessions", "proc")]
+    if (snapshot := session_files.parse_path(path)) is not None:
+        sessions = kernel.store.sessions
+        return [sessions.stat(subject.path, snapshot)] if snapshot else sessions.ls(subject.path)
     if not _is_proc(path):
         return kernel.store.ls(path)
     if path.strip("/") == "proc":
@@ -65,8 +70,10 @@ def ls(kernel: Kernel, subject: Subject, path: str) -> list[FileInfo]:
 def stat(kernel: Kernel, subject: Subject, path: str) -> FileInfo:
     """One entry. Raises NoSuchFile, NoSuchProcess."""
     clean = path.strip("/")
-    if clean in ("", "proc", "models"):
+    if clean in ("", "proc", "models", "sessions"):
         return FileInfo(f"/{clean}", FileKind.FOLDER, 0)
+    if snapshot := session_files.parse_path(path):
+        return kernel.store.sessions.stat(subject.path, snapshot)
     if not _is_proc(path):
         return kernel.store.stat(path)
     pid = _proc_pid(path)
@@ -79,6 +86,10 @@ def stat(kernel: Kernel, subject: Subject, path: str) -> FileInfo:
 def read(kernel: Kernel, subject: Subject, path: str, offset: int, length: int) -> tuple[int, bytes]:
     """(size of the file, up to `length` bytes from `offset`). Raises NoSuchFile, NoSuchProcess."""
     length = min(length, MAX_READ)
+    if session_files.parse_path(path) is not None:
+        raise errors.InvalidArgument(
+            "a snapshot is restored, not read", hint="llsh restore NAME", field="path"
+        )
     if not _is_proc(path):
         return kernel.store.read(path, offset, length)
     data = _content(kernel, subject, path)
@@ -105,5 +116,6 @@ def df(kernel: Kernel) -> DfReply:
         disk_free=disk.f_bavail * disk.f_frsize,
         models_bytes=models_bytes,
         blobs=blobs,
+        sessions_bytes=kernel.store.sessions.usage(),
         pools=[pool.info() for device in kernel.devices.values() for pool in device.pools],
     )

@@ -25,6 +25,8 @@ ITEM_TOKENS = 512
 @dataclass(slots=True, eq=False)
 class Infer:
     """`start` is where generation begins, `limit` the length of the context at which it ends by LENGTH.
+    `prompt_length` tokens count as given and the rest as generated: fewer than `start` when it goes on with
+    an infer that was interrupted.
 
     `request` is (session, request id). `reap`: the process goes away with the infer (it was spawned for
     it); `leave`: the process exits, and stays for `wait`.
@@ -39,6 +41,7 @@ class Infer:
     reap: bool
     leave: bool
     beams: BeamSearch | None = None
+    prompt_length: int = 0  # 0: `start`
     members: list[Process] = field(default_factory=list)  # the running beams, in the order of `beams.scores`
     tops: dict[int, list[TokenLogprob]] = field(default_factory=dict)  # pid -> this round's continuations
     scored: int = 0  # input tokens before this position have their scores
@@ -54,6 +57,7 @@ class Infer:
     drafts: bool = field(init=False)  # guesses may be made
 
     def __post_init__(self) -> None:
+        self.prompt_length = self.prompt_length or self.start
         self.samples = self.limit > self.start
         self.drafts = self.beams is None and not self.sampling.follows_text
 

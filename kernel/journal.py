@@ -16,7 +16,7 @@ from pathlib import Path
 
 from llmasos.syscalls import errors
 
-from .modelfs.store import sync_folder
+from .modelfs.durable import sync_folder
 
 _HEAD = ""
 _DIGEST_BYTES = 16

@@ -23,7 +23,7 @@ from llmasos.drivers import base
 from llmasos.syscalls import errors
 from llmasos.syscalls.types import Finish, PullEvent
 
-from . import planning, residency, search, swapping, trap
+from . import migration, planning, residency, search, swapping, trap
 from .audit import Audit
 from .config import LIVE, Config, changed
 from .devices import Device, Flight, Pool
@@ -74,6 +74,7 @@ class Kernel:
         self.devices = {name: Device(name) for name in device_names}
         self.readers = Readers(self.log, self.sessions)
         self.imports = Imports(self.sessions, config.max_imports)
+        self.departures: list[tuple[Process, Callable[[], None]]] = []  # who moves when no step has it
         self.draining = False
         self.effects: list[Effect] = []
         self._timers = Timers()
@@ -148,10 +149,10 @@ class Kernel:
                 residency.load_done(self, device, device.loading, message)
             case base.StepDone() if device and device.flights:
                 self._step_done(device, device.flights[0], message.result)
-            case base.Moved() if device and message.ticket in device.moves:
-                swapping.done(self, device, message)
-            case base.Failed() if device and message.ticket in device.moves:
-                swapping.failed(self, device, message.ticket, errors.from_wire(dict(message.error)))
+            case base.Moved() if device and message.ticket in device.orders:
+                device.orders.pop(message.ticket)(message)
+            case base.Failed() if device and message.ticket in device.orders:
+                device.orders.pop(message.ticket)(errors.from_wire(dict(message.error)))
             case base.Failed() if device and device.loading and message.handle == device.loading.handle:
                 residency.load_failed(self, device, device.loading, errors.from_wire(dict(message.error)))
             case base.Failed() if device and device.flights and message.ticket == device.flights[0].ticket:
@@ -200,6 +201,7 @@ class Kernel:
         """Runs what is due and starts what can start. Call after every batch of events."""
         for call in self._timers.due(self.now()):
             call()
+        migration.depart(self)
         for device in self.devices.values():
             planning.advance(self, device)
         if self.draining and not any(p.infer for p in self.processes):
@@ -364,7 +366,7 @@ class Kernel:
             self._forget_kv(process)
             if flying:
                 self.fail(process, error)
-        swapping.spoil(self, flight.pool, spoiled, flight.ticket)
+        swapping.spoil(flight.pool, spoiled, flight.ticket)
 
     def _forget_kv(self, process: Process) -> None:
         """After a failed step nobody knows what was written: the context is computed anew."""

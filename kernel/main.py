@@ -154,6 +154,7 @@ def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> i
     home = address.home_folder()
     store = ModelFS(home)
     store.gc(set())
+    store.sessions.sweep()
     try:
         journal = Journal(home / "journal")
     except errors.LLMasOSError as problem:

@@ -84,9 +84,10 @@ class Process:
     vruntime: float = 0.0
     last_run: float = 0.0
     mirror: Mirror = field(default_factory=Mirror)
-    swap: KvFile | None = (
-        None  # where the KV of its first `computed` positions is, if not in its table's blocks
-    )
+    moving: bool = False  # to another device, as soon as it is in no step
+    given: int = 0  # tokens before an infer that a snapshot interrupted and that may be gone on with; 0: none
+    lineage: list[str] = field(default_factory=list)  # snapshots that it descends from, oldest first
+    swap: KvFile | None = None  # the KV of its first `computed` positions, if not in its table's blocks
     epoch: int = 0  # counts how often its KV was lost while steps might be in flight: their results are void
     preemptions: int = 0  # how often it lost its place in memory with an infer running
     beam_of: Process | None = None  # a beam's group leader; beams live and die with it
@@ -119,6 +120,8 @@ class Process:
             and self.exit is None
             and not infer.blocked
             and not (self.beam_of or self).stopped
+            and not self.moving
+            and (self.swap is None or self.swap.available)
             and self.lacking > 0
             and (not self.ahead or self._foreseeable(infer))
         )
@@ -179,6 +182,8 @@ class Process:
     def waiting_for(self) -> str:
         if self.state is State.NEW:
             return f"model {self.pool.model} on {self.pool.device_name}"
+        if self.moving or (self.swap and not self.swap.available):
+            return "its move to another device"
         if self.state is State.SWAPPED and self.runnable:
             return "memory"
         if self.state in (State.WAITING, State.SWAPPED):

@@ -110,6 +110,8 @@ class ProcessTable:
         child.parent = parent.pid
         child.tokens = list(parent.tokens)
         child.computed = parent.computed
+        child.given = parent.given
+        child.lineage = list(parent.lineage)
         child.vruntime = parent.vruntime
         child.table = parent.pool.memory.fork(parent.table)
         child.swap = parent.swap.share() if parent.swap else None
@@ -144,6 +146,7 @@ class ProcessTable:
         process.computed = min(process.computed, length)
         process.pool.memory.truncate(process.table, process.computed)
         process.mirror.stale = True
+        process.given = 0
         if not length:
             process.forget_swap()
         self._ledger.process(process)
@@ -247,6 +250,13 @@ class ProcessTable:
         if self._waiters.get(process.pid) == request:
             del self._waiters[process.pid]
             self._sessions.fail(request, error)
+
+    def discard(self, process: Process) -> None:
+        """Removes a process that nobody has been told of."""
+        if process in process.pool.processes:
+            self.fail_infer(process, errors.Unavailable("cancelled"))
+        if process in process.pool.processes:
+            self.reap(process)
 
     def reap(self, process: Process) -> None:
         """Removes the row; children go to init."""

@@ -14,7 +14,7 @@ from llmasos.drivers import base
 from llmasos.syscalls import errors
 from llmasos.syscalls.types import pack_tokens
 
-from .devices import Device, Move, Pool
+from .devices import Answered, Device, Pool, Ready
 from .effects import ToWorker
 from .memory import blocks_for
 from .process import Process
@@ -29,7 +29,7 @@ def push_out(kernel: Kernel, process: Process) -> None:
     compute it again."""
     if process.infer is not None:
         process.preemptions += 1
-    file = _save(kernel, process)
+    file = save(kernel, process) if process.pool.loaded and worth_saving(kernel, process) else None
     process.pool.memory.release(process.table)
     process.mirror.stale = True
     if file is None:
@@ -39,62 +39,32 @@ def push_out(kernel: Kernel, process: Process) -> None:
 
 def bring_in(kernel: Kernel, process: Process) -> None:
     """Fills the blocks that were reserved for a swapped process, but for those that it shares with others."""
-    file, pool = process.swap, process.pool
-    assert file is not None
-    skip = process.table.shown
+    pool, skip = process.pool, process.table.shown
     blocks = process.table.blocks[skip : blocks_for(process.computed)]
-    if blocks:
-        copies, pool.copies = pool.copies, []
-        ticket = next(kernel.numbers)
-        spoiled = frozenset([*blocks, *(target for _, target in copies)])
-        _ask(
-            kernel,
-            Move(file.share(), pool, blocks, spoiled),
-            base.Import(ticket, pool.handle, str(file.path), file.stamp, skip, blocks, copies),
-        )
+    if process.swap and blocks:
+        _read(kernel, pool, process.swap.share(), skip, blocks)
     process.forget_swap()
 
 
-def stamp(process: Process) -> base.KvStamp:
-    """What the KV of a process is the KV of."""
-    history = pack_tokens(process.tokens[: process.computed])
-    digest = hashlib.blake2b(history, digest_size=32).digest()
-    return base.KvStamp(process.pool.digest, digest, process.computed)
+def _read(kernel: Kernel, pool: Pool, file: KvFile, skip: int, blocks: list[int]) -> None:
+    device = kernel.devices[pool.device_name]
+    copies, pool.copies = pool.copies, []
+    spoiled = frozenset([*blocks, *(target for _, target in copies)])
+    ticket = next(kernel.numbers)
+
+    def answered(answer: base.Moved | errors.LLMasOSError) -> None:
+        if isinstance(answer, base.Moved):
+            device.transfer.learn_read(answer.bytes, answer.seconds)
+        else:
+            kernel.log.warn(f"{device.name}: KV was not read, it will be recomputed: {answer.message}")
+            spoil(pool, spoiled, ticket)
+        file.release()
+
+    message = base.Import(ticket, pool.handle, str(file.path), file.stamp, skip, blocks, copies)
+    order(kernel, device, message, answered)
 
 
-def done(kernel: Kernel, device: Device, message: base.Moved) -> None:
-    """An order was carried out."""
-    move = device.moves.pop(message.ticket)
-    if move.blocks:
-        device.transfer.learn_read(message.bytes, message.seconds)
-    else:
-        device.transfer.learn_write(message.bytes, message.seconds)
-        move.file.written(message.bytes)
-    move.file.release()
-
-
-def failed(kernel: Kernel, device: Device, ticket: int, error: errors.LLMasOSError) -> None:
-    """An order was not carried out: who relied on it is computed anew."""
-    move = device.moves.pop(ticket)
-    what = "read" if move.blocks else "written"
-    kernel.log.warn(f"{device.name}: KV was not {what}, it will be recomputed: {error.message}")
-    if move.blocks:
-        spoil(kernel, move.pool, move.spoiled, ticket)
-    else:
-        _lose_file(move.pool, move.file)
-    move.file.release()
-
-
-def worker_gone(device: Device) -> None:
-    """No order will be answered any more. Files that are not finished are lost."""
-    moves, device.moves = device.moves, {}
-    for move in moves.values():
-        if not move.blocks:
-            _lose_file(move.pool, move.file)
-        move.file.release()
-
-
-def spoil(kernel: Kernel, pool: Pool, blocks: frozenset[int], ticket: int) -> None:
+def spoil(pool: Pool, blocks: frozenset[int], ticket: int) -> None:
     """Since the order `ticket` these blocks hold nothing that counts: whoever has them, or a file that was
     written from them, starts anew."""
     for process in pool.processes:
@@ -105,41 +75,74 @@ def spoil(kernel: Kernel, pool: Pool, blocks: frozenset[int], ticket: int) -> No
             process.lose()
 
 
-def _lose_file(pool: Pool, file: KvFile) -> None:
-    for process in pool.processes:
-        if process.swap is file:
-            process.lose()
+def worth_saving(kernel: Kernel, process: Process) -> bool:
+    """Whether to write the KV of a process and to read it again takes less time than to compute it."""
+    pool = process.pool
+    assert pool.loaded is not None
+    size = blocks_for(process.computed) * pool.loaded.block_bytes
+    cost = kernel.devices[pool.device_name].transfer.there_and_back(size)
+    return cost <= pool.pace.token * process.computed
 
 
-def _save(kernel: Kernel, process: Process) -> KvFile | None:
-    """Has the KV of a process written to a file if that is worth it. Beams are always computed anew."""
-    pool, loaded, blocks = (
-        process.pool,
-        process.pool.loaded,
-        process.table.blocks[: blocks_for(process.computed)],
-    )
-    device = kernel.devices[pool.device_name]
-    infer = process.infer
-    if not blocks or loaded is None or process.beam_of or (infer and infer.beams):
+def savable(process: Process) -> list[int]:
+    """The blocks that hold the KV of a process, if they are there and may be written to a file. Beams are
+    always computed anew."""
+    pool, infer = process.pool, process.infer
+    blocks = process.table.blocks[: blocks_for(process.computed)]
+    if pool.loaded is None or process.beam_of or (infer and infer.beams):
+        return []
+    to_be_made = {target for _, target in pool.copies}
+    return blocks if to_be_made.isdisjoint(blocks) else []
+
+
+def save(kernel: Kernel, process: Process, then: Ready = lambda error: None) -> KvFile | None:
+    """Has the KV of a process written to a tier's file, as it is after what was sent before; None when it
+    cannot be or there is no room. `then` is told when that is done or has failed; whoever relied on it has
+    lost its KV by then."""
+    pool, blocks = process.pool, savable(process)
+    if not blocks or pool.loaded is None:
         return None
-    if not {target for _, target in pool.copies}.isdisjoint(blocks):
-        return None  # a copy that is still to be made
-    cost = device.transfer.there_and_back(len(blocks) * loaded.block_bytes)
-    tier = kernel.tiers.room(len(blocks), loaded.block_bytes)
-    if tier is None or cost > pool.pace.token * process.computed:
+    tier = kernel.tiers.room(len(blocks), pool.loaded.block_bytes)
+    if tier is None:
         return None
-    ticket = next(kernel.numbers)
-    file = kernel.tiers.create(tier, loaded.block_bytes, stamp(process), blocks, ticket)
-    _ask(
-        kernel,
-        Move(file.share(), pool, [], frozenset()),
-        base.Export(ticket, pool.handle, str(file.path), file.stamp, blocks),
-    )
+    device, ticket = kernel.devices[pool.device_name], next(kernel.numbers)
+    file = kernel.tiers.create(tier, pool.loaded.block_bytes, stamp(process), blocks, ticket)
+    file.share()
+
+    def answered(answer: base.Moved | errors.LLMasOSError) -> None:
+        if isinstance(answer, base.Moved):
+            device.transfer.learn_write(answer.bytes, answer.seconds)
+            file.written(answer.bytes)
+        else:
+            kernel.log.warn(f"{device.name}: KV was not written, it will be recomputed: {answer.message}")
+            for holder in kernel.processes:
+                if holder.swap is file:
+                    holder.lose()
+        file.release()
+        then(None if isinstance(answer, base.Moved) else answer)
+
+    order(kernel, device, base.Export(ticket, pool.handle, str(file.path), file.stamp, blocks), answered)
     return file
 
 
-def _ask(kernel: Kernel, move: Move, order: base.Export | base.Import) -> None:
-    device = kernel.devices[move.pool.device_name]
+def order(
+    kernel: Kernel, device: Device, message: base.Export | base.Import | base.Relay, answered: Answered
+) -> None:
+    """Sends an order about a KV file; `answered` gets what came of it, once."""
     assert device.worker is not None
-    device.moves[order.ticket] = move
-    kernel.effects.append(ToWorker(device.worker, order))
+    device.orders[message.ticket] = answered
+    kernel.effects.append(ToWorker(device.worker, message))
+
+
+def worker_gone(device: Device) -> None:
+    """No order will be answered any more. Files that are not finished are lost."""
+    orders, device.orders = device.orders, {}
+    for answered in orders.values():
+        answered(errors.DeviceUnavailable(f"the worker of {device.name} died"))
+
+
+def stamp(process: Process) -> base.KvStamp:
+    """What the KV of a process is the KV of."""
+    history = pack_tokens(process.tokens[: process.computed])
+    digest = hashlib.blake2b(history, digest_size=32).digest()
+    return base.KvStamp(process.pool.digest, digest, process.computed)

@@ -44,7 +44,13 @@ class KvFile:
     blocks: frozenset[int]
     ticket: int
     ready: bool = False
+    foreign: bool = False  # it is another device that writes it
     holders: int = 1
+
+    @property
+    def available(self) -> bool:
+        """Whether the device of those who hold it may be asked to read it."""
+        return self.ready or not self.foreign
 
     def share(self) -> KvFile:
         self.holders += 1

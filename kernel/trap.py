@@ -14,9 +14,8 @@ import msgspec
 from llmasos.syscalls import errors, table, wire
 from llmasos.syscalls import types as t
 
-from . import files, residency, scheduler
+from . import files, migration, residency, scheduler, snapshots
 from .beams import BeamSearch
-from .devices import Pool, Ready
 from .infer import Infer
 from .modelfs.names import parse_name
 from .process import Process
@@ -137,6 +136,19 @@ def _dispatch(
         case table.Truncate():
             processes.truncate(processes.find(call.pid, subject), call.length)
             return table.Done()
+        case table.Snapshot():
+            snapshots.snapshot(kernel, subject, request, call)
+            return None
+        case table.Restore():
+            _refuse_new_work(kernel)
+            snapshots.restore(kernel, session, request, call)
+            return None
+        case table.Discard():
+            kernel.store.sessions.remove(subject.path, call.source)
+            return table.Done()
+        case table.Migrate():
+            migration.migrate(kernel, processes.find(call.pid, subject), request, call.device)
+            return None
         case table.Ps():
             return _ps(kernel, subject, call)
         case table.StatProcess():
@@ -252,7 +264,7 @@ def _spawn(kernel: Kernel, session: Session, request: Request, call: table.Spawn
         if cancelled:
             return
         if error is not None or pool.loaded is None:
-            _discard(kernel, process)
+            kernel.processes.discard(process)
             kernel.sessions.fail(request, error or errors.DeviceUnavailable("the device went away"))
             return
         kernel.processes.name(process)
@@ -270,26 +282,11 @@ def _spawn(kernel: Kernel, session: Session, request: Request, call: table.Spawn
     def cancel() -> None:
         nonlocal cancelled
         cancelled = True
-        _discard(kernel, process)
+        kernel.processes.discard(process)
         kernel.sessions.fail(request, errors.Unavailable("cancelled"))
 
     kernel.sessions.on_cancel(request, cancel)
-    _when_ready(pool, ready)
-
-
-def _when_ready(pool: Pool, ready: Ready) -> None:
-    if pool.ready:
-        ready(None)
-    else:
-        pool.waiters.append(ready)
-
-
-def _discard(kernel: Kernel, process: Process) -> None:
-    """Removes a process that nobody has been told of."""
-    if process in process.pool.processes:
-        kernel.processes.fail_infer(process, errors.Unavailable("cancelled"))
-    if process in process.pool.processes:
-        kernel.processes.reap(process)
+    pool.when_ready(ready)
 
 
 def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer, credits_: int) -> None:
@@ -321,7 +318,7 @@ def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer
         except errors.LLMasOSError as refusal:
             kernel.sessions.fail(request, refusal)
             if call.model is not None:
-                _discard(kernel, process)
+                kernel.processes.discard(process)
 
     def cancel() -> None:
         nonlocal cancelled
@@ -330,7 +327,7 @@ def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer
             process.pool.waiters.remove(start)
         kernel.sessions.fail(request, errors.Unavailable("cancelled"))
         if call.model is not None:
-            _discard(kernel, process)
+            kernel.processes.discard(process)
 
     def credit(n: int) -> None:
         nonlocal extra
@@ -338,7 +335,7 @@ def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer
 
     kernel.sessions.on_cancel(request, cancel)
     kernel.sessions.on_credit(request, credit)
-    _when_ready(process.pool, start)
+    process.pool.when_ready(start)
 
 
 def _check_beams(kernel: Kernel, session: Session, call: table.Infer, beams: t.Beams) -> None:
@@ -391,8 +388,9 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
         reap=call.model is not None,
         leave=call.exit,
         beams=BeamSearch(beams, stop_ids, limit - length) if beams else None,
+        prompt_length=0 if tokens else process.given,
     )
-    infer = process.infer
+    infer, process.given = process.infer, 0
     if sampling.prompt_logprobs and before == 0:
         infer.take_prompt(0, [t.Chosen(float("nan"))])
     infer.scored = max(before, 1)

@@ -213,6 +213,84 @@ class Truncate(Call, frozen=True):
     length: Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
 
+class Snapshot(Call, frozen=True):
+    """Saves a process as /sessions/NAME of the caller: its tokens and KV, and of an infer that runs how it
+    samples and how far it is. The process goes on meanwhile. Replaces a snapshot of that name. The answer
+    comes when it survives a power cut.
+
+    Raises NoSuchProcess, ProcessEnded, ProcessBusy (beam search runs), StorageFailed, DeviceUnavailable.
+    """
+
+    name = "snapshot"
+    needs = t.Capability.PROCESS
+    Reply = t.FileInfo
+    pid: t.Pid
+    target: t.SnapshotName
+
+
+class RestoreReply(t.Wire, frozen=True):
+    """A restored process. `kept` tokens need not be computed again; if that is not all that the snapshot had,
+    `recomputed` says why. `max_tokens` is not None if an infer was interrupted: one without input, with this
+    `sampling` and `max_tokens`, goes on as if nothing had happened."""
+
+    pid: int
+    model: str
+    device: str
+    context: int
+    kept: int
+    recomputed: str = ""
+    sampling: t.Sampling = t.Sampling()
+    max_tokens: int | None = None
+
+
+class Restore(Call, frozen=True):
+    """Makes a process of a snapshot of the caller, as it was when it was saved. `device` empty: the kernel
+    chooses. It ends with the session that restored it unless `detached`.
+
+    Raises NoSuchFile, Corrupt, NoSuchModel, NoSuchDevice, TooManyProcesses, NeverFits.
+    """
+
+    name = "restore"
+    needs = t.Capability.PROCESS
+    Reply = RestoreReply
+    source: t.SnapshotName
+    device: Annotated[str, Meta(max_length=32)] = ""
+    detached: bool = False
+
+
+class Discard(Call, frozen=True):
+    """Removes a snapshot of the caller. Processes that were restored from it stay. Raises NoSuchFile,
+    StorageFailed."""
+
+    name = "discard"
+    needs = t.Capability.PROCESS
+    Reply = Done
+    source: t.SnapshotName
+
+
+class MigrateReply(t.Wire, frozen=True):
+    """Where a process is now. `kept` tokens need not be computed again; if that is not all, `recomputed` says
+    why."""
+
+    pid: int
+    device: str
+    kept: int
+    recomputed: str = ""
+
+
+class Migrate(Call, frozen=True):
+    """Moves a process to another device; an infer that runs goes on there.
+
+    Raises NoSuchProcess, ProcessEnded, ProcessBusy (beam search runs), NoSuchDevice, NeverFits.
+    """
+
+    name = "migrate"
+    needs = t.Capability.PROCESS
+    Reply = MigrateReply
+    pid: t.Pid
+    device: Annotated[str, Meta(min_length=1, max_length=32)]
+
+
 class PsReply(t.Wire, frozen=True):
     processes: list[t.ProcessInfo]
     more: bool
@@ -242,7 +320,7 @@ class LsReply(t.Wire, frozen=True):
 
 
 class Ls(Call, frozen=True):
-    """A folder of the model filesystem: /, /models, /models/NAME:TAG, /proc."""
+    """A folder of the model filesystem: /, /models, /models/NAME:TAG, /sessions (the caller's), /proc."""
 
     name = "ls"
     needs = t.Capability.SEE
@@ -320,6 +398,7 @@ class DfReply(t.Wire, frozen=True):
     disk_free: int
     models_bytes: int
     blobs: int
+    sessions_bytes: int
     pools: list[t.PoolInfo]
 
 
@@ -385,6 +464,10 @@ Syscall = Union[
     Kill,
     SetPriority,
     Truncate,
+    Snapshot,
+    Restore,
+    Discard,
+    Migrate,
     Ps,
     StatProcess,
     Ls,

@@ -21,6 +21,7 @@ BLOCK_TOKENS = 16
 Text = Annotated[str, Meta(max_length=256)]
 Path_ = Annotated[str, Meta(min_length=1, max_length=512)]
 Pid = Annotated[int, Meta(ge=1, le=2**53)]
+SnapshotName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 
 
@@ -192,6 +193,7 @@ class FileKind(enum.StrEnum):
     FOLDER = "folder"
     FILE = "file"
     MODEL = "model"
+    SESSION = "session"
 
 
 class FileInfo(Wire, frozen=True):

@@ -3,6 +3,7 @@
     <home>/modelfs/blobs/sha256-<hex>           immutable files, each by the hash of its content
     <home>/modelfs/manifests/<name>/<tag>.json  which blobs a model is made of
     <home>/modelfs/derived/<hex>-<anything>     what drivers made of blobs; kept as long as the blob
+    <home>/modelfs/sessions/                    snapshots of processes (session_files.py)
     <home>/modelfs/swap/                        contexts pushed out of memory; swept at boot (kernel/tiers.py)
     <home>/modelfs/tmp/                         what is not finished; wheels/ survives a failed import
     <home>/modelfs/imports.lock                 held shared by whoever adds blobs, exclusively by `gc`
@@ -35,7 +36,9 @@ from llmasos.syscalls.types import FileInfo, FileKind
 from msgspec import Meta, Struct
 
 from . import catalogue
+from .durable import sync_folder
 from .names import ROOT, ModelName, ModelPath, did_you_mean, parse_name, parse_path
+from .session_files import SessionFiles
 
 SCHEMA = 1
 MAX_READ = 1024 * 1024
@@ -96,15 +99,6 @@ class Manifest(Struct, frozen=True, omit_defaults=True):
 _from_json = msgspec.json.Decoder(Manifest)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames into `folder` survive a power cut."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def hash_file(path: Path) -> str:
     """ "sha256:…" of a file's content."""
     digest = hashlib.sha256()
@@ -123,6 +117,7 @@ class ModelFS:
         self.manifests = self.folder / "manifests"
         self.derived = self.folder / "derived"
         self.swap = self.folder / "swap"
+        self.sessions = SessionFiles(self.folder / "sessions")
         self.tmp = self.folder / "tmp"
         self.wheels = self.tmp / "wheels"
         for folder in (
@@ -282,7 +277,7 @@ class ModelFS:
                 )
                 problems += [f"blob {name}: no model needs it" for name in orphans]
                 problems += [f"tmp/{path.name}: left over from an import" for path in self._leftovers()]
-        return problems
+        return problems + self.sessions.check()
 
     # -- for the importer -----------------------------------------------------------------------------
 

@@ -39,10 +39,10 @@ def one_round() -> Iterator[None]:
 class World:
     """A kernel, its clients and its workers; `now` is the clock."""
 
-    def __init__(self, home: Path, **settings: object) -> None:
+    def __init__(self, home: Path, devices: tuple[str, ...] = ("null",), **settings: object) -> None:
         self.now = 0.0
         self.store = ModelFS(home)
-        self.kernel = Kernel(Config(**settings), self.store, ["null"], lambda: self.now, seed=1)  # type: ignore[arg-type]
+        self.kernel = Kernel(Config(**settings), self.store, list(devices), lambda: self.now, seed=1)  # type: ignore[arg-type]
         self.drivers: dict[int, NullDriver] = {}
         self.inbox: dict[bytes, list[wire.FromKernel]] = {}
         self.killed: list[int] = []
