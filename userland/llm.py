@@ -213,6 +213,18 @@ class LLM:
             raise
         return process
 
+    def restore(self, name: str, *, device: str = "", detached: bool = False) -> Process:
+        """The process that was saved as /sessions/NAME, as it was then. An answer that was under way goes on
+        with `resume()`. Raises NoSuchFile, Corrupt, InvalidArgument (it is of another model)."""
+        model = self.client.call(table.Stat(f"/sessions/{name}")).details.get("model", "")
+        if model and model not in (self.model, f"{self.model}:latest"):
+            raise errors.InvalidArgument(
+                f"snapshot {name} is of {model}, not of {self.model}", field="source"
+            )
+        reply = self.client.call(table.Restore(name, device, detached))
+        unfinished = None if reply.max_tokens is None else (reply.sampling, reply.max_tokens)
+        return Process(self, reply.pid, unfinished)
+
     def fork(self, prompt: str, n: int = 2) -> list[Process]:
         """`n` processes that share one prompt, which is computed and kept in memory once."""
         first = self.process(prompt)

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class Process:
     """A context of `llm`'s model. Leaving its `with` block kills and reaps it."""
 
-    def __init__(self, llm: LLM, pid: int) -> None:
+    def __init__(self, llm: LLM, pid: int, unfinished: tuple[t.Sampling, int] | None = None) -> None:
         self._llm = llm
+        self._unfinished = unfinished
         self._boot_id = llm.client.boot_id
         self.pid = pid
 
@@ -94,6 +95,28 @@ class Process:
     def truncate(self, length: int) -> None:
         """Cuts the context back to its first `length` tokens."""
         self._llm.client.call(table.Truncate(self._live(), length))
+
+    def snapshot(self, name: str) -> t.FileInfo:
+        """Saves it as /sessions/NAME, also while it generates; `LLM.restore` brings it back."""
+        return self._llm.client.call(table.Snapshot(self._live(), name))
+
+    def migrate(self, device: str) -> table.MigrateReply:
+        """Moves it to another device; what it generates goes on there."""
+        return self._llm.client.call(table.Migrate(self._live(), device))
+
+    def resume(self, stop: Sequence[str] = ()) -> TextStream:
+        """The rest of the answer that was under way when the process was saved, as if nothing had happened.
+
+        `stop` strings have to be given again: the kernel knows no text. Raises InvalidArgument when nothing
+        was under way, or it was resumed already.
+        """
+        if self._unfinished is None:
+            raise errors.InvalidArgument(f"process {self.pid} has no interrupted answer", field="pid")
+        (sampling, max_tokens), self._unfinished = self._unfinished, None
+        context = self.tokens
+        answer = Answer(self._llm.tokenizer, context, stop)
+        stream = self.infer(max_tokens=max_tokens, sampling=sampling)
+        return TextStream(stream, answer, lambda: self._cut(context, answer))
 
     @property
     def tokens(self) -> list[int]:

@@ -19,6 +19,12 @@ def pids(incomplete: str) -> list[str]:
     return [number for path in _ls("/proc") if (number := path.rsplit("/", 1)[-1]).startswith(incomplete)]
 
 
+def snapshots(incomplete: str) -> list[str]:
+    """The caller's snapshots."""
+    names = [path.removeprefix("/sessions/") for path in _ls("/sessions")]
+    return [name for name in names if name.startswith(incomplete)]
+
+
 def paths(incomplete: str) -> list[str]:
     """Entries of the model filesystem in the folder that `incomplete` names so far."""
     return [path for path in _ls(incomplete.rpartition("/")[0] or "/") if path.startswith(incomplete)]

@@ -23,7 +23,9 @@ def ls(
     path: Annotated[
         str,
         typer.Argument(
-            metavar="PATH", help="/, /models, /models/NAME:TAG or /proc.", autocompletion=completion.paths
+            metavar="PATH",
+            help="/, /models, /models/NAME:TAG, /sessions or /proc.",
+            autocompletion=completion.paths,
         ),
     ] = "/",
     json: Json = False,
@@ -82,6 +84,7 @@ def df(context: typer.Context, json: Json = False) -> None:
             Column("HOME", least=12),
             Column("MODELS", right=True),
             Column("BLOBS", right=True, drop=1),
+            Column("SESSIONS", right=True, drop=1),
             Column("DISK FREE", right=True),
             Column("DISK", right=True, drop=2),
         ]
@@ -90,6 +93,7 @@ def df(context: typer.Context, json: Json = False) -> None:
         reply.home,
         quantity.size(reply.models_bytes),
         str(reply.blobs),
+        quantity.size(reply.sessions_bytes),
         quantity.size(reply.disk_free),
         quantity.size(reply.disk_total),
     )

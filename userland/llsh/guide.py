@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 SECTIONS: dict[str, list[str]] = {
     "Talk": ["run", "chat"],
     "Processes": ["ps", "top", "kill", "stop", "cont", "nice", "fork", "spawn", "wait", "jobs", "fg"],
+    "Snapshots": ["snapshot", "restore", "migrate"],
     "Models": ["pull", "list", "show", "rm", "cp"],
     "Files": ["ls", "cat", "df"],
     "Machine": ["lsdev", "dmesg", "flight", "audit", "whoami", "shutdown"],

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+SESSIONS = "/sessions/"
 TEMPLATE = "chat_template.jinja"
 
 
@@ -146,11 +147,15 @@ def rm(
     context: typer.Context,
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL", help="Models of `llsh list`.", autocompletion=completion.models),
+        typer.Argument(
+            metavar="MODEL",
+            help="Models of `llsh list`, or /sessions/NAME.",
+            autocompletion=completion.models,
+        ),
     ],
     json: Json = False,
 ) -> None:
-    """Remove models.
+    """Remove models, or snapshots of processes.
 
     Data that another name still uses stays. A process that runs keeps what it has loaded.
     """
@@ -160,8 +165,11 @@ def rm(
     failures = 0
     for model in models:
         try:
-            client.call(table.Unlink(full_name(model)))
-            removed.append(full_name(model))
+            if model.startswith(SESSIONS):
+                client.call(table.Discard(model.removeprefix(SESSIONS)))
+            else:
+                client.call(table.Unlink(full_name(model)))
+            removed.append(model if model.startswith(SESSIONS) else full_name(model))
             if not json:
                 shell.terminal.line(f"removed {model}")
         except errors.LLMasOSError as problem:
@@ -195,8 +203,9 @@ def listing(entries: Iterable[t.FileInfo]) -> Table:
             Column("NAME", least=16),
         ]
     )
-    for entry in sorted(entries, key=lambda entry: (entry.kind is t.FileKind.FILE, entry.path)):
-        slash = "" if entry.kind is t.FileKind.FILE else "/"
+    plain = (t.FileKind.FILE, t.FileKind.SESSION)
+    for entry in sorted(entries, key=lambda entry: (entry.kind in plain, entry.path)):
+        slash = "" if entry.kind in plain else "/"
         table_.add(
             quantity.size(entry.size) if entry.size or not slash else "-",
             time.strftime("%Y-%m-%d %H:%M", time.localtime(entry.modified)) if entry.modified else "-",
