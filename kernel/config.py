@@ -25,6 +25,7 @@ LIVE = frozenset(
         "step_tokens",
         "step_ms",
         "draft_tokens",
+        "max_bad_frames",
         "max_sessions",
         "max_requests",
         "max_processes",
@@ -72,6 +73,16 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     session_grace_s: Annotated[float, Meta(ge=0)] = 30.0
     """After a restart of the kernel its clients have so long to return before their processes are ended."""
+
+    listen: Annotated[str, Meta(pattern=r"^(|tcp://[^\s]+:[0-9]+)\Z")] = ""
+    """Where keys that `llsh key authorize` let in may connect, as in tcp://0.0.0.0:5570. Empty: nowhere."""
+
+    max_bad_frames: Limit = 100
+    """A connection that sends so many frames that are no messages is not listened to any more."""
+
+    max_memory: Annotated[int, Meta(ge=2**27)] = 2**30
+    """Bytes of the kernel process, which holds no weights, at which every connection is closed: a message of
+    endless parts takes memory without bound, and the peer that sends it cannot be told from others."""
 
     max_sessions: Limit = 1024
     max_requests: Limit = 1024

@@ -29,8 +29,10 @@ from .config import LIVE, Config, changed
 from .devices import Device, Flight, Pool
 from .dmesg import Log, Readers
 from .effects import Dump, Effect, Exited, KillWorker
+from .guard import Verdict
 from .imports import Imports
 from .infer import Infer
+from .keyring import Keyring
 from .ledger import Ledger
 from .memory import blocks_for
 from .modelfs.store import ModelFS
@@ -70,12 +72,16 @@ class Kernel:
         self.ledger = Ledger(epoch)
         self.sessions = Sessions(self.ledger)
         self.processes = ProcessTable(config, self.sessions, self.ledger, self.random.randbytes(32))
-        self.audit = Audit(store.folder.parent / "state" / "audit.log")
+        home = store.folder.parent
+        self.audit = Audit(home / "state" / "audit.log")
+        self.keys = Keyring(home / "keys" / "authorized")
+        self.server_key = ""
         self.devices = {name: Device(name) for name in device_names}
         self.readers = Readers(self.log, self.sessions)
         self.imports = Imports(self.sessions, config.max_imports)
         self.departures: list[tuple[Process, Callable[[], None]]] = []  # who moves when no step has it
         self.draining = False
+        self._verdict = Verdict.OPEN
         self.effects: list[Effect] = []
         self._timers = Timers()
         self.numbers = itertools.count(1)
@@ -92,6 +98,11 @@ class Kernel:
     def disconnected(self, session: bytes) -> None:
         """A client is gone: what it owned is freed now. What it was answered is kept for a while, for one
         that only lost its connection."""
+        self.sessions.strikes.pop(session, None)
+        self.end_session(session)
+
+    def end_session(self, session: bytes) -> None:
+        """The session ends, though its connection may live on: nobody can close just one."""
         gone = self.sessions.by_id.get(session)
         if gone is None:
             return
@@ -100,6 +111,29 @@ class Kernel:
             self.at(self.now() + self.config.session_grace_s, lambda: self._forget(gone.key))
         if ended := self.processes.session_gone(session, gone.key):
             self.log.info(f"client {gone.subject.pid} of {gone.subject.path} left, {ended} processes ended")
+
+    def keys_changed(self, keys: set[str]) -> None:
+        """These keys lost or changed what they may do: their sessions end."""
+        for problem in self.keys.problems:
+            self.log.warn(f"key {problem}")
+        self.keys.problems.clear()
+        for session in list(self.sessions.by_id.values()):
+            if session.subject.key in keys:
+                waiting = list(session.open)
+                self.end_session(session.id)
+                for id_ in waiting:
+                    self.sessions.refuse(session.id, id_, errors.PermissionDenied("the key was revoked"))
+
+    def key_refused(self, key: str) -> None:
+        """Somebody came with a key that nobody authorized."""
+        self.audit.note("key refused", "unknown", key=key)
+
+    def edge(self, verdict: Verdict, fds: int, resident: int) -> None:
+        """The guard decided whether clients may come in."""
+        if verdict is not self._verdict:
+            self._verdict = verdict
+            self.log.warn(f"edge {verdict.value}: {fds} descriptors, {resident >> 20} MB resident")
+            self.audit.note(f"edge {verdict.value}", "kernel", descriptors=fds, resident=resident)
 
     def returned(self, session: Session) -> None:
         """A client said who it is: what its session had in an earlier kernel, or over another connection, is

@@ -66,6 +66,7 @@ class Sessions:
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self.by_id: dict[bytes, Session] = {}
+        self.strikes: dict[bytes, int] = {}  # frames that were no messages, by connection
         self._outbox: list[Send] = []
         self._items: dict[bytes, list[tuple[int, int, Wire]]] = {}  # not yet sent, to go in one message
 

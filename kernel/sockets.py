@@ -1,8 +1,8 @@
 """The I/O shell of the kernel: sockets, worker connections, importer processes. It holds no policy: it turns
 what arrives into events of `loop.Kernel` and carries out the effects.
 
-One thread, one poll. A client's vanishing is seen by the socket monitor (the connection's file descriptor is
-stamped on each message), so what it owned is freed at once, also when it had nothing to receive.
+One thread, one poll. A client's vanishing is seen by its listener, so what it owned is freed at once, also
+when it had nothing to receive.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import pwd
-import shutil
 import signal
 import socket
 import subprocess
@@ -27,20 +25,17 @@ import zmq
 from llmasos.drivers import base
 from llmasos.syscalls import errors, wire
 from llmasos.syscalls.types import Capability, PullEvent
-from zmq.utils.monitor import recv_monitor_message
 
-from . import systemd
+from . import guard, systemd
 from .config import Config
 from .effects import Dump, Effect, Exited, KillWorker, ToWorker
 from .imports import Job
 from .journal import Journal
+from .keyring import server_pair
+from .listener import LINGER_MS, Listener, LocalListener, Phase, RemoteListener
 from .loop import Kernel
 from .sessions import Send
-from .tenants import Subject
 
-# A client that has not read this many messages is not reading at all: credits keep streams far below.
-SEND_LIMIT = 1024
-LINGER_MS = 1000
 DRAIN_S = 5.0  # for running answers, after SIGTERM
 LONGEST_SLEEP_S = 60.0
 DUMPS_KEPT = 20
@@ -121,39 +116,33 @@ class Sockets:
         self._journal = journal
         self._home = home
         self._running = True
-        self._user_rights = frozenset({Capability.CONNECT, *kernel.config.user_rights})
         self._poller = zmq.Poller()
-        self._sessions: dict[bytes, tuple[int, Subject]] = {}
-        self._sessions_on: dict[int, set[bytes]] = {}
         self._workers: dict[int, Worker] = {}
         self._importers: dict[int, tuple[int, Importer]] = {}
         self._outcome: dict[int, errors.LLMasOSError | None] = {}
         self._context = zmq.Context()
-        self._router = self._bind_router(address)
+        self._listeners = self._listen(address)
+        self._guard = guard.Guard(
+            guard.most_descriptors(kernel.config.max_sessions), kernel.config.max_memory
+        )
+        self._guard_due = 0.0
         self._bus = self._bind_bus(bus)
 
-    def _bind_router(self, address: str) -> zmq.Socket[bytes]:
-        router = self._context.socket(zmq.ROUTER)
-        router.set(zmq.ROUTER_MANDATORY, 1)
-        router.set(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD)
-        router.set(zmq.SNDHWM, SEND_LIMIT)
-        router.set(zmq.RCVHWM, SEND_LIMIT)
-        router.set(zmq.LINGER, LINGER_MS)
-        router.set(zmq.HANDSHAKE_IVL, 2000)
-        self._monitor = router.get_monitor_socket(zmq.EVENT_DISCONNECTED)
-        # libzmq makes the socket file under the umask.
-        before = os.umask(0o177)
-        try:
-            router.bind(address)
-        finally:
-            os.umask(before)
-        if group := self._kernel.config.socket_group:
-            path = address.removeprefix("ipc://")
-            shutil.chown(path, group=group)
-            os.chmod(path, 0o660)
-        self._poller.register(router, zmq.POLLIN)
-        self._poller.register(self._monitor, zmq.POLLIN)
-        return router
+    def _listen(self, address: str) -> dict[bytes, Listener]:
+        config = self._kernel.config
+        rights = frozenset({Capability.CONNECT, *config.user_rights})
+        listeners: list[Listener] = [
+            LocalListener(self._context, self._poller, address, config.socket_group, rights)
+        ]
+        if config.listen:
+            pair = server_pair(self._home / "keys" / "server.key")
+            self._kernel.server_key = pair.public
+            listeners.append(
+                RemoteListener(self._context, self._poller, config.listen, pair, self._kernel.keys)
+            )
+        for listener in listeners:
+            listener.open()
+        return {listener.tag: listener for listener in listeners}
 
     def _bind_bus(self, path: Path) -> socket.socket:
         path.unlink(missing_ok=True)
@@ -183,7 +172,7 @@ class Sockets:
             self._poller.register(supervisor, zmq.POLLIN)
         alive_s, alive_due = systemd.watchdog_s(), 0.0
         while self._running:
-            ready = dict(self._poller.poll(self._timeout(alive_s or LONGEST_SLEEP_S)))
+            ready = dict(self._poller.poll(self._timeout(min(alive_s or LONGEST_SLEEP_S, self._edge_due()))))
             if supervisor in ready and not os.read(supervisor or 0, 1):
                 break
             if ready.pop(wake, 0):
@@ -193,6 +182,7 @@ class Sockets:
                 if signal.SIGTERM in numbers:
                     self._kernel.drain(DRAIN_S)
             self._serve(ready)
+            self._watch_edge()
             self._turn()
             if alive_s and clock() >= alive_due:
                 systemd.notify("WATCHDOG=1")
@@ -205,10 +195,13 @@ class Sockets:
         return math.ceil(1000 * (most if due is None else max(0.0, min(most, due - self._kernel.now()))))
 
     def _serve(self, ready: dict[Any, int]) -> None:
-        if self._monitor in ready:
-            self._watch_connections()
-        if self._router in ready:
-            self._receive()
+        for listener in self._listeners.values():
+            self._leave(listener.gone())
+            for session, subject, frames in listener.receive(ready):
+                self._kernel.message(session, subject, frames)
+            if isinstance(listener, RemoteListener):
+                for key in listener.admit(ready):
+                    self._kernel.key_refused(key)
         for fd, event in ready.items():
             if fd == self._bus.fileno():
                 self._accept_workers()
@@ -253,61 +246,40 @@ class Sockets:
 
     # Clients
 
-    def _receive(self) -> None:
-        # Bounded, so that a flood of messages cannot keep the workers waiting.
-        for _ in range(256):
-            try:
-                parts = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            session = parts[0].bytes
-            # A client that names itself could take another's place; ours begin with a zero byte.
-            if len(parts) < 2 or session[:1] != b"\0":
-                continue
-            subject = self._subject(session, parts[1])
-            if subject is not None:
-                self._kernel.message(session, subject, [part.bytes for part in parts[1:]])
-
-    def _subject(self, session: bytes, frame: zmq.Frame) -> Subject | None:
-        """Whose connection a message came over. None when its peer cannot be told (not a local socket)."""
-        known = self._sessions.get(session)
-        if known is not None:
-            return known[1]
-        self._watch_connections()
-        fd = int(frame.get(zmq.SRCFD))
-        try:
-            _, uid, _, pid = str(frame.get("Peer-Address")).rsplit(":", 3)
-            admin = int(uid) in (0, os.getuid())
-            subject = Subject(_user(int(uid)), int(uid), int(pid), admin, self._user_rights)
-        except (ValueError, zmq.ZMQError):
-            return None
-        self._sessions[session] = (fd, subject)
-        # A set: messages of a connection that has ended may come after its descriptor has a new owner.
-        self._sessions_on.setdefault(fd, set()).add(session)
-        return subject
-
-    def _watch_connections(self) -> None:
-        while self._monitor.poll(0):
-            event = recv_monitor_message(self._monitor)
-            for session in list(self._sessions_on.get(event["value"], ())):
-                self._forget(session)
-
-    def _forget(self, session: bytes) -> None:
-        fd, _ = self._sessions.pop(session, (-1, None))
-        there = self._sessions_on.get(fd, set())
-        there.discard(session)
-        if not there:
-            self._sessions_on.pop(fd, None)
-        self._kernel.disconnected(session)
-
     def _send(self, session: bytes, frames: list[bytes]) -> None:
-        try:
-            self._router.send_multipart([session, *frames], zmq.NOBLOCK)
-        except zmq.ZMQError as problem:
-            if problem.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                raise
-            # EAGAIN: the client stopped reading altogether. Losing an answer silently is not an option.
-            self._forget(session)
+        if not self._listeners[session[:1]].send(session, frames):
+            self._kernel.disconnected(session)
+
+    def _leave(self, sessions: list[bytes]) -> None:
+        for session in sessions:
+            self._kernel.disconnected(session)
+
+    def _edge_due(self) -> float:
+        """Seconds until the guard looks at the edge again."""
+        return max(0.0, self._guard_due - clock())
+
+    def _watch_edge(self) -> None:
+        """Opens and shuts the listeners as the guard says, and does what is due every second or so."""
+        listeners = self._listeners.values()
+        if self._edge_due() and sum(listener.arrivals for listener in listeners) < guard.MOST_ARRIVALS:
+            return
+        fds, resident = guard.descriptors(), guard.resident_bytes()
+        verdict = self._guard.judge(fds, resident)
+        for listener in listeners:
+            listener.arrivals = 0
+            if verdict is guard.Verdict.OPEN:
+                listener.open()
+            elif verdict is guard.Verdict.SHUT:
+                listener.shut()
+            else:
+                self._leave(listener.drop())
+        if verdict is guard.Verdict.DROP:
+            guard.give_back()
+        self._kernel.edge(verdict, fds, resident)
+        self._kernel.keys_changed(self._kernel.keys.refresh())
+        self._kernel.audit.sync()
+        is_open = all(listener.phase is Phase.OPEN for listener in listeners)
+        self._guard_due = clock() + (guard.OPEN_PERIOD_S if is_open else guard.SHUT_PERIOD_S)
 
     # Workers
 
@@ -415,19 +387,13 @@ class Sockets:
                 self._send(effect.session, effect.frames)
         for _, importer in self._importers.values():
             importer.close()
-        self._router.disable_monitor()
-        self._router.close(LINGER_MS)
+        self._kernel.audit.sync()
+        for listener in self._listeners.values():
+            listener.drop(LINGER_MS)
         self._bus.close()
         for worker in self._workers.values():
             worker.socket.close()
         self._context.destroy(LINGER_MS)
-
-
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"uid{uid}"
 
 
 def clock() -> float:

@@ -28,8 +28,12 @@ if TYPE_CHECKING:
 
 def handle(kernel: Kernel, session_id: bytes, subject: Subject, frames: list[bytes]) -> None:
     """Decodes and serves one message of a client."""
+    if kernel.sessions.strikes.get(session_id, 0) >= kernel.config.max_bad_frames:
+        return
     match wire.decode_request(frames):
         case wire.Refused(id_, error):
+            if isinstance(error, errors.BadFrame):
+                _strike(kernel, session_id, subject)
             kernel.sessions.refuse(session_id, id_, error)
         case wire.Credit(id_, n):
             if (session := kernel.sessions.by_id.get(session_id)) and (entry := session.open.get(id_)):
@@ -39,6 +43,15 @@ def handle(kernel: Kernel, session_id: bytes, subject: Subject, frames: list[byt
                 entry.cancel()
         case wire.Request() as request:
             _serve(kernel, session_id, subject, request)
+
+
+def _strike(kernel: Kernel, session_id: bytes, subject: Subject) -> None:
+    """Counts a frame that is no message; who sends too many is not listened to any more."""
+    strikes = kernel.sessions.strikes[session_id] = kernel.sessions.strikes.get(session_id, 0) + 1
+    if strikes == kernel.config.max_bad_frames:
+        kernel.log.warn(f"client {subject.pid} of {subject.path} sent {strikes} bad frames: shut out")
+        kernel.audit.note("shut out", subject.path, bad_frames=strikes)
+        kernel.end_session(session_id)
 
 
 def _serve(kernel: Kernel, session_id: bytes, subject: Subject, request: wire.Request) -> None:
@@ -82,6 +95,8 @@ def _is_kept(session: Session, call: table.Syscall) -> bool:
 
 def _facts(call: table.Call) -> dict[str, str | int]:
     """What the audit log tells of an administrator's call: its plain fields."""
+    if isinstance(call, table.AuthorizeKey):
+        return {"tenant": call.key.tenant, "key": call.key.public, "rights": " ".join(call.key.rights)}
     fields = ((name, getattr(call, name)) for name in call.__struct_fields__ if name != call.payload)
     return {name: value for name, value in fields if isinstance(value, str | int)}
 
@@ -92,6 +107,12 @@ def _session(kernel: Kernel, session_id: bytes, subject: Subject, request: wire.
     if session is None:
         if not isinstance(request.call, table.Hello):
             raise errors.NotGreeted("the first call of a connection is hello", hint="connect again")
+        if subject.key:
+            # What the key may do now, not when its connection came.
+            current = kernel.keys.subject(subject.key)
+            if current is None:
+                raise errors.PermissionDenied("the key was revoked")
+            subject = current
         if len(kernel.sessions.by_id) >= kernel.config.max_sessions:
             raise errors.QueueFull("too many connections", hint="the limit is max_sessions")
         session = kernel.sessions.by_id[session_id] = Session(session_id, subject, session_id)
@@ -181,6 +202,14 @@ def _dispatch(
         case table.ReadAudit():
             size, data = kernel.audit.read(call.offset, min(call.length, files.MAX_READ))
             return table.ReadReply(size=size, data=data)
+        case table.Keys():
+            return table.KeysReply(server=kernel.server_key, keys=kernel.keys.entries())
+        case table.AuthorizeKey():
+            kernel.keys_changed(kernel.keys.authorize(call.key))
+            return table.KeysReply(server=kernel.server_key, keys=kernel.keys.entries())
+        case table.RevokeKey():
+            kernel.keys_changed(kernel.keys.revoke(call.who))
+            return table.KeysReply(server=kernel.server_key, keys=kernel.keys.entries())
         case table.Shutdown():
             kernel.drain(call.drain_s)
             return table.Done()
@@ -196,6 +225,8 @@ def _hello(kernel: Kernel, session: Session, call: table.Hello) -> table.HelloRe
             f"the kernel speaks version {table.VERSION}, table {table.table_hash()}",
             hint="install the same version of llmasos on both sides, or restart the daemon",
         )
+    if session.subject.key:
+        kernel.audit.note("login", session.subject.path, key=session.subject.key)
     session.greeted = True
     session.subject = session.subject.narrowed(call.label)
     if call.token:

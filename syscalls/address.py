@@ -46,6 +46,11 @@ def socket_address() -> str:
     return os.environ.get(SOCKET_VARIABLE) or f"ipc://{runtime_folder() / 'kernel.sock'}"
 
 
+def keys_folder() -> Path:
+    """A client's own keys, and those of the daemons it trusts: beside the configuration."""
+    return config_file().parent / "keys"
+
+
 def log_file() -> Path:
     """Where a daemon started in the background writes what it prints."""
     return home_folder() / "llmasosd.log"

@@ -13,7 +13,8 @@ the client.
     │   ├── NoSuchProcess
     │   ├── NoSuchModel
     │   ├── NoSuchFile
-    │   └── NoSuchDevice
+    │   ├── NoSuchDevice
+    │   └── NoSuchKey
     ├── Conflict
     │   ├── AlreadyExists
     │   ├── ProcessBusy         the process already has an `infer` or `wait` of that kind
@@ -111,6 +112,10 @@ class NoSuchFile(NotFound):
 
 class NoSuchDevice(NotFound):
     code = 34
+
+
+class NoSuchKey(NotFound):
+    code = 36
 
 
 class Conflict(LLMasOSError):

@@ -58,7 +58,7 @@ class Hello(Call, frozen=True):
     Reply = HelloReply
     version: int
     table_hash: t.Text
-    label: Annotated[str, Meta(max_length=64, pattern=r"^([a-z0-9][a-z0-9._-]*)?$")] = ""
+    label: Annotated[str, Meta(max_length=64, pattern=r"^([a-z0-9][a-z0-9._-]*)?\Z")] = ""
     token: Annotated[str, Meta(pattern=r"^([0-9a-f]{32})?$")] = ""
 
 
@@ -445,6 +445,42 @@ class ReadAudit(Call, frozen=True):
     length: Annotated[int, Meta(ge=0, le=2**20)] = 2**20
 
 
+class KeysReply(t.Wire, frozen=True):
+    """`server` is the daemon's own public key, empty when it does not listen on tcp."""
+
+    server: str
+    keys: list[t.KeyInfo]
+
+
+class Keys(Call, frozen=True):
+    """The keys that may come in over tcp."""
+
+    name = "keys"
+    needs = t.Capability.AUDIT
+    Reply = KeysReply
+
+
+class AuthorizeKey(Call, frozen=True):
+    """Lets a key in over tcp, or changes what it may do; its sessions of before end.
+
+    Raises InvalidArgument for the right `admin`, which no key can have.
+    """
+
+    name = "authorize_key"
+    needs = t.Capability.ADMIN
+    Reply = KeysReply
+    key: t.KeyInfo
+
+
+class RevokeKey(Call, frozen=True):
+    """Shuts out a public key, or all keys of a tenant, and ends their sessions. Raises NoSuchKey."""
+
+    name = "revoke_key"
+    needs = t.Capability.ADMIN
+    Reply = KeysReply
+    who: Annotated[str, Meta(max_length=64)]
+
+
 class Shutdown(Call, frozen=True):
     """Stops the daemon: new work is refused at once, running infers get `drain_s` seconds to end."""
 
@@ -480,11 +516,14 @@ Syscall = Union[
     Lsdev,
     Dmesg,
     ReadAudit,
+    Keys,
+    AuthorizeKey,
+    RevokeKey,
     Shutdown,
 ]
 
 READ_ONLY: frozenset[type[Call]] = frozenset(
-    {Hello, Whoami, Ps, StatProcess, Ls, Stat, Read, ReadAudit, Df, Lsdev}
+    {Hello, Whoami, Ps, StatProcess, Ls, Stat, Read, ReadAudit, Df, Lsdev, Keys}
 )
 """Calls that change nothing: asked again, they may be answered anew. The answers of all others are kept until
 the client cannot want them any more, except those of streams, which begin again or go on."""

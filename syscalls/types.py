@@ -25,6 +25,11 @@ SnapshotName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 
 
+Tenant = Annotated[str, Meta(max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*\Z")]
+PublicKey = Annotated[str, Meta(max_length=64, pattern=r"^[0-9a-f]{64}\Z")]
+"""32 bytes in hexadecimal: what a shell passes on as it is, unlike Z85."""
+
+
 class Wire(Struct, frozen=True, forbid_unknown_fields=True):
     """Base of everything that travels."""
 
@@ -187,6 +192,18 @@ class ProcessInfo(Wire, frozen=True):
     drafted: int = 0  # tokens guessed while generating
     accepted: int = 0  # of them came true
     preemptions: int = 0  # how often others took its memory while an infer ran
+
+
+class KeyInfo(Wire, frozen=True):
+    """A public key that may come in over tcp, as whom, and with which rights."""
+
+    tenant: Tenant
+    public: PublicKey
+    rights: Annotated[tuple[Capability, ...], Meta(max_length=16)] = (
+        Capability.SEE,
+        Capability.INFER,
+        Capability.PROCESS,
+    )
 
 
 class FileKind(enum.StrEnum):

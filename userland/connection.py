@@ -24,6 +24,7 @@ from llmasos.syscalls import address as addresses
 from llmasos.syscalls import errors, table, wire
 from zmq.utils.monitor import parse_monitor_message
 
+from . import keys
 from .session import Broken, Event, Failed, Greeted, Item, Phase, Refused, Replied, Session
 
 CONNECT_TIMEOUT_S = 5.0
@@ -89,11 +90,13 @@ def unreachable(address: str, problem: str) -> errors.DaemonUnreachable:
 class Connection:
     """A connection to the kernel at `address` (a ZeroMQ endpoint) that mends itself.
 
-    `greeted` resolves with the first `hello`, or fails with DaemonUnreachable or VersionMismatch.
+    `greeted` resolves with the first `hello`, or fails with DaemonUnreachable, PermissionDenied (the daemon
+    does not know our key) or VersionMismatch. Raises NoSuchFile, NoSuchKey without the keys that tcp needs.
     """
 
     def __init__(self, address: str | None, label: str, timeout_s: float) -> None:
         self.address = address or addresses.socket_address()
+        self._credentials = keys.credentials(self.address)
         self.timeout_s = timeout_s
         self.greeted: concurrent.futures.Future[table.HelloReply] = concurrent.futures.Future()
         self._session = Session(label, secrets.token_hex(16))
@@ -244,6 +247,8 @@ class Connection:
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         socket.setsockopt(zmq.SNDHWM, 0)
         socket.setsockopt(zmq.RCVHWM, 0)  # bounded by the credits instead
+        if self._credentials is not None:
+            self._credentials.secure(socket)
         self._monitor = socket.get_monitor_socket(_GONE)
         self._socket = socket
         self._poller.register(self._socket, zmq.POLLIN)
@@ -293,13 +298,17 @@ class Connection:
     def _watch(self) -> None:
         """The monitor only reports that the connection is gone or never came to be."""
         assert self._monitor is not None
-        parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))
+        event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
         if self._socket is not None and self._session.waiting:
             # What arrived before the break counts, and libzmq tells of the break before it hands that over.
             self._socket.poll(FLUSH_MS)
             self._receive()
         self._drop_socket()
         self._dispatch(self._session.offline())
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            stranger = f"the daemon at {self.address} does not know this key"
+            hint = "`llsh key show` here; there: llsh key authorize KEY --as NAME"
+            self._dispatch(self._refuse(errors.PermissionDenied(stranger, hint=hint)))
         if not self.greeted.done() and _path_missing(self.address):
             self._dispatch(self._refuse(unreachable(self.address, "there is no such socket")))
 

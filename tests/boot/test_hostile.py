@@ -27,7 +27,8 @@ FRAMES = int(os.environ.get("HOSTILE_FRAMES", "20000"))
 
 @pytest.fixture(scope="module")
 def daemon(daemons):
-    return daemons('devices=["null"]', tiny={"llmasos_null_blocks": 64, "max_position_embeddings": 512})
+    settings = ('devices=["null"]', "max_bad_frames=1000000")
+    return daemons(*settings, tiny={"llmasos_null_blocks": 64, "max_position_embeddings": 512})
 
 
 def good_request(dice: random.Random, id_: int) -> list[bytes]:

@@ -26,7 +26,7 @@ def made(kind: type[table.Call]) -> table.Call:
 
 def some(type_: Any) -> Any:
     """A value that a field of this type takes."""
-    for value in (7, "tiny", "tcp://x:1", "0" * 64, b"", [], {}):
+    for value in (7, "tiny", "tcp://x:1", "0" * 64, b"", [], {}, {"tenant": "a", "public": "0" * 64}):
         try:
             return msgspec.convert(value, type_)
         except msgspec.ValidationError:

@@ -15,7 +15,7 @@ import typer
 from llmasos.syscalls import address, errors
 from typer.core import TyperGroup
 
-from . import audit, background, chat, files, guide, models, processes, run, snapshots, system, top
+from . import audit, background, chat, files, guide, key, models, processes, run, snapshots, system, top
 from .shell import Shell, shell_of
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (run, chat, processes, snapshots, top, background, models, files, system, audit):
+for group in (run, chat, processes, snapshots, top, background, models, files, system, audit, key):
     app.add_typer(group.app)
 
 
@@ -54,9 +54,14 @@ def llsh(
         str | None,
         typer.Option("-c", "--command", metavar="LINE", help="Run a line: commands with ; && & and #."),
     ] = None,
+    host: Annotated[
+        str, typer.Option("--host", metavar="ADDRESS", help="Talk to another daemon, as at tcp://HOST:PORT.")
+    ] = "",
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     shell = shell_of(context)
+    if host:
+        shell.address = host
     if context.invoked_subcommand is not None:
         return
     if version:

@@ -10,7 +10,8 @@ import sys
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
-from llmasos.syscalls import address, errors
+from llmasos.syscalls import errors
+from llmasos.syscalls.address import socket_address
 
 from .terminal import Terminal
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 class Shell:
     """`pid` is the process of the command that runs now, 0 if it has none.
 
-    `kernel` is given by tests; otherwise the user's daemon is connected to when a command needs it.
+    `kernel` is given by tests; otherwise the daemon at `address`, by default the user's, is connected to when
+    a command needs it.
     """
 
     def __init__(
@@ -32,6 +34,7 @@ class Shell:
         kernel: Client | None = None,
         stdin: TextIO | None = None,
         jobs: Jobs | None = None,
+        address: str = "",
     ) -> None:
         from .job import Jobs
 
@@ -39,6 +42,7 @@ class Shell:
         self.stdin = sys.stdin if stdin is None else stdin
         self.jobs = Jobs() if jobs is None else jobs
         self.pid = 0
+        self.address = address or socket_address()
         self._client = kernel
         self._given = kernel is not None
 
@@ -48,13 +52,12 @@ class Shell:
             from ..client import Client
             from ..daemon import is_listening
 
-            where = address.socket_address()
-            if not is_listening(where):
+            if not is_listening(self.address):
                 raise errors.DaemonUnreachable(
                     "the daemon is not running",
                     hint="`llmasosd` starts it; so do `llsh run`, `llsh chat` and `llsh pull`",
                 )
-            self._client = Client(where)
+            self._client = Client(self.address)
         return self._client
 
     def started(self) -> Client:
@@ -62,15 +65,16 @@ class Shell:
         if self._client is None:
             from ..daemon import ensure_daemon, is_listening
 
-            if is_listening(address.socket_address()):
+            if is_listening(self.address):
                 return self.client()
             with self.terminal.spinner("starting llmasosd"):
-                self._client = ensure_daemon()
+                self._client = ensure_daemon(self.address)
         return self._client
 
     def twin(self, terminal: Terminal, stdin: TextIO) -> Shell:
         """A shell for a background job: its own terminal, input and connection."""
-        return Shell(terminal, kernel=self._client if self._given else None, stdin=stdin, jobs=self.jobs)
+        kernel = self._client if self._given else None
+        return Shell(terminal, kernel=kernel, stdin=stdin, jobs=self.jobs, address=self.address)
 
     def close(self) -> None:
         """Ends the session, and with it the processes that it started."""

@@ -1,0 +1,108 @@
+"""Commands about keys for daemons on tcp: `llsh key new`, `show`, `trust`, and for the administrator `list`,
+`authorize`, `revoke`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from llmasos.syscalls import table
+from llmasos.syscalls.types import Capability, KeyInfo
+
+from .argument import Json, examples
+from .shell import Shell, shell_of
+from .table import Column, Table
+
+app = typer.Typer()
+group = typer.Typer(
+    help="Keys for daemons on other machines.",
+    no_args_is_help=True,
+    epilog=examples(
+        "llsh key new", "llsh key authorize KEY --as alice", "llsh key trust tcp://gpu1:5570 KEY"
+    ),
+)
+app.add_typer(group, name="key")
+
+
+@group.command(epilog=examples("llsh key new"))
+def new(context: typer.Context, json: Json = False) -> None:
+    """Make your key pair, once, and print its public half."""
+    from .. import keys
+
+    pair = keys.make_pair()
+    shell_of(context).emit({"public": pair.public}, json, pair.public)
+
+
+@group.command(epilog=examples("llsh key show"))
+def show(context: typer.Context, json: Json = False) -> None:
+    """Print the public half of your key pair: what an administrator authorizes."""
+    from .. import keys
+
+    public = keys.own_pair().public
+    shell_of(context).emit({"public": public}, json, public)
+
+
+@group.command(epilog=examples("llsh key trust tcp://gpu1:5570 KEY"))
+def trust(
+    context: typer.Context,
+    address: Annotated[str, typer.Argument(help="Where the daemon listens.")],
+    key: Annotated[str, typer.Argument(help="Its public key: `llsh key list` there prints it.")],
+    json: Json = False,
+) -> None:
+    """Take a key for that of a daemon, from now on."""
+    from .. import keys
+
+    keys.trust(address, key)
+    shell_of(context).emit({"address": address, "key": key}, json, f"{address} is known by {key}")
+
+
+@group.command("list", epilog=examples("llsh key list"))
+def list_(context: typer.Context, json: Json = False) -> None:
+    """Show the daemon's public key and the keys that may come in."""
+    shell = shell_of(context)
+    _print(shell, shell.client().call(table.Keys()), json)
+
+
+@group.command(
+    epilog=examples("llsh key authorize KEY --as alice", "llsh key authorize FILE --as bob --right see")
+)
+def authorize(
+    context: typer.Context,
+    key: Annotated[str, typer.Argument(help="A public key, or a file that holds one.")],
+    tenant: Annotated[str, typer.Option("--as", metavar="TENANT", help="Whose processes its own will be.")],
+    right: Annotated[
+        list[Capability] | None,
+        typer.Option("--right", help="Can be repeated. Without it: see, infer, process."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Let a key in over tcp."""
+    shell = shell_of(context)
+    public = Path(key).read_text().strip() if len(key) != 64 and Path(key).is_file() else key
+    entry = KeyInfo(tenant, public, tuple(right)) if right else KeyInfo(tenant, public)
+    _print(shell, shell.client().call(table.AuthorizeKey(entry)), json)
+
+
+@group.command(epilog=examples("llsh key revoke alice", "llsh key revoke KEY"))
+def revoke(
+    context: typer.Context,
+    who: Annotated[str, typer.Argument(help="A public key, or a tenant for all of its keys.")],
+    json: Json = False,
+) -> None:
+    """Shut a key out, and end its sessions."""
+    shell = shell_of(context)
+    _print(shell, shell.client().call(table.RevokeKey(who)), json)
+
+
+def _print(shell: Shell, reply: table.KeysReply, json: bool) -> None:
+    if json:
+        shell.terminal.document(reply)
+        return
+    shell.terminal.line(f"daemon  {reply.server or 'does not listen on tcp (setting `listen`)'}")
+    rows = Table([Column("TENANT"), Column("RIGHTS"), Column("KEY")])
+    for entry in reply.keys:
+        rows.add(entry.tenant, ",".join(entry.rights), entry.public)
+    if reply.keys:
+        shell.terminal.table(rows)
