@@ -11,7 +11,7 @@ from typing import Annotated
 
 import msgspec
 from llmasos.syscalls.errors import InvalidArgument
-from llmasos.syscalls.types import Capability
+from llmasos.syscalls.types import Capability, Quota
 from msgspec import Meta
 
 Count = Annotated[int, Meta(ge=0)]
@@ -93,6 +93,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     max_processes_per_owner: Limit = 2048
     """Processes of one user, those of its labels included."""
+
+    quotas: dict[str, Quota] = {}
+    """Limits by owner path: `[quotas."alice"]`, `[quotas."alice/agent"]`. They count for all below a path."""
 
     max_imports: Limit = 4
     """Imports that may run at once; each is a process."""

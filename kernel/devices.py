@@ -22,6 +22,8 @@ from .infer import Infer
 from .memory import Memory, Table
 from .pace import Pace, Transfer
 from .process import Mirror, Process
+from .runqueue import RunQueue
+from .shares import Shares
 
 Ready = Callable[[errors.LLMasOSError | None], None]
 Answered = Callable[[base.Moved | errors.LLMasOSError], None]
@@ -38,9 +40,12 @@ class Pool:
     device_name: str
     files: dict[str, base.File]
     wanted_since: float
+    queue: RunQueue
     memory: Memory = field(default_factory=lambda: Memory(0))
     loaded: base.Loaded | None = None
     processes: set[Process] = field(default_factory=set)
+    holders: set[Process] = field(default_factory=set)  # those with blocks, and some that had
+    admitted: set[Process] = field(default_factory=set)  # with an infer that was let into the memory
     closes: list[int] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy with the next step
     pace: Pace = field(default_factory=Pace)
@@ -65,6 +70,8 @@ class Pool:
         self.memory = Memory(0)
         self.closes.clear()
         self.copies.clear()
+        self.holders.clear()
+        self.admitted.clear()
         self.pace = Pace()
         for process in self.processes:
             process.table = Table(process.table.salt)
@@ -73,6 +80,12 @@ class Pool:
             if process.swap is None:
                 process.computed = 0
             process.mirror = Mirror()
+            self.queue.touch(process)
+
+    def forsake(self, process: Process) -> None:
+        """The infer of a process is over, or goes on elsewhere."""
+        self.queue.leave(process)
+        self.admitted.discard(process)
 
     def close(self, process: Process) -> None:
         """Has the worker forget its mirror of a process, with the next step."""
@@ -131,6 +144,7 @@ class Device:
     `ahead_at` is when the one behind the running one is to be sent."""
 
     name: str
+    shares: Shares
     description: base.Description | None = None
     worker: int | None = None  # the bus connection
     worker_pid: int = 0

@@ -29,7 +29,7 @@ class Infer:
     an infer that was interrupted.
 
     `request` is (session, request id). `reap`: the process goes away with the infer (it was spawned for
-    it); `leave`: the process exits, and stays for `wait`.
+    it); `leave`: the process exits, and stays for `wait`. `arrived` is on the kernel's clock.
     """
 
     request: tuple[bytes, int]
@@ -40,6 +40,8 @@ class Infer:
     credits: int
     reap: bool
     leave: bool
+    arrived: float = 0.0
+    prefix: int = 0  # blocks of its input that were computed already when it came
     beams: BeamSearch | None = None
     prompt_length: int = 0  # 0: `start`
     members: list[Process] = field(default_factory=list)  # the running beams, in the order of `beams.scores`

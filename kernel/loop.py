@@ -38,9 +38,11 @@ from .memory import blocks_for
 from .modelfs.store import ModelFS
 from .process import Process
 from .proctable import ProcessTable
+from .quotas import Quotas
 from .recorder import Recorder
 from .restore import restore
 from .sessions import Session, Sessions
+from .shares import Shares
 from .tenants import Subject
 from .tiers import open_tiers
 from .timers import Timers
@@ -76,7 +78,8 @@ class Kernel:
         self.audit = Audit(home / "state" / "audit.log")
         self.keys = Keyring(home / "keys" / "authorized")
         self.server_key = ""
-        self.devices = {name: Device(name) for name in device_names}
+        self.quotas = Quotas(config.quotas)
+        self.devices = {name: Device(name, Shares(self.quotas.weight)) for name in device_names}
         self.readers = Readers(self.log, self.sessions)
         self.imports = Imports(self.sessions, config.max_imports)
         self.departures: list[tuple[Process, Callable[[], None]]] = []  # who moves when no step has it
@@ -306,6 +309,7 @@ class Kernel:
                 process.ahead -= part.count
                 process.coming -= part.sample
                 process.guesses -= part.extra
+            process.pool.queue.touch(process)
         return flight
 
     def _step_done(self, device: Device, flight: Flight, result: base.StepResult) -> None:
@@ -377,6 +381,7 @@ class Kernel:
             return
         for seq, item in infer.deliver():
             self.sessions.item(infer.request, seq, item)
+        process.pool.queue.touch(process)
         if infer.finish is not None and not infer.held:
             self.processes.end_infer(process, infer.finish)
 

@@ -77,6 +77,14 @@ class Memory:
         table.shown = max(table.shown, len(table.blocks))
         return len(table.blocks) * BLOCK_TOKENS
 
+    def known(self, table: Table, tokens: list[int], limit: int) -> int:
+        """How many blocks of tokens[:limit] behind those of `table` `match` would find."""
+        first = len(table.blocks)
+        for index in range(first, limit // BLOCK_TOKENS):
+            if self.key(table, tokens, index) not in self._published:
+                return index - first
+        return max(0, limit // BLOCK_TOKENS - first)
+
     def key(self, table: Table, tokens: list[int], index: int) -> bytes:
         """What names the full block `index` of a process with these tokens: a hash of all before its end."""
         while len(table.keys) <= index:

@@ -89,12 +89,14 @@ def _depart(kernel: Kernel, process: Process, new: Pool, request: Request) -> No
     old.memory.release(process.table)
     old.close(process)
     old.processes.discard(process)
+    old.forsake(process)
     process.pool, process.table = new, Table(process.table.salt)
     new.processes.add(process)
     kernel.ledger.process(process)
     process.swap = file
     if why:
         process.lose()
+    new.queue.touch(process)
     if not (saving and process.swap):
         reply = table.MigrateReply(process.pid, new.device_name, process.computed, why)
         kernel.sessions.reply(request, reply)

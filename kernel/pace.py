@@ -14,6 +14,10 @@ FIRST_CHUNK = 64
 LEAST_CHUNK = 16
 """A bounded step carries so many prompt tokens at least: prompts always get on."""
 
+UNKNOWN_S = 0.001
+LEAST_COST_S = 1e-6
+"""Nothing is for free, or it would not be shared."""
+
 _RATE = 0.2  # of an error goes into the estimate
 _YOUNG = 5  # so many steps are believed more than that
 _FIXED_GAIN = 64.0  # reading the weights is most of a step, until rows and tokens prove otherwise
@@ -50,6 +54,12 @@ class Pace:
     def expected(self, rows: int, tokens: int) -> float | None:
         """Seconds of a step; None before the first one."""
         return self.fixed + self.row * rows + self.token * tokens if self._seen else None
+
+    def cost(self, count: int) -> float:
+        """Seconds that `count` positions of one process add to a step, before anything is known 1 ms each."""
+        if not self._seen:
+            return count * UNKNOWN_S
+        return max(LEAST_COST_S, self.row if count == 1 else self.token * count)
 
     def learn(self, rows: float, tokens: int, seconds: float) -> None:
         expected = self.fixed + self.row * rows + self.token * tokens

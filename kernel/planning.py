@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llmasos.drivers import base
 
 from . import residency, scheduler, swapping
+from .claims import Claims
 from .devices import Device, Flight, Part, Pool, build
 from .effects import ToWorker
+from .memory import blocks_for
 from .process import Process
 from .scheduler import Share
 
@@ -31,6 +34,9 @@ a frame of a screen, so nobody sees it, and who arrives waits no longer."""
 
 MOST_ROUNDS = 4
 
+ESTIMATED_CHUNK = 64
+"""So many tokens of a prompt a step computes, as far as dividing its places between tenants goes."""
+
 
 def advance(kernel: Kernel, device: Device) -> None:
     """Loads what is wanted, or plans and sends steps as long as the device is to have one more."""
@@ -42,80 +48,117 @@ def advance(kernel: Kernel, device: Device) -> None:
                 residency.load(kernel, device, pool)
             return
     while len(device.flights) < 2 and (not device.flights or kernel.now() >= device.ahead_at):
-        resident = itertools.chain.from_iterable(pool.processes for pool in device.pools if pool.ready)
-        queue = scheduler.order(resident, kernel.now(), kernel.config.aging_s)
-        if not queue:
-            return
-        pool = queue[0].pool
-        if not _plan(kernel, device, pool, [p for p in queue if p.pool is pool]):
+        chosen = _next_pool(kernel, device)
+        if chosen is None or not _plan(kernel, device, chosen):
             return
 
 
-def _plan(kernel: Kernel, device: Device, pool: Pool, queue: list[Process]) -> bool:
+def places(kernel: Kernel, pool: Pool) -> dict[int, int]:
+    """Queue places by pid, from 1, of those that could run and are not in a step."""
+    return pool.queue.places(kernel.config.aging_s, lambda process: _estimate(pool, process))
+
+
+def _next_pool(kernel: Kernel, device: Device) -> Pool | None:
+    """The one whose first process goes before those of the others; None: nobody can run."""
+    ready = [pool for pool in device.pools if pool.ready and len(pool.queue)]
+    if len(ready) < 2:
+        return ready[0] if ready else None
+    heads = [(head, pool) for pool in ready if (head := pool.queue.head(kernel.config.aging_s)) is not None]
+    return min(heads, key=lambda one: one[0])[1] if heads else None
+
+
+def _estimate(pool: Pool, process: Process) -> float:
+    """Seconds that a process gets of a step, about."""
+    return pool.pace.cost(min(process.lacking, ESTIMATED_CHUNK))
+
+
+def _plan(kernel: Kernel, device: Device, pool: Pool) -> bool:
     """Sends the next step. False: nothing can be sent now."""
+    taken = pool.queue.take(kernel.config.aging_s, lambda process: _estimate(pool, process))
+    try:
+        return _divide(kernel, device, pool, taken)
+    finally:
+        pool.queue.settle()
+
+
+def _divide(kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]) -> bool:
     description = device.description
     assert description is not None
-    _match_prefixes(kernel, queue)
-    queue = [process for process in queue if process.runnable]
-    if not queue:
-        return True  # a shared prefix was all that they wanted
     step_tokens = kernel.config.step_tokens or description.step_tokens
     most = min(description.max_sequences, step_tokens)
-    # Who has the strongest claim to memory has to be in the step, or those in it may all lack room.
-    if len(queue) > most:
-        first = min(queue, key=Process.rank)
-        if (place := queue.index(first)) >= most:
-            queue.insert(most - 1, queue.pop(place))
-    rows = sum(1 for process in queue[:most] if process.lacking == 1)
+    turn = list(itertools.islice(taken, most))
+    if not turn:
+        return False
+    for process in turn:
+        _match_prefix(kernel, process)
+    turn = [process for process in turn if process.runnable]
+    if not turn:
+        return True  # a shared prefix was all that they wanted
+    rows = sum(1 for process in turn if process.lacking == 1)
     chunk_tokens = pool.pace.tokens_within(rows, kernel.config.step_ms / 1000)
     settled: set[int] = set()  # in the step already, or pushed out of it
     keys: set[bytes] = set()  # of the blocks that the step fills with prompts
-    must_land = False
+    claims = Claims(pool, kernel.quotas)
+    must_land = force = False
+
+    def more() -> Iterator[Process]:
+        for process in taken:
+            _match_prefix(kernel, process)
+            if process.runnable:
+                yield process
 
     def reserve(process: Process, count: int) -> bool:
         nonlocal must_land
         if process.pid in settled or (count > 1 and _is_filled_elsewhere(kernel, device, process, keys)):
             return False
-        if not _reserve(kernel, process, count, settled):
-            must_land |= scheduler.victim(pool.processes, process, settled, flying=True) is not None
+        if not force and not claims.lets_in(process):
+            return False
+        if not _reserve(kernel, claims, process, count, settled, force):
+            must_land |= claims.victim(process, settled, flying=True, force=force) is not None
             return False
         settled.add(process.pid)
         if count >= base.BLOCK_TOKENS:
             keys.update(_filled(process, count))
         return True
 
-    shares = scheduler.plan(queue, most, step_tokens, chunk_tokens, reserve)
+    shares = scheduler.plan(turn, more(), most, step_tokens, chunk_tokens, reserve)
+    if not shares and not must_land:
+        # Those whose turn it is may all lack room: who has the strongest claim to memory never does.
+        runnable = (process for process in pool.queue if process.runnable)
+        if (first := min(runnable, key=claims.claim, default=None)) is not None:
+            force = True
+            shares = scheduler.plan([first], (), 1, step_tokens, chunk_tokens, reserve)
     if must_land or not shares:
         # Somebody could take the blocks of a weaker one if that were not in flight: going on ahead would
         # keep it there for ever.
         device.ahead_at = math.inf
         return False
-    _send(kernel, device, pool, shares, keys, len(queue))
+    _send(kernel, device, pool, shares, keys)
     return True
 
 
-def _match_prefixes(kernel: Kernel, queue: list[Process]) -> None:
-    """Lets prompts share what others have computed since they were last planned."""
-    for process in queue:
-        infer, table, before = process.infer, process.table, process.computed
-        if process.lacking < base.BLOCK_TOKENS or process.ahead or before % base.BLOCK_TOKENS:
-            continue
-        if process.swap:  # comes back whole
-            continue
-        if infer is None or infer.scoring:
-            continue
-        memory = process.pool.memory
-        if len(table.blocks) * base.BLOCK_TOKENS > before:  # room that was made and not used
-            memory.truncate(table, before)
-            process.mirror.stale = True
-        process.computed = memory.match(table, process.tokens, len(process.tokens) - 1)
-        if process.computed == before:
-            continue
+def _match_prefix(kernel: Kernel, process: Process) -> None:
+    """Lets a prompt share what others have computed since it was last planned."""
+    infer, table, before = process.infer, process.table, process.computed
+    if process.lacking < base.BLOCK_TOKENS or process.ahead or before % base.BLOCK_TOKENS:
+        return
+    if process.swap:  # comes back whole
+        return
+    if infer is None or infer.scoring:
+        return
+    memory = process.pool.memory
+    if len(table.blocks) * base.BLOCK_TOKENS > before:  # room that was made and not used
+        memory.truncate(table, before)
         process.mirror.stale = True
-        if infer.first_token is None:
-            gained = process.computed - max(before, infer.first_input)
-            infer.cached = min(infer.cached + max(0, gained), infer.start - infer.first_input)
-        kernel.settle(process)
+    process.computed = memory.match(table, process.tokens, len(process.tokens) - 1)
+    process.pool.holders.add(process)
+    if process.computed == before:
+        return
+    process.mirror.stale = True
+    if infer.first_token is None:
+        gained = process.computed - max(before, infer.first_input)
+        infer.cached = min(infer.cached + max(0, gained), infer.start - infer.first_input)
+    kernel.settle(process)
 
 
 def _is_filled_elsewhere(kernel: Kernel, device: Device, process: Process, keys: set[bytes]) -> bool:
@@ -131,22 +174,34 @@ def _is_filled_elsewhere(kernel: Kernel, device: Device, process: Process, keys:
     return any(key in names for names in filled)
 
 
-def _reserve(kernel: Kernel, process: Process, count: int, settled: set[int]) -> bool:
+def _reserve(
+    kernel: Kernel, claims: Claims, process: Process, count: int, settled: set[int], force: bool
+) -> bool:
     """Makes room for `count` more tokens of `process`, taken from others if need be."""
-    pool = process.pool
+    pool, had = process.pool, len(process.table.blocks)
+    start, end = process.reach(count)
     if process.swap:  # what others have computed again or still hold is shared, the rest comes from the file
         pool.memory.match(process.table, process.tokens, process.computed)
-    while (room := pool.memory.reserve(process.table, *process.reach(count))) is None:
-        victim = scheduler.victim(pool.processes, process, settled)
+    more = blocks_for(end) - len(process.table.blocks)
+    room = None
+    while (path := claims.over(process, more)) or (
+        room := pool.memory.reserve(process.table, start, end)
+    ) is None:
+        victim = claims.victim(process, settled, force=force, path=path)
         if victim is None:
             if process.swap:
                 pool.memory.release(process.table)
             return False
-        kernel.recorder.pushed(victim.pid, process.pid, len(victim.table.blocks))
+        blocks = len(victim.table.blocks)
+        kernel.recorder.pushed(victim.pid, process.pid, blocks)
+        claims.took(victim, -blocks)
         swapping.push_out(kernel, victim)
         settled.add(victim.pid)
     if process.swap:
         swapping.bring_in(kernel, process)
+    pool.admitted.add(process.beam_of or process)
+    pool.holders.add(process)
+    claims.took(process, len(process.table.blocks) - had)
     if room.copies:
         process.mirror.stale = True
         pool.copies += room.copies
@@ -159,13 +214,12 @@ def _send(
     pool: Pool,
     shares: list[Share],
     keys: set[bytes],
-    queue: int,
 ) -> None:
     assert device.worker is not None
     now, drafts, rounds = (
         kernel.now(),
         _drafts(kernel, pool, shares),
-        _rounds(pool, shares, alone=len(shares) == queue),
+        _rounds(pool, shares, alone=len(shares) == len(pool.queue)),
     )
     parts, rows, tokens = [], 0, 0
     for share in shares:
@@ -179,15 +233,16 @@ def _send(
         if extra and pool.memory.reserve(process.table, *process.reach(count, extra)) is None:
             draft, extra, rounds = 0, 0, 1
         parts.append(Part(process, infer, count, sample, draft, extra, process.epoch))
-        scheduler.charge(process.beam_of or process, count, now)
-        process.last_run = now
         if count == 1:
             rows += 1
         else:
             tokens += count
+    fixed = pool.pace.fixed / len(shares)
+    for share in shares:
+        scheduler.charge(share.process, rounds * (pool.pace.cost(share.count) + fixed), now)
     copies, pool.copies = pool.copies, []
     flight = Flight(next(kernel.numbers), pool, parts, copies, keys, rows, tokens, rounds)
-    kernel.recorder.sent(device.name, flight, queue)
+    kernel.recorder.sent(device.name, flight, len(pool.queue))
     batch = build(pool, parts, copies, flight.ticket, rounds)
     kernel.effects.append(ToWorker(device.worker, base.Step(batch)))
     device.flights.append(flight)

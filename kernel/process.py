@@ -56,7 +56,8 @@ class Mirror:
 @dataclass(slots=True, eq=False)
 class Process:
     """One row of the process table. `session` (its key) is None when detached; `named`: its pid was told, so
-    it survives the kernel; `vruntime` is weighted service."""
+    it survives the kernel; `vruntime` is weighted service in seconds
+    of the device."""
 
     pid: int
     parent: int
@@ -82,7 +83,6 @@ class Process:
     accepted: int = 0
     exit: Exit | None = None
     vruntime: float = 0.0
-    last_run: float = 0.0
     mirror: Mirror = field(default_factory=Mirror)
     moving: bool = False  # to another device, as soon as it is in no step
     given: int = 0  # tokens before an infer that a snapshot interrupted and that may be gone on with; 0: none
@@ -90,6 +90,7 @@ class Process:
     swap: KvFile | None = None  # the KV of its first `computed` positions, if not in its table's blocks
     epoch: int = 0  # counts how often its KV was lost while steps might be in flight: their results are void
     preemptions: int = 0  # how often it lost its place in memory with an infer running
+    keeps_until: int = 0  # having lost its blocks, it keeps the next ones until it knows so many tokens
     beam_of: Process | None = None  # a beam's group leader; beams live and die with it
 
     @property
@@ -153,6 +154,7 @@ class Process:
         self.epoch += 1
         self.land()
         self.mirror.stale = True
+        self.pool.queue.touch(self)
 
     def forget_swap(self) -> None:
         if self.swap is not None:
@@ -189,12 +191,6 @@ class Process:
         if self.state in (State.WAITING, State.SWAPPED):
             return "reader" if self.infer is not None and self.infer.blocked else "owner"
         return "wait" if self.state is State.ZOMBIE else ""
-
-    def rank(self) -> tuple[int, int, int, int]:
-        """Claim to memory: who ranks lower (bigger tuple) gives way. Age decides among equals, so that
-        two processes never push each other out in turn; beams stand together, with their leader."""
-        head = self.beam_of or self
-        return (CLASS_RANK[head.sched_class], head.nice, head.pid, self.pid)
 
     def info(self, now: float, queue_place: int) -> ProcessInfo:
         return ProcessInfo(

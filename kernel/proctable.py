@@ -83,7 +83,6 @@ class ProcessTable:
             label=label,
             table=Table(self._salt(owner)),
             born=now,
-            last_run=now,
         )
         self._add(process)
         return process
@@ -114,6 +113,7 @@ class ProcessTable:
         child.lineage = list(parent.lineage)
         child.vruntime = parent.vruntime
         child.table = parent.pool.memory.fork(parent.table)
+        child.pool.holders.add(child)
         child.swap = parent.swap.share() if parent.swap else None
         return child
 
@@ -158,6 +158,8 @@ class ProcessTable:
         match signal:
             case Signal.STOP | Signal.CONT:
                 process.stopped = signal is Signal.STOP
+                for member in [process, *(process.infer.members if process.infer else [])]:
+                    process.pool.queue.touch(member)
                 self._ledger.process(process)
             case Signal.TERM | Signal.KILL:
                 self.end_infer(process, Finish.KILLED)
@@ -206,6 +208,7 @@ class ProcessTable:
         assert infer is not None
         process.infer = None
         process.land()
+        process.pool.forsake(process)
         # Room for guesses that did not come true. Steps in flight may still write there; whoever gets it
         # writes later (loop.py).
         process.pool.memory.truncate(process.table, process.computed)
@@ -320,6 +323,7 @@ class ProcessTable:
         process.forget_swap()
         process.pool.processes.discard(process)
         process.pool.close(process)
+        process.pool.forsake(process)
         process.infer = None
         self._ledger.gone(process)
         del self._rows[process.pid]

@@ -16,6 +16,7 @@ from .devices import Device, Pool
 from .effects import ToWorker
 from .memory import Memory
 from .process import Exit
+from .runqueue import RunQueue
 
 if TYPE_CHECKING:
     from .loop import Kernel
@@ -42,6 +43,7 @@ def pool_for(kernel: Kernel, model: str, device_name: str, dtype: str) -> Pool:
         device.name,
         files,
         wanted_since=kernel.now(),
+        queue=RunQueue(device.shares, kernel.now),
     )
     device.pools.append(pool)
     expect_worker(kernel, device, pool)

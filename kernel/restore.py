@@ -17,6 +17,8 @@ from .devices import Pool
 from .ledger import ANSWER, NEXT_PID, PROCESS, AnswerRow, ProcessRow
 from .memory import Table
 from .process import Exit, Process
+from .runqueue import RunQueue
+from .shares import Shares
 
 if TYPE_CHECKING:
     from .loop import Kernel
@@ -42,7 +44,9 @@ def _of(rows: Mapping[str, bytes], kind: str) -> list[bytes]:
 
 def _process(kernel: Kernel, row: ProcessRow, epoch: float) -> Process:
     end = Exit(*row.exit) if row.exit else None
-    pool = Pool(0, row.model, row.digest, row.dtype, row.device, {}, 0.0)  # a zombie needs no real one
+    # A zombie needs no real pool.
+    queue = RunQueue(Shares(kernel.quotas.weight), kernel.now)
+    pool = Pool(0, row.model, row.digest, row.dtype, row.device, {}, 0.0, queue)
     if end is None:
         try:
             manifest = kernel.store.find(lambda manifest: manifest.digest == row.digest)

@@ -59,4 +59,8 @@ def _refork(kernel: Kernel, leader: Process, running: list[Process], steps: list
         member.tokens.append(step.token)
     for member in spare:
         kernel.processes.remove_beam(member)
-    return [member for member in chosen if member is not None]
+    beams = [member for member in chosen if member is not None]
+    for member in beams:
+        member.pool.holders.add(member)
+        member.pool.queue.touch(member)
+    return beams

@@ -14,6 +14,7 @@ from llmasos.drivers import base
 from llmasos.syscalls import errors
 from llmasos.syscalls.types import pack_tokens
 
+from .claims import PROGRESS_TOKENS
 from .devices import Answered, Device, Pool, Ready
 from .effects import ToWorker
 from .memory import blocks_for
@@ -29,12 +30,15 @@ def push_out(kernel: Kernel, process: Process) -> None:
     compute it again."""
     if process.infer is not None:
         process.preemptions += 1
+        process.keeps_until = len(process.tokens) + PROGRESS_TOKENS
+        process.pool.admitted.discard(process)
     file = save(kernel, process) if process.pool.loaded and worth_saving(kernel, process) else None
     process.pool.memory.release(process.table)
     process.mirror.stale = True
     if file is None:
         process.computed = 0
     process.swap = file
+    process.pool.queue.touch(process)
 
 
 def bring_in(kernel: Kernel, process: Process) -> None:
@@ -113,6 +117,10 @@ def save(kernel: Kernel, process: Process, then: Ready = lambda error: None) -> 
         if isinstance(answer, base.Moved):
             device.transfer.learn_write(answer.bytes, answer.seconds)
             file.written(answer.bytes)
+            if file.foreign:
+                for holder in kernel.processes:
+                    if holder.swap is file:
+                        holder.pool.queue.touch(holder)
         else:
             kernel.log.warn(f"{device.name}: KV was not written, it will be recomputed: {answer.message}")
             for holder in kernel.processes:

@@ -14,7 +14,7 @@ import msgspec
 from llmasos.syscalls import errors, table, wire
 from llmasos.syscalls import types as t
 
-from . import files, migration, residency, scheduler, snapshots
+from . import files, migration, planning, residency, snapshots
 from .beams import BeamSearch
 from .infer import Infer
 from .modelfs.names import parse_name
@@ -174,7 +174,7 @@ def _dispatch(
             return _ps(kernel, subject, call)
         case table.StatProcess():
             process = processes.find(call.pid, subject)
-            return process.info(kernel.now(), _places(kernel).get(process.pid, 0))
+            return process.info(kernel.now(), planning.places(kernel, process.pool).get(process.pid, 0))
         case table.Ls():
             return table.LsReply(entries=files.ls(kernel, subject, call.path))
         case table.Stat():
@@ -418,6 +418,8 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
         credits=credits_,
         reap=call.model is not None,
         leave=call.exit,
+        arrived=kernel.now(),
+        prefix=process.pool.memory.known(process.table, process.tokens, length - 1),
         beams=BeamSearch(beams, stop_ids, limit - length) if beams else None,
         prompt_length=0 if tokens else process.given,
     )
@@ -425,7 +427,6 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
     if sampling.prompt_logprobs and before == 0:
         infer.take_prompt(0, [t.Chosen(float("nan"))])
     infer.scored = max(before, 1)
-    scheduler.enter(process, kernel.processes, kernel.now())
 
     def cancel() -> None:
         if process.infer is infer:
@@ -461,15 +462,19 @@ def _set_priority(kernel: Kernel, session: Session, call: table.SetPriority) -> 
         process.sched_class = call.sched_class
     if call.nice is not None:
         process.nice = call.nice
+    for member in [process, *(process.infer.members if process.infer else [])]:
+        member.pool.queue.touch(member)
     kernel.ledger.process(process)
-    return process.info(kernel.now(), _places(kernel).get(process.pid, 0))
+    return process.info(kernel.now(), planning.places(kernel, process.pool).get(process.pid, 0))
 
 
 def _places(kernel: Kernel) -> dict[int, int]:
-    """Queue places by pid, from 1, of what could run but is not in the step."""
-    waiting = (process for process in kernel.processes if not process.flights)
-    queue = scheduler.order(waiting, kernel.now(), kernel.config.aging_s)
-    return {p.pid: place for place, p in enumerate(queue, 1)}
+    """Queue places by pid, from 1 for each pool, of what could run but is not in the step."""
+    places: dict[int, int] = {}
+    for device in kernel.devices.values():
+        for pool in device.pools:
+            places |= planning.places(kernel, pool)
+    return places
 
 
 def _ps(kernel: Kernel, subject: Subject, call: table.Ps) -> table.PsReply:

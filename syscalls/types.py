@@ -206,6 +206,23 @@ class KeyInfo(Wire, frozen=True):
     )
 
 
+class Quota(Wire, frozen=True):
+    """What an owner and those below it may use together. None: no limit of its own.
+
+    `weight` is a tenant's share of the devices against others' of its class. KV blocks are of each model on
+    each device: up to `kv_min` nobody of the same class takes them away.
+    """
+
+    weight: Annotated[float, Meta(ge=0.001, le=1000)] = 1.0
+    kv_min: Annotated[int, Meta(ge=0)] = 0
+    kv_max: Annotated[int, Meta(ge=1)] | None = None
+    tokens_in: Annotated[int, Meta(ge=1)] | None = None  # a minute, of input
+    tokens_out: Annotated[int, Meta(ge=1)] | None = None  # a minute, generated
+    processes: Annotated[int, Meta(ge=0)] | None = None
+    queue: Annotated[int, Meta(ge=0)] | None = None  # infers that run or wait
+    disk_bytes: Annotated[int, Meta(ge=0)] | None = None  # of snapshots
+
+
 class FileKind(enum.StrEnum):
     FOLDER = "folder"
     FILE = "file"

@@ -204,6 +204,8 @@ def world(tmp_path: Path) -> Iterator[World]:
     for device in made.kernel.devices.values():
         for pool in device.pools:
             pool.memory.check([p.table for p in pool.processes])
+            if pool.ready:
+                assert {p for p in pool.processes if p.runnable} <= set(pool.queue), "forgotten by the queue"
 
 
 class Machine(World):
