@@ -33,21 +33,27 @@ class VirtualClock:
 @dataclass(frozen=True, slots=True)
 class StepTime:
     """Seconds of a step: a fixed part, one for each prefill token, for each decoding sequence, and for each
-    token of context that a row attends to. Defaults: a 135M model on a small CPU."""
+    token of context that a row attends to; a prompt's rows, which read it together, may pay less for that.
+    Defaults: a 135M model on a small CPU."""
 
     fixed: float = 0.012
     prefill_token: float = 0.0008
     decode_sequence: float = 0.003
     context_token: float = 2e-7
+    prefill_context_token: float | None = None  # None: as much as a decoding row
 
     def of(self, step: Step) -> float:
         seconds = self.fixed
+        prefill_context = self.prefill_context_token
+        if prefill_context is None:
+            prefill_context = self.context_token
         for piece in step.pieces:
             rows = piece.end - piece.start
             decoding = piece.known - piece.start == 1  # its guesses are prefill to the device
             seconds += self.decode_sequence if decoding else 0
             seconds += self.prefill_token * (piece.drafted if decoding else rows)
-            seconds += self.context_token * rows * (piece.start + piece.end + 1) / 2
+            attended = rows * (piece.start + piece.end + 1) / 2
+            seconds += (self.context_token if decoding else prefill_context) * attended
         return seconds
 
 
@@ -84,7 +90,15 @@ class SimulatedDriver(NullDriver):
 
 class LightDriver(SimulatedDriver):
     """The same times with tokens that nobody checks: they depend on sequence and position alone, so that the
-    simulator spends its time in the kernel. No scores, no beams."""
+    simulator spends its time in the kernel. No scores, no beams. Steps have at most `step_tokens` tokens of
+    `max_sequences` sequences."""
+
+    def __init__(self, step_time: StepTime, step_tokens: int, max_sequences: int) -> None:
+        super().__init__(step_time=step_time)
+        self._step_tokens, self._max_sequences = step_tokens, max_sequences
+
+    def describe(self) -> Description:
+        return replace(super().describe(), step_tokens=self._step_tokens, max_sequences=self._max_sequences)
 
     def _compute(self, resident: Resident, piece: Piece) -> None:
         pass
@@ -98,10 +112,12 @@ class LightDriver(SimulatedDriver):
 
 
 class SimulatedWorker:
-    """A device in virtual time for who moves the clock: steps wait in `held` and run one after another."""
+    """A device in virtual time for who moves the clock: steps wait in `held` and run one after another, with
+    `pause` seconds of the worker's own between two."""
 
-    def __init__(self, driver: SimulatedDriver) -> None:
+    def __init__(self, driver: SimulatedDriver, pause: float = 0.0) -> None:
         self.driver = driver
+        self.pause = pause
         self.held: deque[base.Step] = deque()
         self.running: StepResult | None = None
         self.ends = float("inf")
@@ -111,7 +127,7 @@ class SimulatedWorker:
         if self.running is None and self.held:
             batch = self.held.popleft().batch
             self.running = self.driver.collect(self.driver.submit(batch))
-            self.ends = now + self.running.seconds
+            self.ends = now + self.running.seconds + self.pause
 
     def land(self, now: float) -> StepResult | None:
         """The result of the step that has ended by `now`."""

@@ -318,7 +318,7 @@ class Kernel:
             self.effects.append(KillWorker(device.worker_pid))
             return
         self._landed(device)
-        self.recorder.landed(flight.ticket, result.seconds, "done")
+        self.recorder.landed(flight.ticket, result.seconds, "done", result.rounds)
         rounds, outputs = result.rounds, result.outputs
         device.step_seconds.append(result.seconds / rounds)
         rows = flight.rows if rounds == 1 else sum(out.rounds for out in outputs) / rounds

@@ -40,10 +40,10 @@ class Work(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Decision(msgspec.Struct):
-    """A step that was sent, to be repeated up to `rounds` times; `expected` seconds a round. Of `queue`
-    processes that could run, those of `work` did; `pushed` lost their blocks for it or since the step before
-    it. `seconds` is the time on the device; `outcome` "flying", "done", "lost" with its worker, or the error
-    that it ended with."""
+    """A step that was sent, to be repeated `rounds` times at most (what it was, once landed); `expected`
+    seconds a round. Of `queue` processes that could run, those of `work` did; `pushed` lost their blocks for
+    it or since the step before it. `seconds` is the time on the device; `outcome` "flying", "done", "lost"
+    with its worker, or the error that it ended with."""
 
     time: float
     device: str
@@ -103,10 +103,11 @@ class Recorder:
         self._ring.append(decision)
         self._flying[flight.ticket] = decision
 
-    def landed(self, ticket: int, seconds: float | None, outcome: str) -> None:
-        """Books how a step ended."""
+    def landed(self, ticket: int, seconds: float | None, outcome: str, rounds: int | None = None) -> None:
+        """Books how a step ended, and after how many rounds."""
         if decision := self._flying.pop(ticket, None):
             decision.landed, decision.seconds, decision.outcome = self._now(), seconds, outcome
+            decision.rounds = rounds or decision.rounds
 
     def dump_due(self) -> bool:
         """Whether a dump may be written now; then the next one has to wait."""

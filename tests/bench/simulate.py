@@ -4,6 +4,14 @@
     python tests/bench/simulate.py run trace.csv                               simulate it
     python tests/bench/simulate.py run trace.csv --machine machine.json --devices 4 --set aging_s=5 --json
 
+A machine of one's own: `fit` measures steps of a real daemon, `replay` runs a trace against it in real time,
+and `compare` says how far the simulation of the same trace is from that. HOME is a home folder with the
+bench's model.
+
+    python tests/bench/simulate.py fit machine.json --home HOME
+    python tests/bench/simulate.py replay trace.csv real.jsonl --home HOME
+    python tests/bench/simulate.py compare trace.csv real.jsonl --machine machine.json
+
 It lives here and not in the package because the kernel may not import drivers, and nobody needs it to serve.
 """
 
@@ -51,6 +59,24 @@ def main() -> int:
     run.add_argument("--outcomes", type=Path, help="write what became of each request (JSON lines)")
     run.set_defaults(does=_run)
 
+    fit = commands.add_parser("fit", help="measure a real daemon's steps and write a machine")
+    fit.add_argument("machine", type=Path)
+    fit.set_defaults(does=_fit)
+
+    replay = commands.add_parser("replay", help="run a trace against a real daemon, in real time")
+    replay.add_argument("trace", type=Path)
+    replay.add_argument("outcomes", type=Path)
+    replay.add_argument("--json", action="store_true")
+    replay.set_defaults(does=_replay)
+    for command in (fit, replay):
+        command.add_argument("--home", type=Path, required=True)
+
+    compare = commands.add_parser("compare", help="a trace simulated beside its replays")
+    compare.add_argument("trace", type=Path)
+    compare.add_argument("outcomes", type=Path, nargs="+", help="of one or more replays")
+    compare.add_argument("--machine", type=Path, required=True)
+    compare.set_defaults(does=_compare)
+
     arguments = parser.parse_args()
     try:
         return int(arguments.does(arguments))
@@ -73,6 +99,46 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.outcomes:
         outcomes.save(arguments.outcomes, found)
     print(json.dumps(figures) if arguments.json else outcomes.text(figures))
+    return 0
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    import fitting
+    import replay
+    from llmasos.drivers.native.model import MAX_PICKS, MAX_ROWS
+    from llmasos.syscalls import table
+
+    with replay.serving(arguments.home) as client, _bar(len(replay.GRID)) as progress:
+        decisions, alone_s = replay.grid(client, progress)
+        (pool,) = client.call(table.Lsdev()).devices[0].pools
+    machine, off = fitting.machine(decisions, alone_s, pool.blocks_total, MAX_ROWS, MAX_PICKS)
+    arguments.machine.write_bytes(msgspec.json.format(msgspec.json.encode(machine)) + b"\n")
+    half, most = numpy.percentile(off, [50, 90])
+    print(f"{arguments.machine}: {len(decisions)} steps, half are within {half:.1%}, 90 % within {most:.1%}")
+    return 0
+
+
+def _replay(arguments: argparse.Namespace) -> int:
+    import replay
+
+    requests = traces.read(arguments.trace)
+    with replay.serving(arguments.home), _bar(len(requests)) as progress:
+        found = replay.replay(requests, progress)
+    outcomes.save(arguments.outcomes, found)
+    figures = outcomes.summary(found)
+    print(json.dumps(figures) if arguments.json else outcomes.text(figures))
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    found, _ = simulated(traces.read(arguments.trace), machine_of(arguments.machine, None), {})
+    replays = [outcomes.load(path) for path in arguments.outcomes]
+    for name, values in (("TTFT", outcomes.ttft), ("inter-token", outcomes.gaps)):
+        real = [outcomes.percentiles(values(one)) for one in replays]
+        for part, ours in outcomes.percentiles(values(found)).items():
+            theirs = [one[part] for one in real]
+            off = ", ".join(f"{ours / one - 1:+.1%}" for one in theirs)
+            print(f"{name:12}{part}  simulated {ours:8.2f} ms  real {theirs} ms  {off}")
     return 0
 
 

@@ -35,13 +35,16 @@ RIGHTS = frozenset(t.Capability) - {t.Capability.ADMIN}
 
 
 class Machine(msgspec.Struct, frozen=True):
-    """What is simulated: `devices` equal ones, each with `blocks` KV blocks, `step_tokens` at most in a step,
-    and `transit` seconds from the client to the kernel and back."""
+    """What is simulated: `devices` equal ones, each with `blocks` KV blocks, at most `step_tokens` tokens of
+    `sequences` sequences in a step and `pause` seconds between two; `transit` seconds from a client to the
+    kernel, and as much back."""
 
     step_time: StepTime = StepTime()
     devices: int = 1
     blocks: int = 4096
     step_tokens: int = 256
+    sequences: int = 64
+    pause: float = 0.0
     transit: float = 0.0
 
 
@@ -66,7 +69,6 @@ class Simulation:
                 "max_requests": PLENTY,
                 "max_processes": PLENTY,
                 "max_processes_per_owner": PLENTY,
-                "step_tokens": machine.step_tokens,
                 "flight_steps": 1,
                 "swap_disk_bytes": 0,  # a LightDriver has no KV to write
             }
@@ -75,7 +77,10 @@ class Simulation:
         )
         self.kernel = Kernel(config, store, names, lambda: self.now, seed=1)
         self._workers = {
-            number: SimulatedWorker(LightDriver(step_time=machine.step_time)) for number in range(len(names))
+            number: SimulatedWorker(
+                LightDriver(machine.step_time, machine.step_tokens, machine.sequences), machine.pause
+            )
+            for number in range(len(names))
         }
         self._names = names
         for number, name in enumerate(names):
