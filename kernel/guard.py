@@ -13,7 +13,7 @@ import resource
 from contextlib import suppress
 
 SHUT_PERIOD_S = 0.1
-OPEN_PERIOD_S = 1.0
+OPEN_PERIOD_S = 0.25
 RESERVE = 256
 """Descriptors beyond the sessions' for workers, importers, files, and connections that shake hands."""
 

@@ -206,10 +206,7 @@ class LocalListener(Listener):
         """The file's mode decides who gets in."""
 
     def _bind(self, router: zmq.Socket[bytes]) -> bool:
-        # A listener that libzmq is still closing would remove the new one's file.
-        if self._bound_before and self._path.exists():
-            return False
-        # libzmq makes the socket file under the umask.
+        # libzmq makes the socket file under the umask, and leaves it there when it unbinds.
         before = os.umask(0o177)
         try:
             router.bind(self.address)

@@ -259,7 +259,7 @@ class Sockets:
         return max(0.0, self._guard_due - clock())
 
     def _watch_edge(self) -> None:
-        """Opens and shuts the listeners as the guard says, and does what is due every second or so."""
+        """Opens and shuts the listeners as the guard says, and does what is due now and then."""
         listeners = self._listeners.values()
         if self._edge_due() and sum(listener.arrivals for listener in listeners) < guard.MOST_ARRIVALS:
             return
