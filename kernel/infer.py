@@ -52,6 +52,7 @@ class Infer:
     seq: int = 0
     first_token: float | None = None
     made: int = 0
+    brought: int = 0  # of the tokens made, those that the client had when it asked again
     held: list[InferEvent] = field(default_factory=list)
     finish: Finish | None = None  # set when generation is over but the reader has not taken it all
 
@@ -77,7 +78,7 @@ class Infer:
         """Generated tokens a second since the first one."""
         if self.first_token is None or now <= self.first_token:
             return 0.0
-        return max(0, self.made - 1) / (now - self.first_token)
+        return max(0, self.made - self.brought - 1) / (now - self.first_token)
 
     def take(self, tokens: list[int], chosen: list[Chosen], now: float) -> None:
         """Books generated tokens for the reader."""

@@ -39,6 +39,8 @@ class ProcessRow(msgspec.Struct, frozen=True):
     generated: int
     tokens: bytes
     exit: tuple[int, str] | None
+    given: int
+    lineage: list[str]
 
 
 class AnswerRow(msgspec.Struct, frozen=True):
@@ -117,9 +119,10 @@ class Ledger:
 
     def _row(self, process: Process) -> ProcessRow:
         infer, pool, end = process.infer, process.pool, process.exit
-        tokens, generated = process.tokens, process.generated
+        tokens, generated, given = process.tokens, process.generated, process.given
         if infer is not None:
             tokens = tokens[: infer.first_input]
+            given = infer.prompt_length if infer.prompt_length < infer.start else 0
             generated -= 0 if infer.beams else infer.made
         return ProcessRow(
             pid=process.pid,
@@ -138,6 +141,8 @@ class Ledger:
             generated=generated,
             tokens=pack_tokens(tokens),
             exit=(end.code, end.reason) if end else None,
+            given=given,
+            lineage=process.lineage,
         )
 
 

@@ -93,6 +93,13 @@ class ProcessTable:
         self._insert(process)
         self.reserve_pids(process.pid + 1)
 
+    def revive(self, process: Process, pool: Pool) -> None:
+        """Takes back that a process ended with its infer, which is to be gone through again."""
+        process.exit = None
+        process.pool.processes.discard(process)
+        process.pool = pool
+        pool.processes.add(process)
+
     def reserve_pids(self, pid: int) -> None:
         """New processes get no pid below."""
         self._next_pid = max(self._next_pid, pid)

@@ -38,6 +38,14 @@ def restore(kernel: Kernel, rows: Mapping[str, bytes], epoch: float) -> set[byte
     return {row.session for row in found if row.session} | {row.session for row in answers}
 
 
+def pool_of(kernel: Kernel, model: str, digest: str, device: str, dtype: str) -> Pool:
+    """The pool of what was called `model`, by its content. Raises NoSuchModel, NoSuchDevice."""
+    manifest = kernel.store.find(lambda manifest: manifest.digest == digest)
+    if manifest is None:
+        raise errors.NoSuchModel(f"{model} is not in the model filesystem any more")
+    return residency.pool_for(kernel, manifest.name, device, dtype)
+
+
 def _of(rows: Mapping[str, bytes], kind: str) -> list[bytes]:
     return [data for name, data in rows.items() if name.startswith(f"{kind} ")]
 
@@ -49,10 +57,7 @@ def _process(kernel: Kernel, row: ProcessRow, epoch: float) -> Process:
     pool = Pool(0, row.model, row.digest, row.dtype, row.device, {}, 0.0, queue)
     if end is None:
         try:
-            manifest = kernel.store.find(lambda manifest: manifest.digest == row.digest)
-            if manifest is None:
-                raise errors.NoSuchModel(f"{row.model} is not in the model filesystem any more")
-            pool = residency.pool_for(kernel, manifest.name, row.device, row.dtype)
+            pool = pool_of(kernel, row.model, row.digest, row.device, row.dtype)
         except errors.LLMasOSError as problem:
             end = Exit(1, f"after a restart: {problem.message}")
             kernel.log.warn(f"process {row.pid} cannot go on: {problem}")
@@ -71,5 +76,7 @@ def _process(kernel: Kernel, row: ProcessRow, epoch: float) -> Process:
         generated=row.generated,
         stopped=row.stopped,
         exit=end,
+        given=row.given,
+        lineage=row.lineage,
         named=True,
     )

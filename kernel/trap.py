@@ -14,7 +14,7 @@ import msgspec
 from llmasos.syscalls import errors, table, wire
 from llmasos.syscalls import types as t
 
-from . import files, migration, planning, residency, snapshots
+from . import files, migration, planning, residency, resume, snapshots
 from .beams import BeamSearch
 from .infer import Infer
 from .modelfs.names import parse_name
@@ -67,8 +67,12 @@ def _serve(kernel: Kernel, session_id: bytes, subject: Subject, request: wire.Re
         call = cast(table.Syscall, request.call)
         session.subject.require(call.needs, call.name)
         if kept and (frames := kernel.ledger.answered(session.key, request.id)):
-            kernel.sessions.answer_again(key, frames)
-            return
+            again = isinstance(call, table.Infer) and resume.set_back(
+                kernel, session, request.id, call, frames
+            )
+            if not again:
+                kernel.sessions.answer_again(key, frames)
+                return
         if call.needs is t.Capability.ADMIN:
             kernel.audit.before(call.name, session.subject.path, **_facts(call))
         reply = _dispatch(kernel, session, key, call, request.credits)
@@ -325,6 +329,7 @@ def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer
         raise errors.InvalidArgument("infer takes a pid or a model, and not both", field="pid")
     if len(call.tokens) % 4:
         raise errors.InvalidArgument("tokens are packed u32: a multiple of 4 bytes", field="tokens")
+    resume.check(call)
     _refuse_new_work(kernel)
     if call.beams is not None:
         _check_beams(kernel, session, call, call.beams)
@@ -393,7 +398,8 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
         raise errors.InvalidArgument("the context is empty", field="tokens", hint="send at least one token")
     if tokens and max(tokens) >= loaded.vocab_size:
         raise errors.InvalidArgument(f"token ids go up to {loaded.vocab_size - 1}", field="tokens")
-    limit = loaded.context_length if call.max_tokens is None else length + call.max_tokens
+    start = length - call.seen
+    limit = loaded.context_length if call.max_tokens is None else start + call.max_tokens
     beams = call.beams
     kernel.admit(process.pool, length, limit, beams.num_beams if beams else 0)
     sampling = call.sampling
@@ -404,7 +410,8 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
     process.tokens += tokens
     # A token is sampled from the logits of the last position, which has to be computed in this infer; to
     # score the input takes the logits of every one of its positions.
-    keep = max(0, before - 1) if sampling.prompt_logprobs else length - 1
+    scores = sampling.prompt_logprobs and call.scored < start - before
+    keep = max(0, before - 1) if scores else length - 1
     if process.computed > keep:
         process.computed = keep
         process.pool.memory.truncate(process.table, keep)
@@ -413,7 +420,7 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
         request=request,
         sampling=sampling,
         first_input=before,
-        start=length,
+        start=start,
         limit=limit,
         credits=credits_,
         reap=call.model is not None,
@@ -421,12 +428,14 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
         arrived=kernel.now(),
         prefix=process.pool.memory.known(process.table, process.tokens, length - 1),
         beams=BeamSearch(beams, stop_ids, limit - length) if beams else None,
-        prompt_length=0 if tokens else process.given,
+        prompt_length=0 if start > before else process.given,
     )
     infer, process.given = process.infer, 0
-    if sampling.prompt_logprobs and before == 0:
+    if scores and before == 0 and not call.scored:
         infer.take_prompt(0, [t.Chosen(float("nan"))])
     infer.scored = max(before, 1)
+    resume.go_on(infer, call, tokens[start - before :])
+    process.generated += call.seen
 
     def cancel() -> None:
         if process.infer is infer:

@@ -124,8 +124,11 @@ class Infer(Call, frozen=True):
 
     Exactly one of `pid` and `model`; with `model` it is spawn + infer + reap. `max_tokens` None: up to the
     context's end; 0: only takes the input in. `exit`: the process ends when the infer does.
-    Raises NoSuchProcess, ProcessBusy, ProcessEnded, ContextOverflow, NeverFits, QueueFull, DeviceFault.
-    """
+
+    Asked again after the connection broke, under the same request id and token of `hello`, it goes on:
+    `tokens` then ends with the `seen` generated tokens that were received, of the input's scores `scored`
+    were, and `seq` is the number of the next item. The sampling needs its seed for that. Raises
+    NoSuchProcess, ProcessBusy, ProcessEnded, ContextOverflow, NeverFits, QueueFull, DeviceFault."""
 
     name = "infer"
     needs = t.Capability.INFER
@@ -139,6 +142,9 @@ class Infer(Call, frozen=True):
     sampling: t.Sampling = t.Sampling()
     beams: t.Beams | None = None
     exit: bool = False
+    seen: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    scored: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    seq: Annotated[int, Meta(ge=0, le=2**53)] = 0
     sched_class: t.SchedClass = t.SchedClass.INTERACTIVE
     nice: Annotated[int, Meta(ge=-20, le=19)] = 0
     device: Annotated[str, Meta(max_length=32)] = ""

@@ -213,9 +213,9 @@ class Client:
     caller. Raises DaemonUnreachable when nothing answers within `timeout_s`, VersionMismatch when the
     kernel has another syscall table.
 
-    When the connection breaks, calls under way raise ConnectionLost; those that only read are sent again.
-    A session's processes end with it, and pids of another `boot_id` mean other processes.
-    """
+    When the connection breaks or the kernel is restarted, calls under way go on when it is back, each done
+    once; streams continue behind what was received. DaemonUnreachable when it is not back within `timeout_s`.
+    A session's processes end with it."""
 
     def __init__(
         self, address: str | None = None, *, label: str = "", timeout_s: float = CONNECT_TIMEOUT_S

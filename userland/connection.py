@@ -4,7 +4,8 @@ Callers in any thread put commands into a deque and wake the thread through a pi
 needs no lock and may be written from a destructor). Answers go to each call's sink, which the sync and the
 async client implement. A socket monitor notices a broken connection at once; the socket is then thrown
 away, so nothing that was queued in it reaches another kernel by surprise. A new one is opened as long as
-something waits for it, at most `timeout_s`.
+something waits for it, at most `timeout_s`; and for RETURN_S even if nothing does, for the kernel ends what
+belongs to sessions that do not return after its restart.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
 import zmq
 from llmasos.syscalls import address as addresses
 from llmasos.syscalls import errors, table, wire
@@ -29,6 +31,7 @@ from .session import Broken, Event, Failed, Greeted, Item, Phase, Refused, Repli
 
 CONNECT_TIMEOUT_S = 5.0
 RETRY_S = 0.05
+RETURN_S = 30.0
 # Heartbeats find a kernel that froze or a cable that was pulled; a busy kernel answers them from its
 # I/O thread.
 HEARTBEAT_MS = 5_000
@@ -113,6 +116,7 @@ class Connection:
         self._socket: zmq.Socket[bytes] | None = None
         self._monitor: zmq.Socket[bytes] | None = None
         self._retry_at = 0.0
+        self._return_until = 0.0
         self._give_up_at: float | None = None
         self._thread = threading.Thread(target=self._run, name="llmasos-connection", daemon=True)
         self._thread.start()
@@ -127,6 +131,10 @@ class Connection:
 
         Raises ConnectionLost after `close`.
         """
+        if isinstance(call, table.Infer) and call.sampling.temperature > 0 and call.sampling.seed is None:
+            # Known here, so that another kernel can go on with the same noise.
+            sampling = msgspec.structs.replace(call.sampling, seed=secrets.randbits(63))
+            call = msgspec.structs.replace(call, sampling=sampling)
         ticket = Ticket(call, sink, min(window, wire.MAX_CREDITS))
         self._command(ticket)
         return ticket
@@ -214,16 +222,17 @@ class Connection:
 
     def _keep_connected(self) -> list[Event]:
         """Opens a socket when one is needed, and gives up after the timeout."""
+        now = time.monotonic()
         if self._session.phase is Phase.OPEN:
-            self._give_up_at = None
+            self._give_up_at, self._return_until = None, 0.0
             return []
         if not self._session.waiting and self.greeted.done():
             self._give_up_at = None
-            return []
-        now = time.monotonic()
-        if self._give_up_at is None:
+            if now >= self._return_until:
+                return []
+        elif self._give_up_at is None:
             self._give_up_at = now + self.timeout_s
-        if now >= self._give_up_at:
+        if self._give_up_at is not None and now >= self._give_up_at:
             self._give_up_at = None
             self._drop_socket()
             events = self._session.offline()
@@ -282,9 +291,11 @@ class Connection:
             self._watch()
 
     def _sleep_ms(self) -> int | None:
-        if self._give_up_at is None:
+        until = self._return_until if self._give_up_at is None else self._give_up_at
+        if not until:
             return None
-        until = self._give_up_at if self._socket is not None else min(self._give_up_at, self._retry_at)
+        if self._socket is None:
+            until = min(until, self._retry_at)
         return max(1, int((until - time.monotonic()) * 1000) + 1)
 
     def _receive(self) -> None:
@@ -304,6 +315,8 @@ class Connection:
             self._socket.poll(FLUSH_MS)
             self._receive()
         self._drop_socket()
+        if self._session.phase is Phase.OPEN:
+            self._return_until = time.monotonic() + RETURN_S
         self._dispatch(self._session.offline())
         if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
             stranger = f"the daemon at {self.address} does not know this key"
@@ -329,7 +342,7 @@ class Connection:
                     self._dispatch(self._refuse(error))
                 case Broken(error):
                     self._drop_socket()
-                    self._dispatch(self._session.offline(error.message))
+                    self._dispatch(self._session.broken(error.message))
 
 
 def _path_missing(address: str) -> bool:

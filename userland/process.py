@@ -1,7 +1,6 @@
 """Process: a running context of a model, with text instead of tokens.
 
-The kernel owns everything about it; this object holds its pid and the boot it belongs to, so that a pid of
-an earlier boot is never mistaken for a process of this one.
+The kernel owns everything about it; this object holds its pid, which outlives a restart of the kernel.
 """
 
 from __future__ import annotations
@@ -29,7 +28,6 @@ class Process:
     def __init__(self, llm: LLM, pid: int, unfinished: tuple[t.Sampling, int] | None = None) -> None:
         self._llm = llm
         self._unfinished = unfinished
-        self._boot_id = llm.client.boot_id
         self.pid = pid
 
     @property
@@ -46,7 +44,7 @@ class Process:
     ) -> Stream[t.InferEvent, table.InferReply]:
         """Appends token ids and streams what is generated; `exit` ends the process with it."""
         packed = t.pack_tokens(tokens)
-        call = table.Infer(self._live(), tokens=packed, max_tokens=max_tokens, sampling=sampling, exit=exit)
+        call = table.Infer(self.pid, tokens=packed, max_tokens=max_tokens, sampling=sampling, exit=exit)
         return self._llm.client.stream(call)
 
     def append(self, text: str) -> None:
@@ -89,20 +87,20 @@ class Process:
 
     def fork(self, n: int = 1) -> list[Process]:
         """`n` copies that share this context's memory and go on by themselves."""
-        pids = self._llm.client.call(table.Fork(self._live(), n)).pids
+        pids = self._llm.client.call(table.Fork(self.pid, n)).pids
         return [Process(self._llm, pid) for pid in pids]
 
     def truncate(self, length: int) -> None:
         """Cuts the context back to its first `length` tokens."""
-        self._llm.client.call(table.Truncate(self._live(), length))
+        self._llm.client.call(table.Truncate(self.pid, length))
 
     def snapshot(self, name: str) -> t.FileInfo:
         """Saves it as /sessions/NAME, also while it generates; `LLM.restore` brings it back."""
-        return self._llm.client.call(table.Snapshot(self._live(), name))
+        return self._llm.client.call(table.Snapshot(self.pid, name))
 
     def migrate(self, device: str) -> table.MigrateReply:
         """Moves it to another device; what it generates goes on there."""
-        return self._llm.client.call(table.Migrate(self._live(), device))
+        return self._llm.client.call(table.Migrate(self.pid, device))
 
     def resume(self, stop: Sequence[str] = ()) -> TextStream:
         """The rest of the answer that was under way when the process was saved, as if nothing had happened.
@@ -121,7 +119,7 @@ class Process:
     @property
     def tokens(self) -> list[int]:
         """The whole context."""
-        return t.unpack_tokens(self._llm.client.read_file(f"/proc/{self._live()}/tokens"))
+        return t.unpack_tokens(self._llm.client.read_file(f"/proc/{self.pid}/tokens"))
 
     @property
     def text(self) -> str:
@@ -130,19 +128,19 @@ class Process:
 
     def info(self) -> t.ProcessInfo:
         """This process's row of `ps`."""
-        return self._llm.client.call(table.StatProcess(self._live()))
+        return self._llm.client.call(table.StatProcess(self.pid))
 
     def nice(self, value: int) -> t.ProcessInfo:
         """Sets the nice value: -20 goes first, 19 last."""
-        return self._llm.client.call(table.SetPriority(self._live(), nice=value))
+        return self._llm.client.call(table.SetPriority(self.pid, nice=value))
 
     def kill(self, signal: t.Signal | str = t.Signal.TERM) -> None:
         """Sends a signal: TERM, KILL, STOP or CONT."""
-        self._llm.client.call(table.Kill(self._live(), to_signal(signal)))
+        self._llm.client.call(table.Kill(self.pid, to_signal(signal)))
 
     def wait(self, timeout_s: float | None = None) -> table.WaitReply:
         """Waits for the process's end, reaps it and says how it ended."""
-        return self._llm.client.wait(self._live(), timeout_s)
+        return self._llm.client.wait(self.pid, timeout_s)
 
     def close(self) -> None:
         """Kills and reaps it; does nothing when it is gone already."""
@@ -165,7 +163,7 @@ class Process:
         context = held + tokens
         plan = self._llm.plan(options, len(context))
         call = table.Infer(
-            self._live(),
+            self.pid,
             tokens=t.pack_tokens(tokens),
             max_tokens=plan.max_tokens,
             sampling=plan.sampling,
@@ -179,13 +177,6 @@ class Process:
         """After a stop string: drops what was generated behind it before the kernel heard of it."""
         if answer.stopped:
             self.truncate(len(context) + len(answer.tokens))
-
-    def _live(self) -> int:
-        if self._boot_id != self._llm.client.boot_id:
-            raise errors.NoSuchProcess(
-                f"process {self.pid} ended when the kernel was restarted", pid=self.pid
-            )
-        return self.pid
 
     def __enter__(self) -> Process:
         return self

@@ -2,8 +2,9 @@
 
 States: OFFLINE --online()--> GREETING --hello's reply--> OPEN, and back to OFFLINE with offline().
 A request waits until OPEN, is sent, and ends with exactly one Replied or Failed. When the connection
-breaks, what has been sent fails with ConnectionLost, except calls that only read: those wait and are sent
-again. Sequence numbers of stream items are checked, so an item is never lost or repeated unseen.
+breaks, what has been sent waits and is sent again under its id: the kernel knows the session by its token and
+answers what it has done already as it did; an infer brings the tokens that arrived and goes on behind them.
+Sequence numbers of stream items are checked, so an item is never lost or repeated unseen.
 
 Never touches a socket, a clock or a thread: `connection.py` does.
 """
@@ -12,28 +13,16 @@ from __future__ import annotations
 
 import enum
 import itertools
+from array import array
 from dataclasses import dataclass, field
 
+import msgspec
 from llmasos.syscalls import errors, table, wire
+from llmasos.syscalls import types as t
 from llmasos.syscalls.types import Wire
 
 ITEM_WINDOW = 64
 """Stream items that may be under way before their reader has taken any."""
-
-READ_ONLY: frozenset[type[table.Call]] = frozenset(
-    {
-        table.Whoami,
-        table.Ps,
-        table.StatProcess,
-        table.Ls,
-        table.Stat,
-        table.Read,
-        table.ReadAudit,
-        table.Df,
-        table.Lsdev,
-    }
-)
-"""Calls that change nothing: sent again after a reconnect."""
 
 
 class Phase(enum.Enum):
@@ -87,11 +76,43 @@ Event = Greeted | Refused | Broken | Item | Replied | Failed
 
 @dataclass(slots=True)
 class _Pending:
+    """A request without its answer. `begun`: the kernel may know of it; `sent`: over this connection. Of an
+    infer `seen` are the tokens that arrived and `scored` counts the scores of its input; `line` is a log's
+    last."""
+
     call: table.Call
-    frames: list[bytes]
     credits: int
+    begun: bool = False
     sent: bool = False
+    cancelled: bool = False
     next_seq: int = 0
+    seen: array[int] = field(default_factory=lambda: array("I"))
+    scored: int = 0
+    line: int = 0
+
+    def take(self, item: Wire) -> None:
+        self.next_seq += 1
+        match item:
+            case t.InferEvent():
+                self.seen.extend(item.tokens)
+                self.scored += len(item.prompt_logprobs)
+            case t.LogLine():
+                self.line = item.seq
+
+    def again(self, restarted: bool) -> table.Call:
+        """The call that gets what is still to come, from a kernel that was `restarted` or not."""
+        match self.call:
+            case table.Infer() as call if self.next_seq:
+                tokens = call.tokens + t.pack_tokens(self.seen)
+                return msgspec.structs.replace(
+                    call, tokens=tokens, seen=len(self.seen), scored=self.scored, seq=self.next_seq
+                )
+            case table.Dmesg() as call if self.line:
+                self.call = msgspec.structs.replace(call, after=0 if restarted else self.line)
+        # Other streams begin anew.
+        self.credits -= self.next_seq
+        self.next_seq = self.line = 0
+        return self.call
 
 
 @dataclass(slots=True)
@@ -138,23 +159,27 @@ class Session:
             frames = wire.encode_request(id_, call, window)
         except (TypeError, ValueError, OverflowError) as problem:
             raise errors.InvalidArgument(f"{call.name}: {problem}") from None
-        pending = self._pending[id_] = _Pending(call, frames, window)
+        pending = self._pending[id_] = _Pending(call, window)
         if self.phase is Phase.OPEN:
-            self._send(pending)
+            pending.begun = pending.sent = True
+            self._out.append(frames)
         return id_
 
     def grant(self, id_: int, n: int) -> None:
         """Lets the kernel send `n` more items of stream `id_`."""
-        if n > 0 and (pending := self._pending.get(id_)) is not None and pending.sent:
+        if n > 0 and (pending := self._pending.get(id_)) is not None and pending.begun:
             pending.credits += n
-            self._out.append(wire.encode_credit(id_, n))
+            if pending.sent:
+                self._out.append(wire.encode_credit(id_, n))
 
     def cancel(self, id_: int) -> list[Event]:
         """Asks for the end of a request; its answer still comes. One that was not sent ends at once."""
         if (pending := self._pending.get(id_)) is None:
             return []
-        if pending.sent:
-            self._out.append(wire.encode_cancel(id_))
+        if pending.begun:
+            pending.cancelled = True
+            if pending.sent:
+                self._out.append(wire.encode_cancel(id_))
             return []
         del self._pending[id_]
         return [Failed(id_, errors.ConnectionLost(f"{pending.call.name}: cancelled before it was sent"))]
@@ -166,28 +191,26 @@ class Session:
         hello = table.Hello(table.VERSION, table.table_hash(), self.label, self.token)
         self._out = [wire.encode_request(self._hello_id, hello, 0)]
 
-    def offline(self, reason: str = "the connection to the kernel broke") -> list[Event]:
-        """The connection is gone. Fails what was sent and must not be sent twice."""
+    def offline(self) -> list[Event]:
+        """The connection is gone. Fails what must not be sent twice; the rest waits."""
         self.phase = Phase.OFFLINE
         self._out = []
-        events: list[Event] = []
-        for id_, pending in list(self._pending.items()):
-            if not pending.sent:
-                continue
-            if type(pending.call) in READ_ONLY:
-                pending.sent = False
-                continue
-            del self._pending[id_]
-            events.append(
-                Failed(
-                    id_,
-                    errors.ConnectionLost(
-                        f"{reason} while {pending.call.name} was under way",
-                        hint="it may or may not have been done; see `llsh ps` and `llsh dmesg`",
-                    ),
-                )
-            )
-        return events
+        for pending in self._pending.values():
+            pending.sent = False
+        once = [id_ for id_, p in self._pending.items() if p.begun and isinstance(p.call, table.Shutdown)]
+        return [self._lost(id_, "the connection to the kernel broke") for id_ in once]
+
+    def broken(self, reason: str) -> list[Event]:
+        """The connection made no sense and was dropped. Fails all that was sent: it might make none again."""
+        sent = [id_ for id_, pending in self._pending.items() if pending.sent]
+        return [self._lost(id_, reason) for id_ in sent] + self.offline()
+
+    def _lost(self, id_: int, reason: str) -> Failed:
+        pending = self._pending.pop(id_)
+        hint = "it may or may not have been done; see `llsh ps` and `llsh dmesg`"
+        return Failed(
+            id_, errors.ConnectionLost(f"{reason} while {pending.call.name} was under way", hint=hint)
+        )
 
     def abandon(self, error: errors.LLMasOSError) -> list[Event]:
         """Fails everything that waits: no connection can be had."""
@@ -225,9 +248,8 @@ class Session:
         assert isinstance(hello, table.HelloReply)
         restarted = self.hello is not None and self.hello.boot_id != hello.boot_id
         self.hello, self.phase, self._hello_id = hello, Phase.OPEN, 0
-        for pending in self._pending.values():
-            self._send(pending)
-        return [Greeted(hello, restarted)]
+        failed = [self._send(id_, pending, restarted) for id_, pending in list(self._pending.items())]
+        return [Greeted(hello, restarted), *(event for event in failed if event)]
 
     def _answer(self, answer: wire.FromKernel, pending: _Pending) -> Event:
         match answer.kind:
@@ -236,8 +258,9 @@ class Session:
                     raise errors.BadFrame(f"stream item {answer.seq} instead of {pending.next_seq}")
                 if pending.next_seq >= pending.credits:
                     raise errors.BadFrame(f"stream item {answer.seq} above the credits given")
-                pending.next_seq += 1
-                return Item(answer.id, wire.typed_item(type(pending.call), answer))
+                item = wire.typed_item(type(pending.call), answer)
+                pending.take(item)
+                return Item(answer.id, item)
             case wire.Kind.REPLY:
                 reply = wire.typed_reply(type(pending.call), answer)
                 del self._pending[answer.id]
@@ -246,9 +269,17 @@ class Session:
                 del self._pending[answer.id]
                 return Failed(answer.id, _error(answer))
 
-    def _send(self, pending: _Pending) -> None:
-        pending.sent = True
-        self._out.append(pending.frames)
+    def _send(self, id_: int, pending: _Pending, restarted: bool) -> Failed | None:
+        call = pending.again(restarted)
+        try:
+            frames = wire.encode_request(id_, call, pending.credits - pending.next_seq)
+        except errors.InvalidArgument:
+            return self._lost(id_, "what arrived is too much to go on with")
+        pending.begun = pending.sent = True
+        self._out.append(frames)
+        if pending.cancelled:
+            self._out.append(wire.encode_cancel(id_))
+        return None
 
 
 def _error(answer: wire.FromKernel) -> errors.LLMasOSError:

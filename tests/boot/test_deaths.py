@@ -25,17 +25,22 @@ def until(what: Callable[[], bool], seconds: float = 10.0) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_kernel_is_back_and_clients_find_it(daemons):
+def test_a_killed_kernel_is_back_and_its_streams_go_on(daemons):
     daemon = daemons('devices=["null"]', tiny=TINY)
     with daemon.client() as client:
         boot_id = client.boot_id
         stream = client.stream(infer([1], 500), window=2)
-        next(stream)
+        made = list(next(stream).tokens)
         daemon.kernel().kill()
-        with pytest.raises(errors.ConnectionLost):
-            stream.result()
-        assert client.ps() == []  # asked again on a new connection
+        assert [row.generated > 0 for row in client.ps()] == [True]  # asked again already
         assert client.boot_id != boot_id
+        made += [token for event in stream for token in event.tokens]
+        assert (stream.reply.generated_tokens, stream.reply.context) == (500, 501)
+        history = [1]
+        for token in made:
+            assert token == next_token(history)
+            history.append(token)
+        assert len(history) == 501
         assert client.call(infer([1, 2], 5)).generated_tokens == 5
 
 

@@ -101,6 +101,7 @@ class FakeKernel:
         self.script: Callable[[list[int], table.Infer], list[int]] = lambda tokens, call: tokens[::-1]
         self.score: Callable[[list[int]], list[float]] = lambda tokens: [-float(i) for i in tokens]
         self.beams: list[t.Sequence] = []
+        self.failing: dict[str, errors.LLMasOSError] = {}
         self.silent: set[str] = set()  # calls that are never answered
         self.mangle: Callable[[int], int] = lambda seq: seq  # what becomes of sequence numbers
         self.endless: set[str] = set()  # models whose infers only end when cancelled
@@ -163,6 +164,8 @@ class FakeKernel:
                 if call.name in self.silent:
                     return
                 try:
+                    if call.name in self.failing:
+                        raise self.failing[call.name]
                     reply = self._answer(peer, id_, call, credits_)
                 except errors.LLMasOSError as error:
                     self._send(peer, wire.encode_error(id_, error))
@@ -273,7 +276,7 @@ class FakeKernel:
 
     def _infer(self, peer: bytes, id_: int, call: table.Infer, credits_: int) -> None:
         process = self._spawn() if call.pid is None else self._process(call.pid)
-        given = t.unpack_tokens(call.tokens)
+        given = t.unpack_tokens(call.tokens[: len(call.tokens) - 4 * call.seen])
         process.tokens += given
         made: list[int] = []
         if call.max_tokens != 0 and call.beams is None:
@@ -290,6 +293,8 @@ class FakeKernel:
         ]
         if call.sampling.prompt_logprobs:
             items.insert(0, t.InferEvent(prompt_logprobs=[t.Chosen(s) for s in self.score(given)]))
+        process.tokens += made[: call.seen]
+        del items[: call.seq]
         reply = table.InferReply(
             process.pid,
             finish,
@@ -300,7 +305,7 @@ class FakeKernel:
             call.sampling.seed or 0,
             self.beams if call.beams else [],
         )
-        stream = self.streams[peer, id_] = Stream(id_, call, process, items, credits_, reply)
+        stream = self.streams[peer, id_] = Stream(id_, call, process, items, credits_, reply, call.seq)
         self._pump(peer, stream)
 
     def _pump(self, peer: bytes, stream: Stream) -> None:

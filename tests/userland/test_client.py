@@ -143,22 +143,37 @@ def test_a_restarted_kernel_is_noticed_and_found_again(client: Client, kernel: A
     assert client.boot_id == "boot2"
 
 
-def test_when_the_kernel_dies_streams_fail_and_reads_go_on(client: Client, kernel: Any) -> None:
-    kernel.endless = {"tiny:latest"}
+def test_when_the_kernel_dies_streams_and_calls_go_on(client: Client, kernel: Any) -> None:
     kernel.silent = {"whoami"}
-    stream = client.stream(infer(2))
-    next(stream)
+    stream = client.stream(infer(100), window=2)
+    tokens = list(next(stream).tokens)
     answers: list[object] = []
     reader = threading.Thread(target=lambda: answers.append(client.call(table.Whoami())))
     reader.start()
     until(lambda: "whoami" in kernel.names())
     kernel.silent = set()
     kernel.restart()
-    with pytest.raises(errors.ConnectionLost):
-        list(stream)
+    tokens += [token for event in stream for token in event.tokens]
+    assert tokens == list(range(100))[::-1]
+    assert stream.reply.generated_tokens == 100
     reader.join(5)
     assert isinstance(answers[0], table.WhoamiReply)
-    assert kernel.names().count("infer") == 1
+
+
+def test_noise_is_the_same_before_and_after(client: Client, kernel: Any) -> None:
+    stream = client.stream(table.Infer(None, "tiny:latest", b"abcd" * 9, sampling=t.Sampling(1.0)), window=2)
+    next(stream)
+    kernel.restart()
+    stream.result()
+    first, again = [call for call in kernel.calls if isinstance(call, table.Infer)]
+    assert first.sampling.seed == again.sampling.seed is not None
+
+
+def test_who_only_waits_returns_too(client: Client, kernel: Any) -> None:
+    kernel.restart()
+    until(lambda: kernel.names().count("hello") == 2)
+    hellos = [call for call in kernel.calls if isinstance(call, table.Hello)]
+    assert hellos[0].token == hellos[1].token != ""
 
 
 def test_a_kernel_that_stays_away_fails_what_waits(client: Client, kernel: Any) -> None:

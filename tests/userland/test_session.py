@@ -104,19 +104,82 @@ def test_a_reply_of_the_wrong_shape_is_refused(session: Session) -> None:
     assert isinstance(session.receive([msgspec.msgpack.encode([4, id_, {"processes": 3}])])[0], Broken)
 
 
-def test_after_a_break_reads_are_sent_again_and_the_rest_fails(session: Session) -> None:
-    reading = session.request(table.Stat("/models"))
-    killing = session.request(table.Kill(3))
-    streaming = session.request(table.Infer(3), window=4)
-    session.outgoing()
-    lost = session.offline()
-    assert {event.id for event in lost if isinstance(event, Failed)} == {killing, streaming}
-    assert all(isinstance(event.error, errors.ConnectionLost) for event in lost if isinstance(event, Failed))
-    assert greet(session, "b2") == [Greeted(session.hello, True)]
-    (again,) = session.outgoing()
-    request = wire.decode_request(again)
+def asked(frames: list[bytes]) -> wire.Request:
+    request = wire.decode_request(frames)
     assert isinstance(request, wire.Request)
-    assert (request.id, request.call) == (reading, table.Stat("/models"))
+    return request
+
+
+def test_after_a_break_what_was_under_way_is_asked_again_under_its_id(session: Session) -> None:
+    calls: list[table.Call] = [table.Stat("/models"), table.Kill(3), table.Infer(3, tokens=b"abcd")]
+    ids = [session.request(call, window=4) for call in calls]
+    session.outgoing()
+    assert session.offline() == []
+    assert greet(session, "b2") == [Greeted(session.hello, True)]
+    again = [asked(frames) for frames in session.outgoing()]
+    assert [(request.id, request.call) for request in again] == list(zip(ids, calls, strict=True))
+
+
+def test_an_infer_goes_on_behind_the_tokens_that_arrived(session: Session) -> None:
+    id_ = session.request(table.Infer(3, tokens=t.pack_tokens([7])), window=4)
+    session.outgoing()
+    session.receive(wire.encode_items([(id_, 0, t.InferEvent(prompt_logprobs=[t.Chosen(-1.0)]))]))
+    session.receive(wire.encode_items([(id_, 1, t.InferEvent([5, 6]))]))
+    session.offline()
+    session.grant(id_, 3)  # the reader goes on with what it has
+    greet(session, "b2")
+    (frames,) = session.outgoing()
+    assert asked(frames).call == table.Infer(3, tokens=t.pack_tokens([7, 5, 6]), seen=2, scored=1, seq=2)
+    assert asked(frames).credits == 4 + 3 - 2
+    assert session.receive(item(id_, 2)) == [Item(id_, t.InferEvent([2]))]
+    session.offline()
+    greet(session, "b3")
+    (frames,) = session.outgoing()
+    assert asked(frames).call == table.Infer(3, tokens=t.pack_tokens([7, 5, 6, 2]), seen=3, scored=1, seq=3)
+
+
+def test_other_streams_begin_anew(session: Session) -> None:
+    pull = session.request(table.Pull("m"), window=4)
+    log = session.request(table.Dmesg(follow=True), window=4)
+    session.outgoing()
+    for id_, event in ((pull, t.PullEvent("download")), (log, t.LogLine(9, 0.0, "info", "up"))):
+        session.receive(wire.encode_items([(id_, 0, event)]))
+    session.offline()
+    greet(session)  # the same kernel: its log goes on
+    assert [asked(frames).call for frames in session.outgoing()] == [
+        table.Pull("m"),
+        table.Dmesg(9, True),
+    ]
+    session.receive(wire.encode_items([(log, 0, t.LogLine(10, 0.0, "info", "on"))]))
+    session.offline()
+    greet(session, "b2")
+    assert asked(session.outgoing()[1]).call == table.Dmesg(0, True)
+
+
+def test_a_cancel_is_not_lost_in_a_break(session: Session) -> None:
+    id_ = session.request(table.Infer(3), window=4)
+    session.outgoing()
+    session.offline()
+    assert session.cancel(id_) == []
+    greet(session, "b2")
+    _, cancel = session.outgoing()
+    assert wire.decode_request(cancel) == wire.Cancel(id_)
+
+
+def test_a_shutdown_is_not_asked_for_twice(session: Session) -> None:
+    id_ = session.request(table.Shutdown())
+    session.outgoing()
+    (event,) = session.offline()
+    assert isinstance(event, Failed)
+    assert (event.id, type(event.error)) == (id_, errors.ConnectionLost)
+
+
+def test_a_broken_protocol_fails_what_was_sent(session: Session) -> None:
+    id_ = session.request(table.Ps())
+    session.outgoing()
+    (event,) = session.broken("protocol error: it is")
+    assert isinstance(event, Failed)
+    assert (event.id, type(event.error)) == (id_, errors.ConnectionLost)
 
 
 def test_what_was_not_sent_yet_survives_a_break_whatever_it_is(session: Session) -> None:
