@@ -26,7 +26,7 @@ LIVE = frozenset(
         "step_ms",
         "draft_tokens",
         "max_bad_frames",
-        "max_sessions",
+        "session_grace_s",
         "max_requests",
         "max_processes",
         "max_processes_per_owner",

@@ -29,8 +29,8 @@ KillMode=mixed
 TimeoutStopSec=30
 Restart=on-failure
 RestartSec=1
-# Wrong usage or configuration, and another daemon: trying again does not help.
-RestartPreventExitStatus=2 75
+# Wrong usage or configuration, a damaged journal, another daemon: trying again does not help.
+RestartPreventExitStatus=2 65 75
 LimitNOFILE=65536
 NoNewPrivileges=yes
 UMask=0077
