@@ -19,7 +19,7 @@ from llmasos.syscalls import errors
 from llmasos.syscalls.types import DeviceInfo, PoolInfo, pack_tokens
 
 from .infer import Infer
-from .memory import Memory, Table
+from .memory import Memory
 from .pace import Pace, Transfer
 from .process import Mirror, Process
 from .runqueue import RunQueue
@@ -74,7 +74,7 @@ class Pool:
         self.admitted.clear()
         self.pace = Pace()
         for process in self.processes:
-            process.table = Table(process.table.salt)
+            process.table = process.table.empty()
             process.flights = 0
             process.land()
             if process.swap is None:

@@ -29,12 +29,27 @@ def blocks_for(tokens: int) -> int:
 class Table:
     """The block table of one process: block of position p is `blocks[p // 16]`. `keys` are the hash
     chain's keys of the leading full blocks, as far as somebody asked; the first `shown` of them are of
-    blocks that are computed and were published. `salt` separates those who must not share."""
+    blocks that are computed and were published. `salt` separates those who must not share; only the first
+    `public` blocks are keyed by `commons` instead, which all have who publish what they begin with."""
 
     salt: bytes = b""
     blocks: list[int] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
     shown: int = 0
+    commons: bytes = b""
+    public: int = 0
+
+    def empty(self) -> Table:
+        """A table of nothing, in the same sharing domains."""
+        return Table(self.salt, commons=self.commons, public=self.public)
+
+    def parent(self, place: int) -> bytes:
+        """What the key of block `place` is chained to."""
+        if place == self.public and place > 0:
+            return self.salt + self.keys[-1]  # from here on nobody else's keys are the same
+        if place > 0:
+            return self.keys[-1]
+        return self.commons if self.public else self.salt
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +104,7 @@ class Memory:
         """What names the full block `index` of a process with these tokens: a hash of all before its end."""
         while len(table.keys) <= index:
             place = len(table.keys)
-            parent = table.keys[-1] if table.keys else table.salt
+            parent = table.parent(place)
             chunk = pack_tokens(tokens[place * BLOCK_TOKENS : (place + 1) * BLOCK_TOKENS])
             table.keys.append(hashlib.blake2b(parent + chunk, digest_size=32).digest())
         return table.keys[index]
@@ -130,7 +145,9 @@ class Memory:
         """A second table over the same blocks."""
         for block in table.blocks:
             self._count[block] += 1
-        return Table(table.salt, list(table.blocks), list(table.keys), table.shown)
+        return Table(
+            table.salt, list(table.blocks), list(table.keys), table.shown, table.commons, table.public
+        )
 
     def truncate(self, table: Table, length: int) -> None:
         """Gives up the blocks behind the first `length` tokens."""

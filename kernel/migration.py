@@ -13,7 +13,6 @@ from llmasos.syscalls import errors, table
 
 from . import residency, snapshots, swapping
 from .devices import Pool
-from .memory import Table
 from .process import Process
 from .sessions import Request
 
@@ -90,7 +89,7 @@ def _depart(kernel: Kernel, process: Process, new: Pool, request: Request) -> No
     old.close(process)
     old.processes.discard(process)
     old.forsake(process)
-    process.pool, process.table = new, Table(process.table.salt)
+    process.pool, process.table = new, process.table.empty()
     new.processes.add(process)
     kernel.ledger.process(process)
     process.swap = file

@@ -6,12 +6,13 @@ until it is waited for, unless nobody can.
 
 from __future__ import annotations
 
+import hmac
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llmasos.syscalls import errors
 from llmasos.syscalls.table import ForkReply, InferReply, WaitReply
-from llmasos.syscalls.types import Finish, SchedClass, Signal
+from llmasos.syscalls.types import BLOCK_TOKENS, Finish, SchedClass, Signal
 
 from .config import Config
 from .ledger import Ledger
@@ -81,7 +82,7 @@ class ProcessTable:
             sched_class=sched_class,
             nice=nice,
             label=label,
-            table=Table(self._salt(owner)),
+            table=self._table(owner),
             born=now,
         )
         self._add(process)
@@ -89,7 +90,7 @@ class ProcessTable:
 
     def restore(self, process: Process) -> None:
         """Takes in a process of an earlier kernel, under its own pid."""
-        process.table = Table(self._salt(process.owner))
+        process.table = self._table(process.owner)
         self._insert(process)
         self.reserve_pids(process.pid + 1)
 
@@ -105,8 +106,10 @@ class ProcessTable:
         self._next_pid = max(self._next_pid, pid)
         self._ledger.next_pid(self._next_pid)
 
-    def _salt(self, owner: str) -> bytes:
-        return self._secret + owner.encode()
+    def _table(self, owner: str) -> Table:
+        """An empty table whose blocks are found by `owner` alone."""
+        mine = hmac.digest(self._secret, b"of " + owner.encode(), "sha256")
+        return Table(salt=mine, commons=hmac.digest(self._secret, b"commons", "sha256"))
 
     def copy(self, parent: Process, session: bytes | None, now: float) -> Process:
         """A process with the same context, sharing the parent's blocks."""
@@ -150,6 +153,7 @@ class ProcessTable:
                 f"the context has {len(process.tokens)} tokens, not {length}", field="length"
             )
         del process.tokens[length:]
+        process.table.public = min(process.table.public, length // BLOCK_TOKENS)  # what follows is private
         process.computed = min(process.computed, length)
         process.pool.memory.truncate(process.table, process.computed)
         process.mirror.stale = True

@@ -398,6 +398,8 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
         raise errors.InvalidArgument("the context is empty", field="tokens", hint="send at least one token")
     if tokens and max(tokens) >= loaded.vocab_size:
         raise errors.InvalidArgument(f"token ids go up to {loaded.vocab_size - 1}", field="tokens")
+    if call.public > (0 if process.tokens else length):
+        raise errors.InvalidArgument("only the beginning of a context can be public", field="public")
     start = length - call.seen
     limit = loaded.context_length if call.max_tokens is None else start + call.max_tokens
     beams = call.beams
@@ -408,6 +410,8 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
     stop_ids = frozenset(sampling.stop_token_ids)
     before = len(process.tokens)
     process.tokens += tokens
+    if before == 0:
+        process.table.public = call.public // t.BLOCK_TOKENS
     # A token is sampled from the logits of the last position, which has to be computed in this infer; to
     # score the input takes the logits of every one of its positions.
     scores = sampling.prompt_logprobs and call.scored < start - before

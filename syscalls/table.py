@@ -124,6 +124,9 @@ class Infer(Call, frozen=True):
 
     Exactly one of `pid` and `model`; with `model` it is spawn + infer + reap. `max_tokens` None: up to the
     context's end; 0: only takes the input in. `exit`: the process ends when the infer does.
+    The first `public` tokens of an empty context are published: their KV blocks are shared with everybody who
+    sends the same and says so too, and whether somebody did can be found out. All else is shared only with
+    one's own processes.
 
     Asked again after the connection broke, under the same request id and token of `hello`, it goes on:
     `tokens` then ends with the `seen` generated tokens that were received, of the input's scores `scored`
@@ -149,6 +152,7 @@ class Infer(Call, frozen=True):
     nice: Annotated[int, Meta(ge=-20, le=19)] = 0
     device: Annotated[str, Meta(max_length=32)] = ""
     dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16|float8|int8|int4)$")] = ""
+    public: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
 
 
 class ForkReply(t.Wire, frozen=True):

@@ -1,4 +1,4 @@
-"""The edge under attack, by raw connections: the kernel is not restarted, and good clients are served at once.
+"""The edge under attack, by raw connections: the kernel is not restarted, good clients are served at once.
 
 Short here; the figures of docs/decisions.md are of FLOOD=5000 READERS=200 DISCONNECTS=2000.
 """
@@ -6,6 +6,7 @@ Short here; the figures of docs/decisions.md are of FLOOD=5000 READERS=200 DISCO
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import resource
 import socket
@@ -149,7 +150,7 @@ def gaps(client, count: int) -> list[float]:
     with client.stream(table.Infer(model="paced", tokens=t.pack_tokens([5]), max_tokens=count)) as stream:
         for _ in stream:
             times.append(time.monotonic())
-    return [b - a for a, b in zip(times, times[1:], strict=False)]
+    return [b - a for a, b in itertools.pairwise(times)]
 
 
 def test_readers_that_never_read_hurt_nobody(daemon):
