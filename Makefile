@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check format bench faults clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -39,6 +39,11 @@ bench: .venv/benching
 .venv/benching: .venv/developing
 	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[bench]'
 	touch $@
+
+# N multiplies the kills: N=10 kills the kernel 300 times, the worker 100 times, both 50 times.
+N ?= 1
+faults: .venv/benching
+	$(BIN)/python tests/bench/faults.py --kernel $$((30*$(N))) --worker $$((10*$(N))) --both $$((5*$(N)))
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
