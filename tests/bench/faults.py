@@ -2,11 +2,11 @@
 
     python tests/bench/faults.py [--kernel 30] [--worker 10] [--both 5] [--clients 4] [--model smollm2]
 
-Clients are processes of their own; each works through the same script of deeds again and again (one-shot infers,
-greedy and with noise; processes that are spoken to, forked, cut, stopped, ended; names of models) and writes down
-all that it was told. Meanwhile kernel, worker or both are killed. Then everything is compared with what the same
-script gave before the first kill. One JSON line with the figures; exit code 1 if one of them is not as it must be.
-"""
+Clients are processes of their own; each works through the same script of deeds again and again (one-shot
+infers, greedy and with noise; processes that are spoken to, forked, cut, stopped, ended; names of models) and
+writes down all that it was told. Meanwhile kernel, worker or both are killed. Then everything is compared
+with what the same script gave before the first kill. One JSON line with the figures; exit code 1 if one of
+them is not as it must be."""
 
 from __future__ import annotations
 
@@ -159,7 +159,9 @@ def torment(supervisor: psutil.Process, kills: list[str], dice: random.Random) -
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kernel", type=int, default=30)
     parser.add_argument("--worker", type=int, default=10)
     parser.add_argument("--both", type=int, default=5)

@@ -83,13 +83,11 @@ def test_after_a_kill_every_commit_is_there(
 
 
 def torn(disk: dict[str, bytes], synced: dict[str, bytes], dice: random.Random) -> Iterator[dict[str, bytes]]:
-    """What a power cut may leave of a commit that was being written: of the log behind what was synced before,
-    any number of first sectors, and any choice of sectors in any order."""
+    """What a power cut may leave of a commit that was being written: of the log behind what was synced
+    before, any number of first sectors, and any choice of sectors in any order."""
     name = "kernel.db-wal"
     log, before = disk[name], synced.get(name, b"")
-    changed = [
-        at for at in range(0, len(log), SECTOR) if log[at : at + SECTOR] != before[at : at + SECTOR]
-    ]
+    changed = [at for at in range(0, len(log), SECTOR) if log[at : at + SECTOR] != before[at : at + SECTOR]]
     for keep in range(len(changed) + 1):
         yield with_sectors(disk, before, log, changed[:keep])
     for _ in range(8):
