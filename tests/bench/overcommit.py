@@ -1,0 +1,79 @@
+"""How well many contexts share a memory that holds a fraction of them.
+
+    python tests/bench/overcommit.py --home FOLDER --fraction 0.002 [--streams 24] [--prompt 256] [--tokens
+    128]
+
+The model `bench` of that home; all streams at once, first with room for all, then with a memory that holds
+a fraction of what they need, swapping and (swap_*_bytes=0) recomputing. Prints a JSON line each: generated
+tokens a second from the first request to the last answer, the most preemptions of a process, and what was
+copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import daemon
+
+
+def measure(arguments: argparse.Namespace, fraction: float, *overrides: str) -> dict[str, Any]:
+    from llmasos.syscalls import table
+    from llmasos.syscalls import types as t
+    from llmasos.userland.client import Client
+
+    chance = random.Random(5)
+    prompts = [
+        [chance.randrange(1000, 40000) for _ in range(arguments.prompt)] for _ in range(arguments.streams)
+    ]
+    with daemon.running(arguments.home, f"kv_fraction={fraction}", "draft_tokens=0", *overrides):
+        client = Client()
+        pids = [client.call(table.SpawnModel("bench")).pid for _ in prompts]
+        warm = table.Infer(model="bench", tokens=t.pack_tokens(prompts[0][:64]), max_tokens=8)
+        client.stream(warm).result()
+        pool = client.call(table.Df()).pools[0]
+        calls = [
+            table.Infer(pid, tokens=t.pack_tokens(prompt), max_tokens=arguments.tokens)
+            for pid, prompt in zip(pids, prompts, strict=True)
+        ]
+        begun = time.perf_counter()
+        count = sum(len(event.tokens) for _, event in client.gather(calls))
+        seconds = time.perf_counter() - begun
+        rows = client.ps()
+        client.close()
+    needed = arguments.streams * -(-(arguments.prompt + arguments.tokens) // t.BLOCK_TOKENS)
+    return {
+        "blocks": pool.blocks_total,
+        "needed": needed,
+        "overcommitted": round(needed / pool.blocks_total, 2),
+        "block_bytes": pool.block_bytes,
+        "tokens": count,
+        "seconds": round(seconds, 2),
+        "tokens_per_s": round(count / seconds, 1),
+        "preemptions": max(row.preemptions for row in rows),
+        "preemptions_all": sum(row.preemptions for row in rows),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--home", type=Path, required=True, help="a home that holds a model called `bench`")
+    parser.add_argument("--streams", type=int, default=24)
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--fraction", type=float, required=True, help="kv_fraction of the small memory")
+    arguments = parser.parse_args()
+    for name, fraction, overrides in (
+        ("room for all", 0.4, []),
+        ("swap", arguments.fraction, []),
+        ("recompute", arguments.fraction, ["swap_host_bytes=0", "swap_disk_bytes=0"]),
+    ):
+        print(json.dumps({"memory": name} | measure(arguments, fraction, *overrides)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
