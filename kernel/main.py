@@ -176,6 +176,7 @@ def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> i
     kernel.log.info(f"listening on {endpoint}, devices {', '.join(kernel.devices)}")
     print(f"ready, listening on {endpoint}", flush=True)
     sockets.run(sys.stdin.fileno(), reload)
+    kernel.tiers.sweep()
     journal.close()
     return 0
 

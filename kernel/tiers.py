@@ -1,7 +1,7 @@
 """Where KV lies that is not in a device's memory: the folders, their limits, and the files in them.
 
 The first tier is a folder in the host's memory (tmpfs), the second one on the disk. Files of both are worth
-nothing after a reboot and are swept then. Never opens a file: workers write and read them (kv_file.py).
+nothing to the next kernel and are swept. Never opens a file: workers write and read them (kv_file.py).
 A KvFile is shared by reference count: by the processes whose context it holds, and by each move under way.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -82,7 +83,17 @@ class Tiers:
     def room(self, blocks: int, block_bytes: int) -> Tier | None:
         """The first tier that takes a file of so many blocks."""
         size = file_size(blocks, block_bytes)
-        return next((tier for tier in self.tiers if tier.used + size <= tier.limit), None)
+        fitting = (tier for tier in self.tiers if tier.used + size <= tier.limit)
+        return next((tier for tier in fitting if _is_ours(tier.folder)), None)
+
+    def sweep(self) -> None:
+        """Removes the files and the folders: at boot what an earlier kernel left, at the end what is
+        there."""
+        for tier in self.tiers:
+            with suppress(OSError):
+                for left in tier.folder.iterdir():
+                    left.unlink()
+                tier.folder.rmdir()
 
     def create(
         self, tier: Tier, block_bytes: int, stamp: KvStamp, blocks: Iterable[int], ticket: int
@@ -100,10 +111,11 @@ def file_size(blocks: int, block_bytes: int) -> int:
 
 
 def open_tiers(host: Path | None, disk: Path, host_bytes: int, disk_bytes: int) -> Tiers:
-    """Makes the folders, mode 0700, and sweeps them. A tier without a folder that is ours alone, or with a
-    limit of 0, is left out."""
+    """Sweeps the folders, and leaves out a tier without one or with a limit of 0."""
     wanted = [(host, host_bytes), (disk, disk_bytes)]
-    return Tiers([Tier(folder, limit) for folder, limit in wanted if folder and limit and _swept(folder)])
+    tiers = Tiers([Tier(folder, limit) for folder, limit in wanted if folder and limit])
+    tiers.sweep()
+    return tiers
 
 
 def host_folder(home: Path) -> Path | None:
@@ -113,16 +125,11 @@ def host_folder(home: Path) -> Path | None:
     return shared / f"llmasos-{os.getuid()}-{mark}" if os.access(shared, os.W_OK | os.X_OK) else None
 
 
-def _swept(folder: Path) -> bool:
-    """Whether `folder` is there, ours and empty now."""
+def _is_ours(folder: Path) -> bool:
+    """Makes `folder`, mode 0700, if it is missing. Whether nobody else can have to do with it."""
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.lstat()
-        if folder.is_symlink() or found.st_uid != os.getuid():
-            return False
-        folder.chmod(0o700)
-        for left in folder.iterdir():
-            left.unlink()
     except OSError:
         return False
-    return True
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o077

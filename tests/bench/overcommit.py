@@ -5,7 +5,8 @@
 
 The model `bench` of that home; all streams at once, first with room for all, then with a memory that holds
 a fraction of what they need, swapping and (swap_*_bytes=0) recomputing. Prints a JSON line each: generated
-tokens a second from the first request to the last answer, the most preemptions of a process, and what was
+tokens a second from the first request to the last answer, milliseconds of a later turn (16 tokens in, 8 out)
+of a context whose KV had to give way meanwhile, the most preemptions of a process, and what was
 copied.
 """
 
@@ -43,6 +44,12 @@ def measure(arguments: argparse.Namespace, fraction: float, *overrides: str) -> 
         begun = time.perf_counter()
         count = sum(len(event.tokens) for _, event in client.gather(calls))
         seconds = time.perf_counter() - begun
+        begun_turns = time.perf_counter()
+        turn = t.pack_tokens(prompts[0][:16])
+        for _ in range(2):
+            for pid in pids:
+                client.stream(table.Infer(pid, tokens=turn, max_tokens=8)).result()
+        turn_s = (time.perf_counter() - begun_turns) / (2 * len(pids))
         rows = client.ps()
         client.close()
     needed = arguments.streams * -(-(arguments.prompt + arguments.tokens) // t.BLOCK_TOKENS)
@@ -55,6 +62,7 @@ def measure(arguments: argparse.Namespace, fraction: float, *overrides: str) -> 
         "seconds": round(seconds, 2),
         "tokens_per_s": round(count / seconds, 1),
         "preemptions": max(row.preemptions for row in rows),
+        "turn_ms": round(1000 * turn_s, 1),
         "preemptions_all": sum(row.preemptions for row in rows),
     }
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
-from llmasos.drivers import base
+from llmasos.drivers import base, kv_file
 from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
+from msgspec.structs import replace
 
 VOCAB = 97
 
@@ -110,6 +112,25 @@ def test_exported_blocks_keep_their_bytes(subject: Any) -> None:
     assert seq.tokens[40:] == subject.greedy(seq.tokens[:40], 11)
     with pytest.raises(errors.Corrupt):
         kernel.driver.import_blocks(1, fresh, data[:-1])
+
+
+def test_a_context_goes_on_from_a_file(subject: Any, tmp_path: Path) -> None:
+    kernel, path = subject.kernel, str(tmp_path / "1.kv")
+    seq = kernel.open(prompt(40))
+    kernel.generate([seq], 2)
+    stamp = base.KvStamp("model", b"history", seq.computed)
+    loaded = {1: kernel.loaded}
+    kv_file.carry_out(kernel.driver, loaded, base.Export(9001, 1, path, stamp, seq.blocks))
+    fresh = [kernel.free.pop() for _ in seq.blocks]
+    copies = [(seq.blocks[0], fresh[0])]
+    order = base.Import(9002, 1, path, stamp, 1, fresh[1:], copies)
+    kv_file.carry_out(kernel.driver, loaded, order)
+    seq.blocks = fresh
+    kernel._announce(seq)
+    kernel.generate([seq], 9)
+    assert seq.tokens[40:] == subject.greedy(seq.tokens[:40], 11)
+    with pytest.raises(errors.Corrupt, match="kv_layout"):
+        kv_file.carry_out(kernel.driver, {1: replace(kernel.loaded, kv_layout="other")}, order)
 
 
 def test_seeds_decide_and_the_batch_does_not(subject: Any) -> None:

@@ -46,7 +46,7 @@ class Small(Machine):
         return [order for order in self.moves if isinstance(order, base.Import)]
 
     def files(self) -> list[Path]:
-        return list(self.store.swap.iterdir())
+        return list(self.store.swap.iterdir()) if self.store.swap.exists() else []
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def test_the_host_is_filled_before_the_disk(tmp_path: Path) -> None:
     host = tmp_path / "host"
     small = Small(tmp_path, swap_host_bytes=20_000)
     small.kernel.tiers.tiers.insert(0, type(small.kernel.tiers.tiers[0])(host, 20_000))
-    host.mkdir()
+    host.mkdir(mode=0o700)
     pids = [small.spawn_now() for _ in range(3)]
     made = [small.do(pid, LONG[n], 4) for n, pid in enumerate(pids)]
     assert [Path(order.path).parent for order in small.exports()] == [host, small.store.swap]
@@ -194,3 +194,20 @@ def test_a_dead_worker_has_written_nothing(small: Small, monkeypatch: pytest.Mon
     small.run(lambda: small.ended(id_))
     assert small.tokens(id_) == reference(LONG[1], 4)
     assert small.do(a, [5], 6) == reference([*LONG[0], *first, 5], 6)
+
+
+def test_a_folder_that_others_can_reach_is_not_used(tmp_path: Path) -> None:
+    small = Small(tmp_path)
+    small.store.swap.mkdir(mode=0o755)
+    a, b = small.spawn_now(), small.spawn_now()
+    small.do(a, LONG[0], 8)
+    small.do(b, LONG[1], 4)
+    assert not small.moves
+
+
+def test_what_an_earlier_kernel_left_is_swept(tmp_path: Path) -> None:
+    left = tmp_path / "modelfs" / "swap" / "17.kv"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"old")
+    Small(tmp_path)
+    assert not left.exists()
