@@ -12,6 +12,8 @@ from llmasos.syscalls.types import LogLine
 
 from .sessions import Request, Sessions
 
+LONGEST_LINE = 1000
+
 
 class Log:
     """Lines numbered from 1; `now` is the kernel's clock in seconds since boot."""
@@ -23,7 +25,11 @@ class Log:
         self.changed: Callable[[], None] = lambda: None
 
     def write(self, level: str, text: str) -> None:
+        """Adds a line. What names and addresses bring in is made harmless to terminals and bounded."""
         self._last += 1
+        text = text[:LONGEST_LINE]
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
         self._lines.append(LogLine(seq=self._last, time=round(self._now(), 6), level=level, text=text))
         self.changed()
 

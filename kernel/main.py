@@ -113,8 +113,10 @@ def private_folder(folder: Path) -> None:
 
 def run_supervisor(config: Config, overrides: list[str]) -> int:
     """Takes the lock and keeps kernel and workers running."""
+    from .faults import keep_prompts_private
     from .supervisor import Supervisor
 
+    keep_prompts_private()
     runtime = address.runtime_folder()
     try:
         private_folder(address.home_folder())
@@ -141,6 +143,7 @@ def run_supervisor(config: Config, overrides: list[str]) -> int:
 def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> int:
     """The kernel process: standard input is the supervisor's pipe, one line on standard output says ready.
     `reload` reads the configuration again."""
+    from .faults import keep_prompts_private
     from .journal import Journal
     from .loop import Kernel
     from .modelfs.store import ModelFS
@@ -148,6 +151,7 @@ def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> i
     from .supervisor import DAMAGED
     from .tiers import host_folder
 
+    keep_prompts_private()
     # libzmq aborts when descriptors run out; connections are bounded far below the hard limit.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
@@ -173,7 +177,8 @@ def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> i
     )
     kernel.log.info(f"llmasosd boots, kernel pid {os.getpid()}, home {home}")
     sockets = Sockets(kernel, journal, endpoint, address.runtime_folder() / "bus.sock", home)
-    kernel.log.info(f"listening on {endpoint}, devices {', '.join(kernel.devices)}")
+    where = ", ".join(filter(None, (endpoint, config.listen)))
+    kernel.log.info(f"listening on {where}, devices {', '.join(kernel.devices)}")
     print(f"ready, listening on {endpoint}", flush=True)
     sockets.run(sys.stdin.fileno(), reload)
     kernel.tiers.sweep()

@@ -6,15 +6,13 @@ raises becomes the request's one final answer; a bug becomes KernelFault with an
 
 from __future__ import annotations
 
-import sys
-import traceback
 from typing import TYPE_CHECKING, assert_never, cast
 
 import msgspec
 from llmasos.syscalls import errors, table, wire
 from llmasos.syscalls import types as t
 
-from . import files, migration, planning, residency, resume, snapshots
+from . import faults, files, migration, planning, residency, resume, snapshots
 from .beams import BeamSearch
 from .infer import Infer
 from .modelfs.names import parse_name
@@ -82,10 +80,10 @@ def _serve(kernel: Kernel, session_id: bytes, subject: Subject, request: wire.Re
         if isinstance(error, errors.PermissionDenied):
             kernel.audit.note("refused", session.subject.path, call=request.call.name, why=error.message)
         kernel.sessions.fail(key, error)
-    except Exception:
+    except Exception as bug:
         fault = f"{kernel.random.getrandbits(32):08x}"
         kernel.log.write("error", f"kernel fault {fault} in {request.call.name}")
-        traceback.print_exc(file=sys.stderr)
+        faults.tell(f"kernel fault {fault}", bug)
         kernel.sessions.fail(key, errors.KernelFault(f"kernel fault {fault}", hint="see the daemon's log"))
 
 
