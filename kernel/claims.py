@@ -17,7 +17,7 @@ from llmasos.syscalls.types import BLOCK_TOKENS
 
 from .memory import blocks_for
 from .process import CLASS_RANK, Process
-from .shares import paths, tenant_of
+from .shares import is_below, paths, tenant_of
 
 if TYPE_CHECKING:
     from .devices import Pool
@@ -41,6 +41,7 @@ class Claims:
         self._used: dict[str, int] | None = None  # blocks by owner path, those below it included
         self._fair: dict[str, float] = {}
         self._promised: int | None = None
+        self.lacks = "memory"  # what who was not let in last has to wait for
         self._closed = len(CLASS_RANK)  # the strongest class of which somebody was not let in
 
     def claim(self, process: Process) -> Claim:
@@ -58,6 +59,10 @@ class Claims:
         if rank >= self._closed:
             return False
         need = needed(head)
+        self.lacks = "memory"
+        if self._fills_quota(head, need):
+            self.lacks = "quota"
+            return False
         room = pool.memory.free - need
         if room >= len(pool.admitted) * (blocks_for(GROWTH_TOKENS) + 1):
             return True
@@ -95,7 +100,7 @@ class Claims:
         for p in self._holders():
             if p is claimant or p.pid in planned or bool(p.flights) != flying:
                 continue
-            if path and not (p.owner == path or p.owner.startswith(path + "/")):
+            if path and not is_below(p.owner, path):
                 continue
             theirs, waiting = self.claim(p), waits(p)
             weaker = theirs > claim if force or path else self._yields(p, theirs, claim, rank)
@@ -117,6 +122,16 @@ class Claims:
         if self._used is not None and count:
             for path in paths(process.owner):
                 self._used[path] = self._used.get(path, 0) + count
+
+    def _fills_quota(self, process: Process, need: int) -> bool:
+        """Whether an owner would have more than its most blocks, with what those of it that are in need."""
+        for path, limit in self._quotas.limits_of(process.owner):
+            if limit.kv_max is not None:
+                own = [p for p in self._pool.admitted if is_below(p.owner, path)]
+                used = self._usage().get(path, 0)
+                if own and used + need + sum(needed(p) for p in own) > limit.kv_max:
+                    return True
+        return False
 
     def _yields(self, process: Process, theirs: Claim, claim: Claim, rank: int) -> bool:
         progress = len(process.tokens) >= process.keeps_until or theirs[0] > rank

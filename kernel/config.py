@@ -30,6 +30,7 @@ LIVE = frozenset(
         "max_requests",
         "max_processes",
         "max_processes_per_owner",
+        "quotas",
         "aging_s",
         "crash_limit",
     )

@@ -73,12 +73,14 @@ class Kernel:
         self.recorder = Recorder(now, config.flight_steps)
         self.ledger = Ledger(epoch)
         self.sessions = Sessions(self.ledger)
-        self.processes = ProcessTable(config, self.sessions, self.ledger, self.random.randbytes(32))
+        self.quotas = Quotas(config.quotas)
+        self.processes = ProcessTable(
+            config, self.sessions, self.ledger, self.quotas, self.random.randbytes(32)
+        )
         home = store.folder.parent
         self.audit = Audit(home / "state" / "audit.log")
         self.keys = Keyring(home / "keys" / "authorized")
         self.server_key = ""
-        self.quotas = Quotas(config.quotas)
         self.devices = {name: Device(name, Shares(self.quotas.weight)) for name in device_names}
         self.readers = Readers(self.log, self.sessions)
         self.imports = Imports(self.sessions, config.max_imports)
@@ -276,6 +278,7 @@ class Kernel:
             )
             return
         new = ", ".join(f"{name} = {getattr(config, name)}" for name in names)
+        self.quotas.configure(self.config.quotas, config.quotas)
         self.config = self.processes.config = config
         self.log.info(f"configuration reloaded: {new or 'nothing changed'}")
 
@@ -356,6 +359,7 @@ class Kernel:
         if out.tokens:
             process.tokens += out.tokens
             process.generated += len(out.tokens)
+            self.quotas.generated(process.owner, len(out.tokens), self.now())
             process.drafted += out.drafted
             process.accepted += len(out.tokens) - out.rounds
             process.mirror.tokens += len(out.tokens)
@@ -443,7 +447,7 @@ class Kernel:
 
     # Admission
 
-    def admit(self, pool: Pool, length: int, limit: int, beams: int) -> None:
+    def admit(self, pool: Pool, owner: str, length: int, limit: int, beams: int) -> None:
         """Raises ContextOverflow or NeverFits for what can never run, however empty the device is."""
         loaded = pool.loaded
         assert loaded is not None
@@ -465,3 +469,11 @@ class Kernel:
                 needed=needed,
                 total=pool.memory.total,
             )
+        for path, quota in self.quotas.limits_of(owner):
+            if quota.kv_max is not None and needed > quota.kv_max:
+                raise errors.NeverFits(
+                    f"this needs {needed} KV blocks, {path} may have {quota.kv_max}",
+                    hint="lower max_tokens or num_beams, or see `llsh quota`",
+                    needed=needed,
+                    total=quota.kv_max,
+                )

@@ -40,7 +40,9 @@ def migrate(kernel: Kernel, process: Process, request: Request, device_name: str
             if process not in old.processes or process.exit is not None:
                 raise errors.ProcessEnded(f"process {process.pid} has ended")
             snapshots.must_be_single(process)
-            kernel.admit(new, len(process.tokens), process.infer.limit if process.infer else 0, 0)
+            kernel.admit(
+                new, process.owner, len(process.tokens), process.infer.limit if process.infer else 0, 0
+            )
         except errors.LLMasOSError as refusal:
             kernel.sessions.fail(request, refusal)
             return

@@ -103,7 +103,9 @@ def _divide(kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]
 
     def more() -> Iterator[Process]:
         for process in taken:
+            had = len(process.table.blocks)
             _match_prefix(kernel, process)
+            claims.took(process, len(process.table.blocks) - had)
             if process.runnable:
                 yield process
 
@@ -112,10 +114,13 @@ def _divide(kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]
         if process.pid in settled or (count > 1 and _is_filled_elsewhere(kernel, device, process, keys)):
             return False
         if not force and not claims.lets_in(process):
+            process.refused = claims.lacks
             return False
         if not _reserve(kernel, claims, process, count, settled, force):
+            process.refused = "quota" if claims.over(process, 1) else "memory"
             must_land |= claims.victim(process, settled, flying=True, force=force) is not None
             return False
+        process.refused = ""
         settled.add(process.pid)
         if count >= base.BLOCK_TOKENS:
             keys.update(_filled(process, count))
@@ -133,7 +138,7 @@ def _divide(kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]
         # keep it there for ever.
         device.ahead_at = math.inf
         return False
-    _send(kernel, device, pool, shares, keys)
+    _send(kernel, device, pool, claims, shares, keys)
     return True
 
 
@@ -181,7 +186,10 @@ def _reserve(
     pool, had = process.pool, len(process.table.blocks)
     start, end = process.reach(count)
     if process.swap:  # what others have computed again or still hold is shared, the rest comes from the file
+        pool.holders.add(process)
         pool.memory.match(process.table, process.tokens, process.computed)
+        claims.took(process, len(process.table.blocks) - had)
+        had = len(process.table.blocks)
     more = blocks_for(end) - len(process.table.blocks)
     room = None
     while (path := claims.over(process, more)) or (
@@ -191,6 +199,7 @@ def _reserve(
         if victim is None:
             if process.swap:
                 pool.memory.release(process.table)
+                claims.took(process, -had)
             return False
         blocks = len(victim.table.blocks)
         kernel.recorder.pushed(victim.pid, process.pid, blocks)
@@ -212,6 +221,7 @@ def _send(
     kernel: Kernel,
     device: Device,
     pool: Pool,
+    claims: Claims,
     shares: list[Share],
     keys: set[bytes],
 ) -> None:
@@ -230,7 +240,7 @@ def _send(
         draft = drafts if drafts and sample and infer.drafts else 0
         extra = draft + rounds - 1
         # Guesses and rounds take what is free and push nobody out.
-        if extra and pool.memory.reserve(process.table, *process.reach(count, extra)) is None:
+        if extra and not _spare(claims, process, *process.reach(count, extra)):
             draft, extra, rounds = 0, 0, 1
         parts.append(Part(process, infer, count, sample, draft, extra, process.epoch))
         if count == 1:
@@ -248,6 +258,17 @@ def _send(
     device.flights.append(flight)
     if len(device.flights) == 1:
         watch(kernel, device)
+
+
+def _spare(claims: Claims, process: Process, start: int, end: int) -> bool:
+    """Makes room up to position `end` if it is there and its owner may have it."""
+    had = len(process.table.blocks)
+    if claims.over(process, blocks_for(end) - had):
+        return False
+    if process.pool.memory.reserve(process.table, start, end) is None:
+        return False
+    claims.took(process, len(process.table.blocks) - had)
+    return True
 
 
 def _drafts(kernel: Kernel, pool: Pool, shares: list[Share]) -> int:

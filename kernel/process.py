@@ -90,6 +90,7 @@ class Process:
     swap: KvFile | None = None  # the KV of its first `computed` positions, if not in its table's blocks
     epoch: int = 0  # counts how often its KV was lost while steps might be in flight: their results are void
     preemptions: int = 0  # how often it lost its place in memory with an infer running
+    refused: str = ""  # what it lacked when its turn came last
     keeps_until: int = 0  # having lost its blocks, it keeps the next ones until it knows so many tokens
     beam_of: Process | None = None  # a beam's group leader; beams live and die with it
 
@@ -187,9 +188,11 @@ class Process:
         if self.moving or (self.swap and not self.swap.available):
             return "its move to another device"
         if self.state is State.SWAPPED and self.runnable:
-            return "memory"
+            return self.refused or "memory"
         if self.state in (State.WAITING, State.SWAPPED):
             return "reader" if self.infer is not None and self.infer.blocked else "owner"
+        if self.state is State.READY:
+            return self.refused or "turn"
         return "wait" if self.state is State.ZOMBIE else ""
 
     def info(self, now: float, queue_place: int) -> ProcessInfo:

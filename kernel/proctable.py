@@ -18,7 +18,9 @@ from .config import Config
 from .ledger import Ledger
 from .memory import Table
 from .process import INIT, Exit, Process
+from .quotas import Quotas
 from .sessions import Request, Sessions
+from .shares import tenant_of
 from .tenants import Subject
 
 if TYPE_CHECKING:
@@ -30,10 +32,13 @@ _EXIT_CODES = {Signal.TERM: 143, Signal.KILL: 137}
 class ProcessTable:
     """Rows by pid. Beams are rows too, but only their leader can be named."""
 
-    def __init__(self, config: Config, sessions: Sessions, ledger: Ledger, secret: bytes) -> None:
+    def __init__(
+        self, config: Config, sessions: Sessions, ledger: Ledger, quotas: Quotas, secret: bytes
+    ) -> None:
         self.config = config
         self._sessions = sessions
         self._ledger = ledger
+        self._quotas = quotas
         self._secret = secret
         self._rows: dict[int, Process] = {}
         self._waiters: dict[int, Request] = {}
@@ -53,14 +58,15 @@ class ProcessTable:
         return process
 
     def room_for(self, owner: str, count: int) -> None:
-        """Raises TooManyProcesses when `count` more are over a limit."""
-        user = owner.partition("/")[0]  # labels are free to choose, so they share one limit
-        own = sum(1 for p in self if p.owner.partition("/")[0] == user)
+        """Raises TooManyProcesses, QuotaExceeded when `count` more are over a limit."""
+        user = tenant_of(owner)  # labels are free to choose, so they share one limit
+        own = self._quotas.processes(user)
         if len(self) + count > self.config.max_processes or own + count > self.config.max_processes_per_owner:
             raise errors.TooManyProcesses(
                 f"{own} processes of {user}, {len(self)} in all",
                 hint="kill or wait for some; the limits are max_processes and max_processes_per_owner",
             )
+        self._quotas.room_for(owner, count)
 
     def spawn(
         self,
@@ -328,6 +334,7 @@ class ProcessTable:
     def _insert(self, process: Process) -> None:
         self._rows[process.pid] = process
         process.pool.processes.add(process)
+        self._quotas.born(process.owner)
 
     def _remove(self, process: Process) -> None:
         process.pool.memory.release(process.table)
@@ -337,4 +344,5 @@ class ProcessTable:
         process.pool.forsake(process)
         process.infer = None
         self._ledger.gone(process)
+        self._quotas.born(process.owner, -1)
         del self._rows[process.pid]

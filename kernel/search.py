@@ -26,6 +26,7 @@ def advance(kernel: Kernel, leader: Process) -> None:
     steps = infer.beams.advance([infer.tops[p.pid] for p in running])
     infer.tops = {}
     infer.made += 1
+    kernel.quotas.generated(leader.owner, 1, kernel.now())
     infer.first_token = infer.first_token or kernel.now()
     if infer.beams.done:
         kernel.processes.end_infer(leader, Finish.LENGTH)

@@ -88,8 +88,15 @@ class Sessions:
             entry.credit = credit
 
     def on_close(self, request: Request, closed: Callable[[], object]) -> None:
+        """Has `closed` called when the request is over, after what was to be called before."""
         if entry := self._entry(request):
-            entry.closed = closed
+            before = entry.closed
+
+            def both() -> None:
+                before()
+                closed()
+
+            entry.closed = both
 
     def reply(self, request: Request, reply: Wire) -> None:
         if entry := self._close(request):

@@ -28,6 +28,11 @@ def paths(owner: str) -> list[str]:
     return ["/".join(parts[: depth + 1]) for depth in range(len(parts))]
 
 
+def is_below(owner: str, path: str) -> bool:
+    """Whether `path` is the owner or above it."""
+    return owner == path or owner.startswith(path + "/")
+
+
 class Shares:
     """Counters of one device, in seconds by weight. `weight` tells a tenant's weight, above 0."""
 

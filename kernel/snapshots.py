@@ -16,12 +16,14 @@ from msgspec.structs import replace
 
 from . import residency, swapping
 from .devices import Pool
+from .memory import blocks_for
 from .modelfs import session_files
 from .modelfs.session_files import Kv, Layout, Snapshot, Unfinished
 from .process import Process
+from .quotas import RETRY_S, exceeded
 from .sessions import Request, Session
 from .tenants import Subject
-from .tiers import KvFile
+from .tiers import KvFile, file_size
 
 if TYPE_CHECKING:
     from .loop import Kernel
@@ -35,6 +37,7 @@ def snapshot(kernel: Kernel, subject: Subject, request: Request, call: table.Sna
     must_be_single(process)
     if process.swap and not process.swap.available:
         raise errors.ProcessBusy(f"process {process.pid} is moving to another device", hint="try again")
+    _room_on_disk(kernel, subject.path, process)
     device, files = kernel.devices[process.pool.device_name], kernel.store.sessions
     owner, name, record = subject.path, call.target, _record(process, call.target)
     file = f"{kernel.random.getrandbits(64):016x}.kv"
@@ -63,6 +66,18 @@ def snapshot(kernel: Kernel, subject: Subject, request: Request, call: table.Sna
         kernel.sessions.reply(request, info)
 
     swapping.order(kernel, device, message, answered)
+
+
+def _room_on_disk(kernel: Kernel, owner: str, process: Process) -> None:
+    """Raises QuotaExceeded when a snapshot of the process is too much for its owner."""
+    for path, limit in kernel.quotas.limits_of(owner):
+        if limit.disk_bytes is not None:
+            loaded = process.pool.loaded
+            size = 4 * len(process.tokens)
+            if loaded is not None:
+                size += file_size(blocks_for(process.computed), loaded.block_bytes)
+            if kernel.store.sessions.used(path) + size > limit.disk_bytes:
+                raise exceeded(path, "disk_bytes", limit.disk_bytes, RETRY_S)
 
 
 def restore(kernel: Kernel, session: Session, request: Request, call: table.Restore) -> None:

@@ -6,6 +6,8 @@ raises becomes the request's one final answer; a bug becomes KernelFault with an
 
 from __future__ import annotations
 
+import sys
+from collections import Counter
 from typing import TYPE_CHECKING, assert_never, cast
 
 import msgspec
@@ -18,6 +20,7 @@ from .infer import Infer
 from .modelfs.names import parse_name
 from .process import Process
 from .sessions import Request, Session
+from .shares import paths
 from .tenants import Subject
 
 if TYPE_CHECKING:
@@ -212,6 +215,11 @@ def _dispatch(
         case table.RevokeKey():
             kernel.keys_changed(kernel.keys.revoke(call.who))
             return table.KeysReply(server=kernel.server_key, keys=kernel.keys.entries())
+        case table.Quotas():
+            return _quotas(kernel, subject)
+        case table.SetQuota():
+            kernel.quotas.set(call.path, call.quota)
+            return _quotas(kernel, subject)
         case table.Shutdown():
             kernel.drain(call.drain_s)
             return table.Done()
@@ -334,7 +342,13 @@ def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer
     if call.pid is not None:
         process = kernel.processes.find(call.pid, session.subject)
         kernel.processes.must_be_idle(process)
+        owner = process.owner
     else:
+        owner = session.subject.path
+    again = call.seen or call.scored  # its input was charged then
+    over = kernel.quotas.start(owner, 0 if again else len(call.tokens) // 4, kernel.now())
+    kernel.sessions.on_close(request, over)
+    if call.pid is None:
         process = _new_process(kernel, session, call, call.model or "", detached=False)
     cancelled = False
     extra = 0
@@ -367,6 +381,23 @@ def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer
         nonlocal extra
         extra = min(extra + n, wire.MAX_CREDITS)
 
+    def late() -> None:
+        nonlocal cancelled
+        if process.infer is not None and process.infer.request == request:
+            kernel.processes.end_infer(process, t.Finish.DEADLINE)
+            return
+        cancelled = True  # its model is being loaded still
+        if start in process.pool.waiters:
+            process.pool.waiters.remove(start)
+        known = len(process.tokens)
+        seed = call.sampling.seed or 0
+        kernel.sessions.reply(request, table.InferReply(process.pid, t.Finish.DEADLINE, 0, 0, 0, known, seed))
+        if call.model is not None:
+            kernel.processes.discard(process)
+
+    if call.deadline_ms is not None:
+        call_off = kernel.at(kernel.now() + call.deadline_ms / 1000, late)
+        kernel.sessions.on_close(request, call_off)
     kernel.sessions.on_cancel(request, cancel)
     kernel.sessions.on_credit(request, credit)
     process.pool.when_ready(start)
@@ -401,7 +432,7 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
     start = length - call.seen
     limit = loaded.context_length if call.max_tokens is None else start + call.max_tokens
     beams = call.beams
-    kernel.admit(process.pool, length, limit, beams.num_beams if beams else 0)
+    kernel.admit(process.pool, process.owner, length, limit, beams.num_beams if beams else 0)
     sampling = call.sampling
     if sampling.seed is None:
         sampling = msgspec.structs.replace(sampling, seed=kernel.random.getrandbits(63))
@@ -477,6 +508,21 @@ def _set_priority(kernel: Kernel, session: Session, call: table.SetPriority) -> 
         member.pool.queue.touch(member)
     kernel.ledger.process(process)
     return process.info(kernel.now(), planning.places(kernel, process.pool).get(process.pid, 0))
+
+
+def _quotas(kernel: Kernel, subject: Subject) -> table.QuotasReply:
+    blocks: Counter[str] = Counter()
+    for process in kernel.processes:
+        if held := len(process.table.blocks):
+            for path in paths(process.owner):
+                blocks[path] += held
+    return table.QuotasReply(
+        quotas=[
+            node.info(path, blocks[path], kernel.store.sessions.used(path), kernel.now())
+            for path, node in kernel.quotas.nodes()
+            if subject.may_command(path)
+        ]
+    )
 
 
 def _places(kernel: Kernel) -> dict[int, int]:

@@ -23,7 +23,8 @@ the client.
     │   ├── ContextOverflow     prompt + max_tokens exceed the model's context
     │   ├── NeverFits           more memory than the device has, even when empty
     │   ├── TooManyProcesses
-    │   └── QueueFull
+    │   ├── QueueFull
+    │   └── QuotaExceeded       of the owner; `retry_after` seconds from now it may be otherwise
     ├── Unavailable             try again later; nothing was changed
     │   ├── DaemonUnreachable
     │   ├── ConnectionLost
@@ -152,6 +153,10 @@ class TooManyProcesses(LimitExceeded):
 
 class QueueFull(LimitExceeded):
     code = 54
+
+
+class QuotaExceeded(LimitExceeded):
+    code = 55
 
 
 class Unavailable(LLMasOSError):

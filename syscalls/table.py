@@ -123,7 +123,9 @@ class Infer(Call, frozen=True):
     """Appends `tokens` (packed u32) to a process and streams what it generates.
 
     Exactly one of `pid` and `model`; with `model` it is spawn + infer + reap. `max_tokens` None: up to the
-    context's end; 0: only takes the input in. `exit`: the process ends when the infer does.
+    context's end; 0: only takes the input in. `exit`: the process ends when the infer does. `deadline_ms`
+    from when the call comes it ends with reason `deadline`, wherever it is; what was generated stays.
+
     The first `public` tokens of an empty context are published: their KV blocks are shared with everybody who
     sends the same and says so too, and whether somebody did can be found out. All else is shared only with
     one's own processes.
@@ -131,7 +133,8 @@ class Infer(Call, frozen=True):
     Asked again after the connection broke, under the same request id and token of `hello`, it goes on:
     `tokens` then ends with the `seen` generated tokens that were received, of the input's scores `scored`
     were, and `seq` is the number of the next item. The sampling needs its seed for that. Raises
-    NoSuchProcess, ProcessBusy, ProcessEnded, ContextOverflow, NeverFits, QueueFull, DeviceFault."""
+    NoSuchProcess, ProcessBusy, ProcessEnded, ContextOverflow, NeverFits, QueueFull, QuotaExceeded,
+    DeviceFault."""
 
     name = "infer"
     needs = t.Capability.INFER
@@ -148,6 +151,7 @@ class Infer(Call, frozen=True):
     seen: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
     scored: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
     seq: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    deadline_ms: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     sched_class: t.SchedClass = t.SchedClass.INTERACTIVE
     nice: Annotated[int, Meta(ge=-20, le=19)] = 0
     device: Annotated[str, Meta(max_length=32)] = ""
@@ -491,6 +495,31 @@ class RevokeKey(Call, frozen=True):
     who: Annotated[str, Meta(max_length=64)]
 
 
+class QuotasReply(t.Wire, frozen=True):
+    quotas: list[t.QuotaInfo]
+
+
+class Quotas(Call, frozen=True):
+    """The quota tree as far as the caller may see it, by path."""
+
+    name = "quotas"
+    needs = t.Capability.SEE
+    Reply = QuotasReply
+
+
+class SetQuota(Call, frozen=True):
+    """Replaces the limits of an owner path (`alice`, `alice/agent`); None: it has none of its own.
+
+    Holds until the daemon is started again, which has those of its configuration.
+    """
+
+    name = "set_quota"
+    needs = t.Capability.ADMIN
+    Reply = QuotasReply
+    path: Annotated[str, Meta(min_length=1, max_length=256)]
+    quota: t.Quota | None = None
+
+
 class Shutdown(Call, frozen=True):
     """Stops the daemon: new work is refused at once, running infers get `drain_s` seconds to end."""
 
@@ -529,6 +558,8 @@ Syscall = Union[
     Keys,
     AuthorizeKey,
     RevokeKey,
+    Quotas,
+    SetQuota,
     Shutdown,
 ]
 

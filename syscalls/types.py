@@ -84,6 +84,7 @@ class Finish(enum.StrEnum):
     LENGTH = "length"  # max_tokens or the context is full
     CANCELLED = "cancelled"  # the caller cancelled the request
     KILLED = "killed"  # a signal ended the process
+    DEADLINE = "deadline"  # its `deadline_ms` passed
 
 
 class Sampling(Wire, frozen=True):
@@ -221,6 +222,23 @@ class Quota(Wire, frozen=True):
     processes: Annotated[int, Meta(ge=0)] | None = None
     queue: Annotated[int, Meta(ge=0)] | None = None  # infers that run or wait
     disk_bytes: Annotated[int, Meta(ge=0)] | None = None  # of snapshots
+
+
+class QuotaInfo(Wire, frozen=True):
+    """A node of the quota tree: its own limits, if it has any, and what it and those below it use.
+
+    `tokens_in` and `tokens_out` are what is left of this minute's, below 0 when more was used; None: no
+    limit.
+    """
+
+    path: str
+    limit: Quota | None
+    blocks: int
+    processes: int
+    queue: int
+    disk_bytes: int
+    tokens_in: int | None = None
+    tokens_out: int | None = None
 
 
 class FileKind(enum.StrEnum):

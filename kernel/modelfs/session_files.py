@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import msgspec
 from llmasos.drivers.base import KvStamp
@@ -151,6 +151,16 @@ class SessionFiles:
     def usage(self) -> int:
         """Bytes of all snapshots of all owners."""
         return sum(path.lstat().st_size for path in self._folder.rglob("*") if path.is_file())
+
+    def used(self, path: str) -> int:
+        """Bytes of the snapshots of an owner and those below it, as far as their records can be read."""
+        total = 0
+        for record in self._records():
+            owner = unquote(record.parent.name.removeprefix("of-"))
+            if owner == path or owner.startswith(path + "/"):
+                kv = self._kv_of(record)
+                total += record.stat().st_size + (kv.size if kv else 0)
+        return total
 
     def check(self) -> list[str]:
         """Problems found, one a line: every record is read and hashed."""

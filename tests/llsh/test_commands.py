@@ -373,3 +373,15 @@ def test_a_bug_is_two_lines_and_a_file(llsh, monkeypatch, client):
     assert llsh.code == 1
     assert llsh.err.startswith("llsh: ZeroDivisionError: oh\nhint: this is a bug")
     assert "Traceback" not in llsh.err
+
+
+def test_quotas_are_set_shown_and_taken_away(llsh):
+    assert llsh("quota", "somebody", "weight=3", "processes=2").splitlines()[-1].split()[:2] == [
+        "somebody",
+        "3",
+    ]
+    (row,) = llsh.json("quota", "somebody", "weight=", "tokens_out=600")
+    assert (row["limit"]["weight"], row["limit"]["processes"], row["tokens_out"]) == (1.0, 2, 600)
+    llsh("quota", "somebody", "speed=3")
+    assert llsh.code == 1
+    assert llsh.json("quota", "somebody", "none") == []

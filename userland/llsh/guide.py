@@ -14,7 +14,7 @@ SECTIONS: dict[str, list[str]] = {
     "Snapshots": ["snapshot", "restore", "migrate"],
     "Models": ["pull", "list", "show", "rm", "cp"],
     "Files": ["ls", "cat", "df"],
-    "Machine": ["lsdev", "dmesg", "flight", "audit", "key", "whoami", "shutdown"],
+    "Machine": ["lsdev", "dmesg", "flight", "audit", "key", "quota", "whoami", "shutdown"],
     "Help": ["help"],
 }
 

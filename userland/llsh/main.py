@@ -15,7 +15,21 @@ import typer
 from llmasos.syscalls import address, errors
 from typer.core import TyperGroup
 
-from . import audit, background, chat, files, guide, key, models, processes, run, snapshots, system, top
+from . import (
+    audit,
+    background,
+    chat,
+    files,
+    guide,
+    key,
+    models,
+    processes,
+    quota,
+    run,
+    snapshots,
+    system,
+    top,
+)
 from .shell import Shell, shell_of
 
 if TYPE_CHECKING:
@@ -43,7 +57,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (run, chat, processes, snapshots, top, background, models, files, system, audit, key):
+for group in (run, chat, processes, snapshots, top, background, models, files, system, audit, key, quota):
     app.add_typer(group.app)
 
 

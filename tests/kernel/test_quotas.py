@@ -1,0 +1,137 @@
+"""Limits by owner path: what is refused, until when, and what is counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from llmasos.kernel.quotas import Quotas
+from llmasos.kernel.tenants import LABEL_RIGHTS, Subject
+from llmasos.syscalls import errors, table, wire
+from llmasos.syscalls import types as t
+
+from .conftest import World, infer, reference
+
+ALICE = Subject("alice", 1000, 7, False, LABEL_RIGHTS)
+AGENT = ALICE.narrowed("agent")
+
+
+def retry_after(quotas: Quotas, owner: str, tokens: int, now: float) -> float:
+    """Seconds that an infer is told to wait; 0: it is let in."""
+    try:
+        quotas.start(owner, tokens, now)
+    except errors.QuotaExceeded as refusal:
+        return float(refusal.details["retry_after"])
+    return 0.0
+
+
+def test_input_tokens_come_back_at_their_rate() -> None:
+    quotas = Quotas({"alice": t.Quota(tokens_in=600)})
+    assert retry_after(quotas, "alice", 500, 0.0) == 0
+    assert retry_after(quotas, "alice", 200, 0.0) == 10.0  # 100 are left, 10 come a second
+    assert retry_after(quotas, "alice", 200, 9.9) == pytest.approx(0.1, abs=0.01)
+    assert retry_after(quotas, "alice", 200, 10.0) == 0
+    assert retry_after(quotas, "bob", 10**6, 10.0) == 0
+
+
+def test_what_is_more_than_a_minute_s_worth_waits_for_a_full_bucket_and_owes_the_rest() -> None:
+    quotas = Quotas({"alice": t.Quota(tokens_in=600)})
+    assert retry_after(quotas, "alice", 1200, 0.0) == 0
+    assert retry_after(quotas, "alice", 1, 0.0) == pytest.approx(60.1)
+
+
+def test_what_was_generated_over_the_limit_is_waited_for_afterwards() -> None:
+    quotas = Quotas({"alice": t.Quota(tokens_out=60)})
+    quotas.start("alice", 5, 0.0)
+    quotas.generated("alice", 90, 1.0)
+    assert retry_after(quotas, "alice", 1, 1.0) == pytest.approx(31.0)
+    assert retry_after(quotas, "alice", 1, 32.0) == 0
+
+
+def test_limits_above_an_owner_count_for_it_and_nothing_is_charged_by_who_is_refused() -> None:
+    quotas = Quotas({"alice": t.Quota(tokens_in=100), "alice/agent": t.Quota(queue=1)})
+    over = quotas.start("alice/agent", 10, 0.0)
+    with pytest.raises(errors.QuotaExceeded) as refused:
+        quotas.start("alice/agent", 10, 0.0)
+    assert refused.value.details["path"] == "alice/agent"
+    assert refused.value.details["quota"] == "queue"
+    over()
+    over()
+    assert retry_after(quotas, "alice/agent", 90, 0.0) == 0
+    assert retry_after(quotas, "alice/other", 1, 0.0) > 0
+    assert dict(quotas.nodes())["alice"].infers == 1
+
+
+def quotas_of(world: World) -> dict[str, dict[str, object]]:
+    id_ = world.send(table.Quotas())
+    world.flush()
+    return {str(node["path"]): node for node in world.result(id_).body["quotas"]}
+
+
+def test_a_quota_is_set_while_the_kernel_runs_and_use_is_told_by_node(world: World) -> None:
+    world.attach()
+    spawned = [world.send(table.SpawnModel(model="tiny"), session=b"\0b", subject=AGENT) for _ in range(2)]
+    world.turn(3)
+    pid = world.result(spawned[0], b"\0b").body["pid"]
+    world.send(infer(list(range(40)), pid=pid, max_tokens=4), session=b"\0b", subject=AGENT)
+    world.turn(9)
+    used = quotas_of(world)
+    assert (used["alice"]["processes"], used["alice/agent"]["processes"], used["alice"]["blocks"]) == (
+        2,
+        2,
+        3,
+    )
+    world.send(table.SetQuota("alice", t.Quota(processes=2)))
+    refused = world.send(table.SpawnModel(model="tiny"), session=b"\0b", subject=AGENT)
+    world.flush()
+    assert world.error(refused, b"\0b") is errors.QuotaExceeded
+    assert world.result(refused, b"\0b").body["details"]["retry_after"] > 0
+    world.send(table.SetQuota("alice", None))
+    again = world.send(table.SpawnModel(model="tiny"), session=b"\0b", subject=AGENT)
+    world.turn(2)
+    assert world.result(again, b"\0b").kind == wire.Kind.REPLY
+    seen = world.send(table.Quotas(), session=b"\0b", subject=AGENT)
+    world.flush()
+    assert [node["path"] for node in world.result(seen, b"\0b").body["quotas"]] == ["alice/agent"]
+    setting = world.send(table.SetQuota("alice", None), session=b"\0b", subject=AGENT)
+    world.flush()
+    assert world.error(setting, b"\0b") is errors.PermissionDenied
+
+
+def test_an_owner_keeps_within_its_blocks_and_still_gets_on(tmp_path: Path) -> None:
+    world = World(tmp_path, quotas={"alice": t.Quota(kv_max=8)})
+    world.model("tiny")
+    world.attach()
+    ids = [
+        world.send(infer([n] * 40, model="tiny", max_tokens=60), session=b"\0b", subject=ALICE, credits_=999)
+        for n in range(3)
+    ]
+    big = world.send(infer([1] * 100, model="tiny", max_tokens=100), session=b"\0b", subject=ALICE)
+    reasons = set()
+    for _ in range(400):
+        world.turn()
+        held = sum(len(p.table.blocks) for p in world.kernel.processes)
+        assert held <= 8
+        reasons |= {p.waiting_for for p in world.kernel.processes}
+    assert "quota" in reasons
+    assert world.error(big, b"\0b") is errors.NeverFits
+    for n, id_ in enumerate(ids):
+        items = [a for a in world.answers(id_, b"\0b") if a.kind == wire.Kind.ITEMS]
+        assert [token for a in items for token in a.body["tokens"]] == reference([n] * 40, 60)
+
+
+def test_snapshots_keep_within_an_owner_s_disk(tmp_path: Path) -> None:
+    world = World(tmp_path, quotas={"root": t.Quota(disk_bytes=1)})
+    world.model("tiny")
+    world.attach()
+    pid = world.spawn()
+    world.send(infer(list(range(40)), pid=pid, max_tokens=4))
+    world.turn(9)
+    refused = world.send(table.Snapshot(pid, "mine"))
+    world.flush()
+    assert world.error(refused) is errors.QuotaExceeded
+    world.send(table.SetQuota("root", t.Quota(disk_bytes=10**6)))
+    kept = world.send(table.Snapshot(pid, "mine"))
+    world.turn(3)
+    assert world.result(kept).kind == wire.Kind.REPLY
+    assert int(str(quotas_of(world)["root"]["disk_bytes"])) > 40 * 8
