@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import faulthandler
 import importlib
 import os
 import signal
@@ -177,6 +178,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if not _die_with_parent(arguments.parent):
         return 0
+    faulthandler.enable()  # a worker that hangs is sent SIGABRT, and says where it was
     # Ctrl-C on the terminal is for the kernel, which then closes the bus.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

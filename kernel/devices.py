@@ -157,6 +157,9 @@ class Device:
     transfer: Transfer = field(default_factory=Transfer)
     ahead_at: float = math.inf
     alarm: Callable[[], None] = lambda: None  # calls off the timer that waits for it
+    begun: float = 0.0  # when the first of the flights began
+    watched: bool = False
+    worked: float | None = None  # when a step ended last
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=64))
 
     @property
@@ -165,7 +168,7 @@ class Device:
             return "down" if self.restarts else "starting"
         return "busy" if self.flights or self.loading else "ready"
 
-    def info(self) -> DeviceInfo:
+    def info(self, now: float) -> DeviceInfo:
         d = self.description
         return DeviceInfo(
             name=self.name,
@@ -178,6 +181,8 @@ class Device:
             restarts=self.restarts,
             step_ms=round(1000 * statistics.median(self.step_seconds), 3) if self.step_seconds else 0.0,
             pools=[pool.info() for pool in self.pools],
+            running_s=round(now - self.begun, 3) if self.flights else 0.0,
+            idle_s=None if self.worked is None else round(now - self.worked, 3),
         )
 
 

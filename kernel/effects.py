@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 
 from llmasos.drivers import base
@@ -19,9 +20,11 @@ class ToWorker:
 
 @dataclass(frozen=True, slots=True)
 class KillWorker:
-    """Effect: a worker that broke the protocol is killed (the supervisor starts another)."""
+    """Effect: a worker that broke the protocol, or hangs, is sent a signal (the supervisor starts
+    another)."""
 
     pid: int
+    number: int = signal.SIGKILL
 
 
 @dataclass(frozen=True, slots=True)

@@ -323,6 +323,7 @@ class Kernel:
         self._landed(device)
         self.recorder.landed(flight.ticket, result.seconds, "done", result.rounds)
         rounds, outputs = result.rounds, result.outputs
+        device.worked = self.now()
         device.step_seconds.append(result.seconds / rounds)
         rows = flight.rows if rounds == 1 else sum(out.rounds for out in outputs) / rounds
         rows += sum(out.drafted for out in outputs) / rounds

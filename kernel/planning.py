@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llmasos.drivers import base
 
-from . import residency, scheduler, swapping
+from . import residency, scheduler, swapping, watchdog
 from .claims import Claims
 from .devices import Device, Flight, Part, Pool, build
 from .effects import ToWorker
@@ -299,6 +299,7 @@ def watch(kernel: Kernel, device: Device) -> None:
     device.ahead_at = math.inf
     if len(device.flights) != 1:
         return
+    watchdog.begun(kernel, device)
     flight = device.flights[0]
     expected = flight.pool.pace.expected(flight.rows, flight.tokens)
     if expected is not None:

@@ -232,9 +232,9 @@ class Sockets:
                     self._send(session, frames)
                 case ToWorker(worker, message):
                     self._tell_worker(worker, message)
-                case KillWorker(pid):
+                case KillWorker(pid, number):
                     with suppress(ProcessLookupError):
-                        os.kill(pid, signal.SIGKILL)
+                        os.kill(pid, number)
                 case Dump(why, lines):
                     self._keep(why, lines)
                 case Exited():

@@ -200,7 +200,7 @@ def _dispatch(
         case table.Df():
             return files.df(kernel)
         case table.Lsdev():
-            return table.LsdevReply(devices=[device.info() for device in kernel.devices.values()])
+            return table.LsdevReply(devices=[device.info(kernel.now()) for device in kernel.devices.values()])
         case table.Dmesg():
             kernel.readers.start(request, call.after, call.follow, credits_)
             return None

@@ -286,6 +286,8 @@ class DeviceInfo(Wire, frozen=True):
     restarts: int
     step_ms: float  # median of recent steps
     pools: list[PoolInfo]
+    running_s: float = 0.0  # age of the step that is being computed
+    idle_s: float | None = None  # since a step ended last
 
 
 class LogLine(Wire, frozen=True):

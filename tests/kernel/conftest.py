@@ -46,6 +46,7 @@ class World:
         self.drivers: dict[int, NullDriver] = {}
         self.inbox: dict[bytes, list[wire.FromKernel]] = {}
         self.killed: list[int] = []
+        self.signals: list[int] = []
         self.exited = False
         self.next_id = 0
         self.holds_steps = False  # a device that takes its time: `land` ends a step
@@ -98,8 +99,9 @@ class World:
                 self.inbox.setdefault(session, []).extend(wire.decode_answers(frames))
             case ToWorker(worker, message) if worker in self.drivers:
                 self.answer(worker, message)
-            case KillWorker(pid):
+            case KillWorker(pid, number):
                 self.killed.append(pid)
+                self.signals.append(number)
             case Exited():
                 self.exited = True
 
