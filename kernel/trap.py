@@ -6,7 +6,6 @@ raises becomes the request's one final answer; a bug becomes KernelFault with an
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from typing import TYPE_CHECKING, assert_never, cast
 
