@@ -1,9 +1,9 @@
 """How the kernel and the workers are started, watched and restarted. Tiny; no tenant can reach it.
 
 Children are found dead by pidfds. Whatever dies is started again after a pause that doubles from 0.1 s to
-30 s and is forgotten once a child ran ten times as long. The kernel ending with code 0, or DAMAGED, ends the
-daemon. The kernel's
-standard input is a pipe from here: when this process is gone the kernel sees its end and stops.
+30 s (1 s for the kernel, which starts quickly) and is forgotten once a child ran for 2 s. The kernel ending
+with code 0, or DAMAGED, ends the daemon. The kernel's standard input is a pipe from here: when this process
+is gone the kernel sees its end and stops.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from .systemd import notify
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 30.0
-HEALTHY = 10
+KERNEL_PAUSE_S = 1.0
+HEALTHY_S = 2.0
 STOP_TIMEOUT_S = 10.0
 UNDRAINED = 70
 """Exit code when the kernel did not end by itself after it was told to."""
@@ -41,6 +42,7 @@ class Child:
     started: float = 0.0
     due: float = 0.0
     pause: float = FIRST_PAUSE_S
+    longest: float = LONGEST_PAUSE_S
 
     def start(self, stdin: int, stdout: int | None) -> None:
         self.process = subprocess.Popen(self.command, stdin=stdin, stdout=stdout)
@@ -56,10 +58,10 @@ class Child:
                 pipe.close()
         os.close(self.pidfd)
         self.process, self.pidfd = None, -1
-        if time.monotonic() - self.started > HEALTHY * self.pause:
+        if time.monotonic() - self.started > HEALTHY_S:
             self.pause = FIRST_PAUSE_S
         self.due = time.monotonic() + self.pause
-        self.pause = min(2 * self.pause, LONGEST_PAUSE_S)
+        self.pause = min(2 * self.pause, self.longest)
         return code
 
 
@@ -67,7 +69,7 @@ class Supervisor:
     """Runs one kernel and its workers until the kernel ends by itself or a signal says stop."""
 
     def __init__(self, kernel_command: list[str], worker_commands: dict[str, list[str]]) -> None:
-        self._kernel = Child("kernel", kernel_command)
+        self._kernel = Child("kernel", kernel_command, longest=KERNEL_PAUSE_S)
         self._workers = [Child(name, command) for name, command in worker_commands.items()]
         self._stopping = False
         self._wake, ring = os.pipe()
