@@ -29,7 +29,7 @@ from .keyring import Keyring
 from .tenants import Subject
 
 # A client that has not read this many messages is not reading at all: credits keep streams far below.
-SEND_LIMIT = 1024
+SEND_LIMIT = 512
 LINGER_MS = 1000
 HANDSHAKE_MS = 1000
 """Who connects and does not shake hands is dropped after this."""
@@ -164,7 +164,7 @@ class Listener(ABC):
         router.set(zmq.ROUTER_MANDATORY, 1)
         router.set(zmq.MAXMSGSIZE, wire.MAX_PAYLOAD)
         router.set(zmq.SNDHWM, SEND_LIMIT)
-        router.set(zmq.RCVHWM, SEND_LIMIT)
+        router.set(zmq.RCVHWM, MOST_MESSAGES)
         router.set(zmq.LINGER, LINGER_MS)
         router.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
         self._secure(router)

@@ -7,8 +7,11 @@ two best logits have to be within 1e-3.
 
 from __future__ import annotations
 
+import os
+import random
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +23,9 @@ from llmasos.syscalls import table
 from llmasos.syscalls import types as t
 from llmasos.userland.client import Client
 
+from ..smirnov import smirnov
+
+PAIRS = int(os.environ.get("PAIRS", "12"))
 PROMPTS = [
     "The world is a beautiful place.",
     "What is the capital of France?",
@@ -122,6 +128,33 @@ def test_one_at_a_time_equals_transformers(daemon, smollm2, prompts):
             (answer,) = answers(client, [call])
             assert len(answer) == NEW
             check_greedy(smollm2, prompt, answer)
+
+
+def test_the_first_token_does_not_tell_what_others_have_asked(daemon):
+    """A prompt that another tenant had computed, against one that nobody sent. One's own is quicker."""
+    dice = random.Random(11)
+    with daemon.client("alice") as alice, daemon.client("mallory") as mallory:
+
+        def first_token(client: Client, prompt: list[int]) -> float:
+            begun = time.perf_counter()
+            call = table.Infer(model="smollm2", tokens=t.pack_tokens(prompt), max_tokens=1, dtype="float32")
+            with client.stream(call) as stream:
+                next(stream)
+                return time.perf_counter() - begun
+
+        times: dict[str, list[float]] = {"hot": [], "cold": [], "own": []}
+        first_token(mallory, [5] * 96)
+        for _ in range(PAIRS):
+            theirs, mine = ([dice.randrange(100, 40000) for _ in range(96)] for _ in range(2))
+            first_token(alice, theirs)
+            for kind, prompt in dice.sample([("hot", theirs), ("cold", mine)], 2):
+                times[kind].append(first_token(mallory, prompt))
+            times["own"].append(first_token(mallory, mine))
+    same, different = smirnov(times["hot"], times["cold"]), smirnov(times["own"], times["cold"])
+    medians = {kind: round(1e3 * sorted(found)[len(found) // 2], 1) for kind, found in times.items()}
+    print(f"first token, median ms: {medians}; foreign hot against cold p={same:.2f}, own p={different:.1e}")
+    assert same > 0.001
+    assert different < 0.01
 
 
 def test_sixteen_clients_at_once_while_the_driver_is_killed(daemon, smollm2, prompts):

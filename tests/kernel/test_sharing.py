@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from llmasos.kernel.memory import Memory, Table
 from llmasos.kernel.tenants import LABEL_RIGHTS, Subject
 from llmasos.syscalls import errors, table
 
+from ..smirnov import smirnov
 from .conftest import Machine, World, infer, reference
 
 ALICE = Subject("alice", 1000, 2, False, LABEL_RIGHTS)
@@ -73,15 +73,6 @@ def test_keys_differ_between_tenants_behind_the_public_blocks(public: int) -> No
     bob = Table(b"bob", commons=b"all", public=public)
     equal = [memory.key(alice, PROMPT, i) == memory.key(bob, PROMPT, i) for i in range(6)]
     assert equal == [i < public for i in range(6)]
-
-
-def smirnov(a: list[float], b: list[float]) -> float:
-    """Two-sample Kolmogorov-Smirnov p-value (asymptotic; ties make it conservative)."""
-    values = sorted({*a, *b})
-    gap = max(abs(sum(x <= v for x in a) / len(a) - sum(x <= v for x in b) / len(b)) for v in values)
-    size = math.sqrt(len(a) * len(b) / (len(a) + len(b)))
-    scaled = (size + 0.12 + 0.11 / size) * gap
-    return min(1.0, 2 * sum((-1) ** (k - 1) * math.exp(-2 * (k * scaled) ** 2) for k in range(1, 101)))
 
 
 def test_the_first_token_does_not_tell_what_others_have_asked(tmp_path: Path) -> None:
