@@ -143,9 +143,13 @@ class World:
         self.kernel.worker_message(worker, answer)
 
     def land(self, fails: bool = False) -> None:
-        """The first step that is held ends, or raises half-way."""
-        while not isinstance(self.held[0][1], base.Step):
+        """The first step that is held ends, or raises half-way; what was asked about KV files before it,
+        too."""
+        while self.held and not isinstance(self.held[0][1], base.Step):
             self.move(*self.held.popleft())
+        if not self.held:
+            self.flush()
+            return
         worker, step = self.held.popleft()
         driver = self.drivers[worker]
         result = driver.collect(driver.submit(step.batch))

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmasos.drivers.null import next_token
-from llmasos.kernel import planning
+from llmasos.kernel import planning, swapping
 from llmasos.syscalls import table, wire
 from llmasos.syscalls import types as t
 
@@ -53,6 +53,7 @@ class Life:
             self.pids.append(self.world.spawn())
         self.world.holds_steps = True
         self.accepted = 0
+        self.saving: list[int] = []  # snapshots under way, by request
 
     # What may happen
 
@@ -140,9 +141,28 @@ class Life:
             self.world.flush()
             self.pids += self.world.result(fork).body["pids"]
 
+    def save(self) -> None:
+        self.saving.append(self.world.send(table.Snapshot(self.dice.choice(self.pids), "s")))
+
+    def restore(self) -> None:
+        """Its KV, if it has any, is the KV of its tokens: what it generates tells."""
+        if len(self.pids) < 8:
+            id_ = self.world.send(table.Restore("s"))
+            self.world.flush()
+            final = self.world.answers(id_)
+            if final and final[0].kind == wire.Kind.REPLY:
+                self.pids.append(int(final[0].body["pid"]))
+            else:
+                self.world.kernel.message(b"\0a", ROOT, wire.encode_cancel(id_))
+
+    def disk(self) -> None:
+        """Breaks, or is mended."""
+        self.world.fail_moves = self.dice.random() < 0.3
+
     def act(self) -> None:
         acts = [self.ask] * 3 + [self.land] * 7 + [self.credit] * 2
         acts += [self.fail, self.die, self.cancel, self.signal, self.kill, self.cut, self.fork]
+        acts += [self.save, self.restore, self.disk]
         self.dice.choice(acts)()
         self.world.now += 0.01
         if self.dice.random() < 0.7:
@@ -225,6 +245,10 @@ class Life:
         self.world.flush()
         assert len(self.world.kernel.processes) == 0
         assert pool.memory.free == pool.memory.total
+        assert all(self.ended(id_) for id_ in self.saving)
+        assert not any(tier.used for tier in self.world.kernel.tiers.tiers)
+        left = [path.name for path in self.world.store.folder.rglob("*") if path.suffix in (".kv", ".link")]
+        assert len(left) <= 1, "files of contexts that are gone"
 
 
 @pytest.mark.parametrize(
@@ -235,11 +259,14 @@ class Life:
 def test_whatever_comes_between_a_step_and_its_result(
     memory: int, draft_tokens: int, rounds: int, seed: int
 ) -> None:
-    """Contexts, forks, beams, signals, preemption, cancels, failures and deaths in any order; with text that
-    repeats itself (memory 1), so that guesses come true, and without guesses; with repeated steps."""
+    """Contexts, forks, beams, signals, preemption, swapping, snapshots, cancels, failures and deaths in any
+    order; with text that repeats itself (memory 1), so that guesses come true, and without guesses; with
+    repeated steps."""
     with tempfile.TemporaryDirectory() as home, pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "MOST_ROUNDS", rounds)
-        life = Life(Path(home), random.Random(seed), memory, draft_tokens=draft_tokens)
+        dice = random.Random(seed)
+        patch.setattr(swapping, "worth_saving", lambda kernel, process: dice.random() < 0.8)
+        life = Life(Path(home), dice, memory, draft_tokens=draft_tokens)
         for _ in range(120):
             life.act()
         life.end()

@@ -211,3 +211,22 @@ def test_what_an_earlier_kernel_left_is_swept(tmp_path: Path) -> None:
     left.write_bytes(b"old")
     Small(tmp_path)
     assert not left.exists()
+
+
+def test_copies_that_wait_are_made_before_blocks_are_filled(small: Small) -> None:
+    """Who forks copies a block with the next step; whoever comes back meanwhile may get the block it is
+    copied from."""
+    a, b = small.spawn_now(), small.spawn_now()
+    first = small.do(a, LONG[0][:100], 4)
+    small.do(b, LONG[1] + list(range(100, 320)), 4)
+    assert small.row(a).state is t.State.SWAPPED
+    small.send(table.Truncate(b, 600))
+    id_ = small.send(table.Fork(b))
+    small.flush()
+    child = small.result(id_).body["pids"][0]
+    small.send(table.SetPriority(child, sched_class=t.SchedClass.REALTIME))
+    ids = [small.send(infer([5], pid=pid, max_tokens=9)) for pid in (child, a)]
+    small.run(lambda: all(small.ended(id_) for id_ in ids))
+    assert small.imports()[0].copies
+    assert small.tokens(ids[0]) == reference([*LONG[1][:600], 5], 9)
+    assert small.tokens(ids[1]) == reference([*LONG[0][:100], *first, 5], 9)
