@@ -265,14 +265,16 @@ class Sockets:
             return
         fds, resident = guard.descriptors(), guard.resident_bytes()
         verdict = self._guard.judge(fds, resident)
+        # A flood on tcp is no reason to keep local clients out.
+        flooded = [listener for listener in listeners if listener.arrivals >= guard.MOST_ARRIVALS]
         for listener in listeners:
-            listener.arrivals = 0
             if verdict is guard.Verdict.OPEN:
                 listener.open()
-            elif verdict is guard.Verdict.SHUT:
-                listener.shut()
-            else:
+            elif verdict is guard.Verdict.DROP:
                 self._leave(listener.drop())
+            elif listener in flooded or not flooded:
+                listener.shut()
+            listener.arrivals = 0
         if verdict is guard.Verdict.DROP:
             guard.give_back()
         self._kernel.edge(verdict, fds, resident)
