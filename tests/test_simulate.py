@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import time
@@ -87,3 +88,33 @@ def test_a_wrong_line_is_named(trace: Path, line: str) -> None:
     assert done.returncode == 2
     assert "line 3" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_fit_finds_the_machine_beside_disturbances(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SIMULATE.parent))
+    import fitting
+    from llmasos.kernel.recorder import Decision, Work
+
+    dice = random.Random(1)
+    decisions, now = [], 0.0
+    for ticket in range(400):
+        rows = [Work(n, dice.randrange(900), 1, True, 0) for n in range(dice.randrange(9))]
+        prompts = [Work(99, 0, dice.randrange(20, 300), True, 0)] if not rows or dice.random() < 0.3 else []
+        count = sum(work.count for work in prompts)
+        seconds = 0.005 + 0.0006 * len(rows) + 0.0004 * count
+        seconds += 1e-6 * sum(work.start + 1 for work in rows) + 2e-7 * count * (count + 1) / 2
+        seconds *= 3 if dice.random() < 0.1 else dice.uniform(0.97, 1.03)
+        sent, now = now - 0.004, now + seconds + 0.0002
+        work = rows + prompts
+        decisions.append(
+            Decision(sent, "cpu", "m", ticket, len(work), len(rows), count, 1, None, work, [], now, seconds)
+        )
+    alone = Decision(now, "cpu", "m", 999, 1, 0, 24, 1, None, [Work(1, 0, 24, True, 0)], [], now, 0.0147)
+    machine, _ = fitting.machine([*decisions, alone], 0.0169, 64, 512, 64)
+    fitted = machine.step_time
+    assert fitted.fixed == pytest.approx(0.005, rel=0.05)
+    assert fitted.decode_sequence == pytest.approx(0.0006, rel=0.05)
+    assert fitted.prefill_token == pytest.approx(0.0004, rel=0.05)
+    assert fitted.context_token == pytest.approx(1e-6, rel=0.1)
+    assert machine.pause == pytest.approx(0.0002, rel=0.01)
+    assert machine.transit == pytest.approx(0.001, rel=0.1)

@@ -155,11 +155,11 @@ def simulated(
 ) -> tuple[list[outcomes.Outcome], dict[str, Any]]:
     """The outcomes of a trace, and their figures with the kernel's own."""
     with tempfile.TemporaryDirectory() as home, _bar(len(requests)) as progress:
-        simulated_ = simulation.Simulation(Path(home), machine, requests, settings)
-        found = simulated_.run(progress)
-    spent = numpy.array(simulated_.kernel_seconds) * 1e6
+        world = simulation.Simulation(Path(home), machine, requests, settings)
+        found = world.run(progress)
+    spent = numpy.array(world.kernel_seconds) * 1e6
     figures = outcomes.summary(found) | {
-        "preemptions": simulated_.pushes,
+        "preemptions": world.pushes,
         "decisions": len(spent),
         "kernel_us_per_decision": round(float(spent.mean()), 1),
         "kernel_us_per_decision_p99": round(float(numpy.percentile(spent, 99)), 1),

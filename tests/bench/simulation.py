@@ -56,6 +56,7 @@ class Simulation:
     ) -> None:
         self.now = 0.0
         self.kernel_seconds: list[float] = []  # of each turn in which a step was planned
+        self._spent = 0.0  # since then
         self._requests = requests
         self._transit = machine.transit
         self._outcomes: dict[int, Outcome] = {}
@@ -144,8 +145,6 @@ class Simulation:
         begun = time.perf_counter()
         yield
         self._spent += time.perf_counter() - begun
-
-    _spent = 0.0
 
     def _turn(self) -> None:
         planned = False
