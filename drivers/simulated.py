@@ -7,6 +7,7 @@ collecting it moves the clock to its end. Simulated days of traffic run in secon
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from msgspec.structs import replace
@@ -91,14 +92,21 @@ class SimulatedDriver(NullDriver):
 class LightDriver(SimulatedDriver):
     """The same times with tokens that nobody checks: they depend on sequence and position alone, so that the
     simulator spends its time in the kernel. No scores, no beams. Steps have at most `step_tokens` tokens of
-    `max_sequences` sequences."""
+    `max_sequences` sequences; each takes `factor(has a prompt)` times what the model says."""
 
-    def __init__(self, step_time: StepTime, step_tokens: int, max_sequences: int) -> None:
+    def __init__(
+        self, step_time: StepTime, step_tokens: int, max_sequences: int, factor: Callable[[bool], float]
+    ) -> None:
         super().__init__(step_time=step_time)
         self._step_tokens, self._max_sequences = step_tokens, max_sequences
+        self._factor = factor
 
     def describe(self) -> Description:
         return replace(super().describe(), step_tokens=self._step_tokens, max_sequences=self._max_sequences)
+
+    def _round(self, resident: Resident, step: Step) -> float:
+        prompts = any(piece.known - piece.start > 1 for piece in step.pieces)
+        return super()._round(resident, step) * self._factor(prompts)
 
     def _compute(self, resident: Resident, piece: Piece) -> None:
         pass
@@ -112,12 +120,14 @@ class LightDriver(SimulatedDriver):
 
 
 class SimulatedWorker:
-    """A device in virtual time for who moves the clock: steps wait in `held` and run one after another, with
-    `pause` seconds of the worker's own between two."""
+    """A device in virtual time for who moves the clock: steps wait in `held` and run one after another. The
+    worker's own time is `pause` seconds a step, and `wake` instead when the step comes to an idle device."""
 
-    def __init__(self, driver: SimulatedDriver, pause: float = 0.0) -> None:
+    def __init__(self, driver: SimulatedDriver, pause: float = 0.0, wake: float = 0.0) -> None:
         self.driver = driver
         self.pause = pause
+        self.wake = wake
+        self.landed = float("-inf")
         self.held: deque[base.Step] = deque()
         self.running: StepResult | None = None
         self.ends = float("inf")
@@ -127,11 +137,12 @@ class SimulatedWorker:
         if self.running is None and self.held:
             batch = self.held.popleft().batch
             self.running = self.driver.collect(self.driver.submit(batch))
-            self.ends = now + self.running.seconds + self.pause
+            self.ends = now + self.running.seconds + (self.pause if now == self.landed else self.wake)
 
     def land(self, now: float) -> StepResult | None:
         """The result of the step that has ended by `now`."""
         if self.running is None or now < self.ends:
             return None
         done, self.running, self.ends = self.running, None, float("inf")
+        self.landed = now if self.held else float("-inf")
         return done

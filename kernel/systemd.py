@@ -13,13 +13,11 @@ from contextlib import suppress
 _UNIT = """\
 [Unit]
 Description=LLMasOS, an operating system for large language models
-Documentation=https://github.com/llmasos/llmasos/blob/main/docs/operations.md
 
 [Service]
 Type=notify
 # The kernel, a child, says that its loop turns.
 NotifyAccess=all
-ExecStartPre={command} --check
 ExecStart={command}
 ExecReload=/bin/kill -HUP $MAINPID
 WatchdogSec=60

@@ -110,7 +110,7 @@ def test_a_fit_finds_the_machine_beside_disturbances(monkeypatch: pytest.MonkeyP
             Decision(sent, "cpu", "m", ticket, len(work), len(rows), count, 1, None, work, [], now, seconds)
         )
     alone = Decision(now, "cpu", "m", 999, 1, 0, 24, 1, None, [Work(1, 0, 24, True, 0)], [], now, 0.0147)
-    machine, _ = fitting.machine([*decisions, alone], 0.0169, 64, 512, 64)
+    machine, _ = fitting.machine([*decisions, alone], 0.0167, 64, 512, 64)
     fitted = machine.step_time
     assert fitted.fixed == pytest.approx(0.005, rel=0.05)
     assert fitted.decode_sequence == pytest.approx(0.0006, rel=0.05)

@@ -3,8 +3,10 @@
     seconds = fixed + decode_sequence · rows + prefill_token · tokens
               + context_token · (context of rows) + prefill_context_token · (context of prompts' tokens)
 
-by least squares of the relative errors, without the steps that something else held up. What a step costs
-beside the device is the median distance of two that followed each other, less the second one's time.
+by least absolute relative errors (iterated least squares), so that steps which something else held up count
+without pulling. What is left is the machine's other work: a step's time is simulated with a factor drawn from
+real over fitted times. What a step costs beside the device is the median distance of two that followed each
+other, less the second one's time; or, when it comes to an idle device, what passes beside its own time.
 """
 
 from __future__ import annotations
@@ -18,8 +20,7 @@ from llmasos.kernel.recorder import Decision
 from numpy.typing import NDArray
 from simulation import Machine
 
-OUTLIER = 4.0
-"""Steps that are so many median errors off say something about the machine's other work."""
+FACTORS = 100
 
 Floats = NDArray[numpy.float64]
 
@@ -31,14 +32,26 @@ def machine(
     of prompts that were alone; `alone_s` is their TTFT."""
     shapes = numpy.array([_shape(one) for one in decisions])
     seconds = numpy.array([(one.seconds or 0.0) / one.rounds for one in decisions])
-    found, errors = _least_squares(shapes, seconds)
-    fixed, row, token, context, prefill_context = (float(max(0.0, value)) for value in found)
-    pause = _pause(decisions)
+    found = numpy.maximum(_fit(shapes, seconds), 0.0)
+    fixed, row, token, context, prefill_context = (float(value) for value in found)
+    ratios = seconds / numpy.maximum(shapes @ found, 1e-9)
+    prompts = shapes[:, 2] > 0
+    pause, wake = _beside(decisions)
     lonely = [one.seconds or 0.0 for one in decisions if one.tokens == 24 and not one.rows]
-    transit = max(0.0, alone_s - statistics.median(lonely) - pause) / 2
-    step_time = StepTime(fixed, token, row, context, prefill_context)
-    made = Machine(step_time, 1, blocks, step_tokens, sequences, round(pause, 6), round(transit, 6))
-    return made, errors
+    transit = max(0.0, alone_s - statistics.median(lonely) - wake) / 2
+    made = Machine(
+        StepTime(fixed, token, row, context, prefill_context),
+        1,
+        blocks,
+        step_tokens,
+        sequences,
+        round(pause, 6),
+        round(wake, 6),
+        round(transit, 6),
+        _factors(ratios[~prompts]),
+        _factors(ratios[prompts]),
+    )
+    return made, [float(off) for off in numpy.abs(ratios - 1)]
 
 
 def _shape(one: Decision) -> tuple[float, ...]:
@@ -48,23 +61,37 @@ def _shape(one: Decision) -> tuple[float, ...]:
     return 1.0, len(rows), sum(work.count for work in prompts), sum(rows), attended
 
 
-def _least_squares(shapes: Floats, seconds: Floats) -> tuple[Floats, list[float]]:
+def _fit(shapes: Floats, seconds: Floats) -> Floats:
     # A step whose sequences were all over takes no time: relative errors have a floor.
-    weights = 1 / numpy.maximum(seconds, numpy.percentile(seconds, 10))
-    kept = numpy.ones(len(seconds), bool)
-    for _ in range(10):
-        scaled = shapes[kept] * weights[kept, None]
-        found = numpy.linalg.lstsq(scaled, (seconds * weights)[kept], rcond=None)[0]
-        off = numpy.abs(shapes @ found - seconds) * weights
-        kept = off < OUTLIER * numpy.median(off[kept])
-    return found, [float(error) for error in off]
+    relative = 1 / numpy.maximum(seconds, numpy.percentile(seconds, 10))
+    weights = relative
+    for _ in range(50):
+        found = numpy.linalg.lstsq(shapes * weights[:, None], seconds * weights, rcond=None)[0]
+        off = numpy.abs(shapes @ found - seconds) * relative
+        weights = relative / numpy.sqrt(numpy.maximum(off, 0.01))
+    return found
 
 
-def _pause(decisions: list[Decision]) -> float:
-    """Of pairs of which the second was sent before the first had landed."""
-    gaps = [
-        b.landed - a.landed - (b.seconds or 0.0)
-        for a, b in itertools.pairwise(decisions)
-        if a.landed is not None and b.landed is not None and b.ticket == a.ticket + 1 and b.time < a.landed
-    ]
-    return max(0.0, statistics.median(gaps)) if gaps else 0.0
+def _factors(ratios: Floats) -> tuple[float, ...]:
+    """The distribution as equally likely values."""
+    if not len(ratios):
+        return (1.0,)
+    places = (numpy.arange(FACTORS) + 0.5) / FACTORS
+    return tuple(round(float(value), 4) for value in numpy.quantile(ratios, places))
+
+
+def _beside(decisions: list[Decision]) -> tuple[float, float]:
+    """Seconds of pause between steps, and of waking up for one that comes when the one before has landed."""
+    pauses, wakes = [], []
+    for a, b in itertools.pairwise(decisions):
+        if a.landed is None or b.landed is None or b.ticket != a.ticket + 1:
+            continue
+        if b.time < a.landed:
+            pauses.append(b.landed - a.landed - (b.seconds or 0.0))
+        else:
+            wakes.append(b.landed - b.time - (b.seconds or 0.0))
+    return _median(pauses), _median(wakes)
+
+
+def _median(values: list[float]) -> float:
+    return max(0.0, statistics.median(values)) if values else 0.0

@@ -26,6 +26,7 @@ from traces import VOCABULARY, Request
 
 POLL_S = 1.0
 ALONE = 10
+REPEATS = 3
 GRID = [
     (rows, context)
     for rows in (1, 2, 3, 4, 6, 8, 12, 16, 24)
@@ -133,8 +134,9 @@ def grid(client: Client, progress: Callable[[int], object]) -> tuple[list[Decisi
                 next(stream)
                 first.append(time.monotonic() - begun)
                 stream.result()
-        for place, (rows, context) in enumerate(GRID):
-            calls = [infer(_fresh(place, n, context), 24) for n in range(rows)]
+        for place, (rows, context) in enumerate(GRID * REPEATS):
+            # The device repeats steps of few rows by itself, so those need more tokens for as many steps.
+            calls = [infer(_fresh(place, n, context), max(24, 192 // rows)) for n in range(rows)]
             for _ in client.gather(calls):
                 pass
             progress(place)

@@ -108,7 +108,7 @@ def _fit(arguments: argparse.Namespace) -> int:
     from llmasos.drivers.native.model import MAX_PICKS, MAX_ROWS
     from llmasos.syscalls import table
 
-    with replay.serving(arguments.home) as client, _bar(len(replay.GRID)) as progress:
+    with replay.serving(arguments.home) as client, _bar(len(replay.GRID) * replay.REPEATS) as progress:
         decisions, alone_s = replay.grid(client, progress)
         (pool,) = client.call(table.Lsdev()).devices[0].pools
     machine, off = fitting.machine(decisions, alone_s, pool.blocks_total, MAX_ROWS, MAX_PICKS)

@@ -8,6 +8,7 @@ affair.
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,8 +37,10 @@ RIGHTS = frozenset(t.Capability) - {t.Capability.ADMIN}
 
 class Machine(msgspec.Struct, frozen=True):
     """What is simulated: `devices` equal ones, each with `blocks` KV blocks, at most `step_tokens` tokens of
-    `sequences` sequences in a step and `pause` seconds between two; `transit` seconds from a client to the
-    kernel, and as much back."""
+    `sequences` sequences in a step, `pause` seconds between two, `wake` before one that comes to an idle
+    device; `transit` seconds from a client to the kernel, and as much back. A step takes its time by a factor
+    that is drawn from `decode_factors`, or from `prefill_factors` if there is a prompt in it: what else the
+    machine does, as it was measured."""
 
     step_time: StepTime = StepTime()
     devices: int = 1
@@ -45,7 +48,10 @@ class Machine(msgspec.Struct, frozen=True):
     step_tokens: int = 256
     sequences: int = 64
     pause: float = 0.0
+    wake: float = 0.0
     transit: float = 0.0
+    decode_factors: tuple[float, ...] = (1.0,)
+    prefill_factors: tuple[float, ...] = (1.0,)
 
 
 class Simulation:
@@ -77,9 +83,16 @@ class Simulation:
             Config,
         )
         self.kernel = Kernel(config, store, names, lambda: self.now, seed=1)
+        dice = random.Random(1)
+
+        def factor(prompts: bool) -> float:
+            return dice.choice(machine.prefill_factors if prompts else machine.decode_factors)
+
         self._workers = {
             number: SimulatedWorker(
-                LightDriver(machine.step_time, machine.step_tokens, machine.sequences), machine.pause
+                LightDriver(machine.step_time, machine.step_tokens, machine.sequences, factor),
+                machine.pause,
+                machine.wake,
             )
             for number in range(len(names))
         }
