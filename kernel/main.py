@@ -180,7 +180,12 @@ def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> i
     where = ", ".join(filter(None, (endpoint, config.listen)))
     kernel.log.info(f"listening on {where}, devices {', '.join(kernel.devices)}")
     print(f"ready, listening on {endpoint}", flush=True)
-    sockets.run(sys.stdin.fileno(), reload)
+    try:
+        sockets.run(sys.stdin.fileno(), reload)
+    except errors.Unavailable as problem:
+        # Nobody was told of what is not in the journal, so the next kernel goes on from there.
+        print(f"llmasosd: {problem}", file=sys.stderr, flush=True)
+        return 1
     kernel.tiers.sweep()
     journal.close()
     return 0

@@ -73,6 +73,8 @@ def _serve(kernel: Kernel, session_id: bytes, subject: Subject, request: wire.Re
             if not again:
                 kernel.sessions.answer_again(key, frames)
                 return
+        if kept and isinstance(call, table.SpawnModel | table.Infer | table.Fork | table.Restore):
+            kernel.store.require_room()
         if call.needs is t.Capability.ADMIN:
             kernel.audit.before(call.name, session.subject.path, **_facts(call))
         reply = _dispatch(kernel, session, key, call, request.credits)

@@ -31,7 +31,7 @@ from typing import Annotated
 
 import msgspec
 from llmasos.drivers.base import File
-from llmasos.syscalls.errors import Corrupt, InvalidArgument, NoSuchFile, NoSuchModel
+from llmasos.syscalls.errors import Corrupt, InvalidArgument, NoSuchFile, NoSuchModel, Unavailable
 from llmasos.syscalls.types import FileInfo, FileKind
 from msgspec import Meta, Struct
 
@@ -42,6 +42,9 @@ from .session_files import SessionFiles
 
 SCHEMA = 1
 MAX_READ = 1024 * 1024
+JOURNAL_ROOM = 16 * 1024 * 1024
+"""Bytes of disk that are left for what frees some: nothing that adds to the journal may take them."""
+
 MAX_MANIFEST = 4 * 1024 * 1024
 WHEELS_KEPT_S = 7 * 86400
 """A downloaded wheel whose import failed is kept this long, so that a rerun need not fetch it again."""
@@ -189,6 +192,15 @@ class ModelFS:
     def driver_files(self, manifest: Manifest) -> dict[str, File]:
         """What a driver loads: where each file lies and what it must hash to."""
         return {f.path: File(str(self.blob(f.digest)), f.digest, f.size) for f in manifest.files}
+
+    def require_room(self) -> None:
+        """Raises Unavailable when the disk is so full that the journal may soon have no room for more."""
+        disk = os.statvfs(self.folder)
+        if disk.f_bavail * disk.f_frsize < JOURNAL_ROOM:
+            raise Unavailable(
+                f"the disk that holds {self.folder.parent} is full",
+                hint="see `llsh df`; remove models or files",
+            )
 
     def usage(self) -> tuple[int, int]:
         """Bytes of all blobs and of what was derived from them, and how many blobs there are."""

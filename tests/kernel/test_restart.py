@@ -249,3 +249,43 @@ def book(number: int, pid: int | None, done: Call, contexts: list[dict[int, list
             assert reply.reason.startswith(("signal TERM", "infer ended"))
             assert pid is not None
             del own[pid]
+
+
+def test_a_full_disk_is_an_error_for_what_needs_more_of_it(tmp_path: Path) -> None:
+    world = Clients(tmp_path, random.Random(1), clients=1)
+    pid = world.ask(0, table.SpawnModel(model="tiny"))
+    world.settle()
+
+    def full() -> None:
+        raise errors.Unavailable("the disk is full")
+
+    world.store.require_room = full  # type: ignore[method-assign]
+    refused = [world.ask(0, table.SpawnModel(model="tiny")), world.ask(0, table.Fork(pid.reply.pid))]
+    frees = [world.ask(0, table.Kill(pid.reply.pid)), world.ask(0, table.Wait(pid.reply.pid))]
+    world.settle()
+    assert [type(call.error) for call in refused] == [errors.Unavailable] * 2
+    assert [call.error for call in frees] == [None] * 2
+
+
+def test_who_does_not_return_after_a_restart_is_forgotten(tmp_path: Path) -> None:
+    world = Clients(tmp_path, random.Random(1), clients=2)
+    mine, other = (world.ask(number, table.SpawnModel(model="tiny")) for number in range(2))
+    loose = world.ask(0, table.SpawnModel(model="tiny", detached=True))
+    world.settle()
+    world.round(dies=True)
+    gone = world.sessions.pop(0)
+    gone.offline()
+    world.sessions.insert(0, Session(token="f" * 32))
+    world.sessions[0].online()
+    world.calls[0] = {}
+    listed = world.ask(1, table.Ps())
+    world.settle()
+    assert [row.pid for row in listed.reply.processes] == sorted(c.reply.pid for c in (mine, other, loose))
+    world.now += 31
+    world.round()
+    listed = world.ask(1, table.Ps())
+    world.settle()
+    assert [row.pid for row in listed.reply.processes] == sorted([other.reply.pid, loose.reply.pid])
+    assert not any(
+        name.startswith("answer") and b"0" * 32 in bytes(data) for name, data in world.rows.items()
+    )
