@@ -11,6 +11,7 @@ Every decision has one order of claims, so whoever is first in it always finds r
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from llmasos.syscalls.types import BLOCK_TOKENS
@@ -35,12 +36,15 @@ Claim = tuple[int, int, int, int, int]
 class Claims:
     """The claims to `pool` as they are when the decision begins."""
 
-    def __init__(self, pool: Pool, quotas: Quotas) -> None:
+    def __init__(self, pool: Pool, quotas: Quotas, slots: int) -> None:
+        """`slots` are as many as a step serves."""
         self._pool = pool
         self._quotas = quotas
+        self._slots = slots
         self._used: dict[str, int] | None = None  # blocks by owner path, those below it included
         self._fair: dict[str, float] = {}
         self._promised: int | None = None
+        self._served: Counter[tuple[int, str]] | None = None  # admitted ones by class and tenant
         self.lacks = "memory"  # what who was not let in last has to wait for
         self._closed = len(CLASS_RANK)  # the strongest class of which somebody was not let in
 
@@ -62,6 +66,9 @@ class Claims:
         self.lacks = "memory"
         if self._fills_quota(head, need):
             self.lacks = "quota"
+            return False
+        if len(pool.admitted) >= self._slots and self._has_its_slots(head, rank):
+            self.lacks = "turn"
             return False
         room = pool.memory.free - need
         if room >= len(pool.admitted) * (blocks_for(GROWTH_TOKENS) + 1):
@@ -122,6 +129,19 @@ class Claims:
         if self._used is not None and count:
             for path in paths(process.owner):
                 self._used[path] = self._used.get(path, 0) + count
+
+    def _has_its_slots(self, process: Process, rank: int) -> bool:
+        """Whether a tenant has its part of a step's places, as far as no stronger class has them: more would
+        only make all of its own slower."""
+        if self._served is None:
+            self._served = Counter(
+                (CLASS_RANK[p.sched_class], tenant_of(p.owner)) for p in self._pool.admitted
+            )
+        tenant = tenant_of(process.owner)
+        peers = {one for of, one in self._served if of <= rank} | {tenant}
+        whole = sum(self._quotas.weight(one) for one in peers)
+        own = sum(self._served[of, tenant] for of in range(rank + 1))
+        return own >= max(1, self._slots * self._quotas.weight(tenant) / whole)
 
     def _fills_quota(self, process: Process, need: int) -> bool:
         """Whether an owner would have more than its most blocks, with what those of it that are in need."""

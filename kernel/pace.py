@@ -14,6 +14,11 @@ FIRST_CHUNK = 64
 LEAST_CHUNK = 16
 """A bounded step carries so many prompt tokens at least: prompts always get on."""
 
+PASS_ROWS = 16
+"""One pass over the weights serves about so many rows in the time of one: up to here rows are cheap."""
+
+MANY_ROWS = 1 << 20
+
 UNKNOWN_S = 0.001
 LEAST_COST_S = 1e-6
 """Nothing is for free, or it would not be shared."""
@@ -72,6 +77,12 @@ class Pace:
         self.fixed = max(0.0, self.fixed + _FIXED_GAIN * share)
         self.row = max(0.0, self.row + rows * share)
         self.token = max(0.0, self.token + tokens * share)
+
+    def rows_within(self, seconds: float) -> int:
+        """Generating rows that a step may have to stay within `seconds`, one at least."""
+        if self.row <= 0:
+            return MANY_ROWS
+        return max(1, int((seconds - self.fixed) / self.row))
 
     def tokens_within(self, rows: int, seconds: float) -> int:
         """Prompt tokens that a step of `rows` generating rows may carry to stay within `seconds`."""

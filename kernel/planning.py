@@ -18,6 +18,7 @@ from .claims import Claims
 from .devices import Device, Flight, Part, Pool, build
 from .effects import ToWorker
 from .memory import blocks_for
+from .pace import PASS_ROWS
 from .process import Process
 from .scheduler import Share
 
@@ -85,7 +86,9 @@ def _divide(kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]
     description = device.description
     assert description is not None
     step_tokens = kernel.config.step_tokens or description.step_tokens
-    most = min(description.max_sequences, step_tokens)
+    step_s = kernel.config.step_ms / 1000
+    # Who arrives waits for the step that runs, so it is kept short, however many generate.
+    most = min(description.max_sequences, step_tokens, max(PASS_ROWS, pool.pace.rows_within(step_s)))
     turn = list(itertools.islice(taken, most))
     if not turn:
         return False
@@ -94,11 +97,18 @@ def _divide(kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]
     turn = [process for process in turn if process.runnable]
     if not turn:
         return True  # a shared prefix was all that they wanted
+    if len(pool.queue) > 1:
+        step_tokens = min(step_tokens, max(most, pool.pace.tokens_within(0, step_s)))
+    if (prompt := next((process for process in turn if process.lacking > PASS_ROWS), None)) is not None:
+        needs = pool.pace.token * prompt.lacking
+        rows = pool.pace.rows_within(max(step_s - needs, step_s / 4))
+        turn = _with_room_for_prompts(turn, rows)
+        most = len(turn)
     rows = sum(1 for process in turn if process.lacking == 1)
-    chunk_tokens = pool.pace.tokens_within(rows, kernel.config.step_ms / 1000)
+    chunk_tokens = pool.pace.tokens_within(rows, step_s)
     settled: set[int] = set()  # in the step already, or pushed out of it
     keys: set[bytes] = set()  # of the blocks that the step fills with prompts
-    claims = Claims(pool, kernel.quotas)
+    claims = Claims(pool, kernel.quotas, max(PASS_ROWS, pool.pace.rows_within(step_s)))
     must_land = force = False
 
     def more() -> Iterator[Process]:
@@ -140,6 +150,13 @@ def _divide(kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]
         return False
     _send(kernel, device, pool, claims, shares, keys)
     return True
+
+
+def _with_room_for_prompts(turn: list[Process], rows: int) -> list[Process]:
+    """Of those whose turn it is, the prompts and the first `rows` of those that generate."""
+    generating = [process for process in turn if process.lacking == 1]
+    later = set(generating[rows:])
+    return [process for process in turn if process not in later]
 
 
 def _match_prefix(kernel: Kernel, process: Process) -> None:
@@ -274,7 +291,7 @@ def _spare(claims: Claims, process: Process, start: int, end: int) -> bool:
 def _drafts(kernel: Kernel, pool: Pool, shares: list[Share]) -> int:
     """How many tokens each process of a step may guess. Each may take a block for that, and as many have
     to be left for who needs one for certain."""
-    spare = scheduler.PASS_ROWS - sum(share.count for share in shares)
+    spare = PASS_ROWS - sum(share.count for share in shares)
     if spare < len(shares) or pool.memory.free < 2 * len(shares):
         return 0
     return min(kernel.config.draft_tokens, spare // len(shares))

@@ -2,7 +2,8 @@
 process that it takes.
 
 Order: a class that has waited for too long, then the classes; inside a class the tenant with the least
-counter (shares.py); inside a tenant the process with the least weighted service (nice), among equals those
+counter (shares.py); inside a tenant who is in memory before who is not (claims.py tells how many get in),
+then the process with the least weighted service (nice), among equals those
 whose prompt shares the longest computed prefix, among the arrivals of a moment, then by age. While a decision
 takes processes each is counted as served at once, so that a step is divided between the tenants too.
 
@@ -28,7 +29,7 @@ MANY = 256
 PLACES_S = 0.5
 """Places in a queue of more than MANY are found anew so often at most: it costs O(n log n)."""
 
-_Entry = tuple[float, int, int, int, int, Process]
+_Entry = tuple[bool, float, int, int, int, int, Process]
 _Offer = tuple[float, int, "_Line"]
 
 
@@ -148,12 +149,13 @@ class RunQueue:
                 self._leave(process)
             line = self._join(process, key)
         entry = self._entries.get(process)
-        if entry is not None and entry[0] == head.vruntime:
+        outside = head not in process.pool.admitted
+        if entry is not None and entry[:2] == (outside, head.vruntime):
             return
         infer = head.infer
         assert infer is not None
         moment, number = int(infer.arrived / CACHE_WINDOW_S), next(self._numbers)
-        entry = (head.vruntime, moment, -infer.prefix, process.pid, number, process)
+        entry = (outside, head.vruntime, moment, -infer.prefix, process.pid, number, process)
         self._entries[process] = entry
         heapq.heappush(line.heap, entry)
         if line.offer is None:
@@ -168,7 +170,7 @@ class RunQueue:
         if not self._busy[line.rank]:
             self.shares.served[line.rank] = max(self.shares.served[line.rank], self._now())
         head = process.beam_of or process
-        least = max(line.least, line.heap[0][0]) if line.heap else line.least
+        least = max(line.least, line.heap[0][1]) if line.heap else line.least
         head.vruntime = max(head.vruntime, least)
         line.busy.add(process)
         self._busy[line.rank] += 1
@@ -210,7 +212,9 @@ class RunQueue:
             if self._entries.get(process) is not entry:
                 continue
             del self._entries[process]
-            if not process.runnable or (process.beam_of or process).vruntime > entry[0]:
+            head = process.beam_of or process
+            now = (head not in process.pool.admitted, head.vruntime)
+            if not process.runnable or now > entry[:2]:
                 self.touch(process)
                 continue
             return process

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from llmasos.syscalls.types import BLOCK_TOKENS
 
+from .pace import PASS_ROWS
 from .process import CLASS_RANK, Process
 from .shares import tenant_of
 
@@ -23,8 +24,8 @@ NICE_STEP = 1.25
 MOST_REFUSALS = 64
 """A plan looks no further when so many of those that came next could not be served."""
 
-PASS_ROWS = 16
-"""One pass over the weights serves about so many rows in the time of one: up to here rows are cheap."""
+MOST_REFUSALS = 64
+"""A plan looks no further when so many of those that came next could not be served."""
 
 
 @dataclass(frozen=True, slots=True)

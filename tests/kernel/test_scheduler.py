@@ -14,6 +14,7 @@ from llmasos.kernel.claims import Claims
 from llmasos.kernel.devices import Pool
 from llmasos.kernel.infer import Infer
 from llmasos.kernel.memory import Memory, Table
+from llmasos.kernel.pace import PASS_ROWS
 from llmasos.kernel.process import CLASS_RANK, Process
 from llmasos.kernel.quotas import Quotas
 from llmasos.kernel.runqueue import RunQueue
@@ -212,7 +213,7 @@ def test_a_prompt_does_not_wait_for_weaker_work_in_its_own_step() -> None:
     equal, stronger = process(4), process(5, sched_class="realtime")
     queue = order([ask, *weaker, equal, stronger])
     assert planned(queue) == [(5, 1), (1, 30), (4, 1)]
-    few = process(1, scheduler.PASS_ROWS)  # costs the others no more than they cost it
+    few = process(1, PASS_ROWS)  # costs the others no more than they cost it
     assert planned(order([few, *weaker])) == [(1, 16), (2, 1), (3, 50)]
     waiting = queue_of([ask, *weaker])
     waiting.shares.served[CLASS_RANK[SchedClass.BATCH]] = -5.0  # its class starves
@@ -311,7 +312,7 @@ def taken_for(claimant: Process, holders: list[Process], **quotas: Quota) -> lis
     made = pool()
     made.memory, made.holders = Memory(100), set(holders)
     taken = []
-    claims = Claims(made, Quotas(quotas))
+    claims = Claims(made, Quotas(quotas), 99)
     while (victim := claims.victim(claimant, set())) is not None:
         taken.append(victim.pid)
         claims.took(victim, -len(victim.table.blocks))
