@@ -1,5 +1,5 @@
-"""Whatever is done to a process, its greedy text is the text of one that was left alone: the real default
-model in float32 on the native engine, with room for little more than one context."""
+"""Whatever is done to a process, its text, greedy or seeded, is the text of one that was left alone: the
+real default model in float32 on the native engine, with room for little more than one context."""
 
 from __future__ import annotations
 
@@ -42,6 +42,10 @@ class Real(World):
             (pool,) = self.kernel.devices[name].pools
             pool.memory = Memory(BLOCKS)
         self.pid = 0
+        self.sampling = t.Sampling()
+
+    def more(self, count: int, tokens: list[int] | None = None) -> table.Infer:
+        return infer(tokens or [], pid=self.pid, max_tokens=count, sampling=self.sampling)
 
     def attach(self, worker: int = 1, device: str = "cpu") -> None:
         driver: Any = self.natives[device]
@@ -66,7 +70,7 @@ class Real(World):
         self.turn(3)
         self.inbox[b"\0a"].clear()
         self.pid = int(self.ask(table.SpawnModel("smollm2", device="cpu", dtype="float32"))["pid"])
-        self.until_answered(self.send(infer(PROMPT, pid=self.pid, max_tokens=1)))
+        self.until_answered(self.send(self.more(1, PROMPT)))
 
     def tokens_of(self, pid: int) -> list[int]:
         return next(list(p.tokens) for p in self.kernel.processes if p.pid == pid)
@@ -107,11 +111,14 @@ def real() -> Iterator[Real]:
     shutil.rmtree(home)
 
 
-@pytest.fixture(scope="module")
-def text(real: Real) -> list[int]:
+@pytest.fixture(scope="module", params=["greedy", "seeded"])
+def text(real: Real, request: pytest.FixtureRequest) -> list[int]:
     """What the prompt is followed by when nobody disturbs it."""
+    real.sampling = (
+        t.Sampling(temperature=0.9, top_p=0.95, seed=77) if request.param == "seeded" else t.Sampling()
+    )
     real.reset()
-    real.until_answered(real.send(infer([], pid=real.pid, max_tokens=MOST)))
+    real.until_answered(real.send(real.more(MOST), credits_=999))
     return real.tokens_of(real.pid)
 
 
@@ -149,7 +156,8 @@ def restore(world: Real) -> None:
     world.ask(table.Kill(world.pid, t.Signal.KILL))
     world.pid = reply["pid"]
     if reply.get("max_tokens"):
-        world.send(infer([], pid=world.pid, max_tokens=reply["max_tokens"]))
+        assert reply["sampling"].get("seed", 0) == world.sampling.seed or world.sampling.seed is None
+        world.send(world.more(reply["max_tokens"]))
 
 
 def fork(world: Real) -> None:
@@ -188,7 +196,7 @@ DEEDS = [stop, squeeze, save, restore, restore_pushed_out, fork, cut, move, die]
 
 @given(st.lists(st.tuples(st.sampled_from(DEEDS), st.integers(0, 4)), min_size=2, max_size=6))
 @settings(
-    max_examples=12,
+    max_examples=8,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -201,7 +209,7 @@ def test_a_chain_of_deeds_changes_no_token(real: Real, text: list[int], chain: l
         for deed, turns in chain:
             length = len(real.tokens_of(real.pid))
             if length < len(text) - 8:
-                real.send(infer([], pid=real.pid, max_tokens=8))
+                real.send(real.more(8))
             real.turn(turns)
             deed(real)
             idle(real)
