@@ -13,7 +13,14 @@ from llmasos.syscalls import errors
 from llmasos.syscalls.types import Capability, SchedClass
 
 LABEL_RIGHTS = frozenset(
-    {Capability.CONNECT, Capability.SEE, Capability.INFER, Capability.PROCESS, Capability.MODELS}
+    {
+        Capability.CONNECT,
+        Capability.SEE,
+        Capability.INFER,
+        Capability.PROCESS,
+        Capability.MODELS,
+        Capability.FILES,
+    }
 )
 """The most that a sub-tenant can hold, however much its parent does."""
 

@@ -258,6 +258,8 @@ def _pull(kernel: Kernel, subject: Subject, request: Request, call: table.Pull, 
         raise errors.InvalidArgument("a source has no zero byte", field="source")
     if call.source:
         _may_replace(kernel, subject, model)
+    if call.source and not call.source.startswith(("hf:", "pypi:")):
+        subject.require(t.Capability.FILES, "a source on the daemon's disk")
     kernel.audit.note("import", subject.path, model=model, source=call.source)
     kernel.imports.watch(model, call.source, request, credits_)
 

