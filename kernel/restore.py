@@ -29,8 +29,9 @@ def restore(kernel: Kernel, rows: Mapping[str, bytes], epoch: float) -> set[byte
     answers = [msgspec.msgpack.decode(data, type=AnswerRow) for data in _of(rows, ANSWER)]
     kernel.ledger.known(answers)
     found = [msgspec.msgpack.decode(data, type=ProcessRow) for data in _of(rows, PROCESS)]
+    pools: dict[tuple[str, str, str], Pool] = {}  # ten thousand processes have few models
     for row in sorted(found, key=lambda row: row.pid):
-        kernel.processes.restore(_process(kernel, row, epoch))
+        kernel.processes.restore(_process(kernel, row, epoch, pools))
     if taken := rows.get(NEXT_PID):
         kernel.processes.reserve_pids(msgspec.msgpack.decode(taken, type=int))
     if found:
@@ -50,14 +51,19 @@ def _of(rows: Mapping[str, bytes], kind: str) -> list[bytes]:
     return [data for name, data in rows.items() if name.startswith(f"{kind} ")]
 
 
-def _process(kernel: Kernel, row: ProcessRow, epoch: float) -> Process:
+def _process(
+    kernel: Kernel, row: ProcessRow, epoch: float, pools: dict[tuple[str, str, str], Pool]
+) -> Process:
     end = Exit(*row.exit) if row.exit else None
     # A zombie needs no real pool.
     queue = RunQueue(Shares(kernel.quotas.weight), kernel.now)
     pool = Pool(0, row.model, row.digest, row.dtype, row.device, {}, 0.0, queue)
     if end is None:
         try:
-            pool = pool_of(kernel, row.model, row.digest, row.device, row.dtype)
+            kind = (row.digest, row.device, row.dtype)
+            if kind not in pools:
+                pools[kind] = pool_of(kernel, row.model, row.digest, row.device, row.dtype)
+            pool = pools[kind]
         except errors.LLMasOSError as problem:
             end = Exit(1, f"after a restart: {problem.message}")
             kernel.log.warn(f"process {row.pid} cannot go on: {problem}")
