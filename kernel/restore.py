@@ -55,9 +55,7 @@ def _process(
     kernel: Kernel, row: ProcessRow, epoch: float, pools: dict[tuple[str, str, str], Pool]
 ) -> Process:
     end = Exit(*row.exit) if row.exit else None
-    # A zombie needs no real pool.
-    queue = RunQueue(Shares(kernel.quotas.weight), kernel.now)
-    pool = Pool(0, row.model, row.digest, row.dtype, row.device, {}, 0.0, queue)
+    pool = None
     if end is None:
         try:
             kind = (row.digest, row.device, row.dtype)
@@ -67,6 +65,9 @@ def _process(
         except errors.LLMasOSError as problem:
             end = Exit(1, f"after a restart: {problem.message}")
             kernel.log.warn(f"process {row.pid} cannot go on: {problem}")
+    if pool is None:  # a zombie needs no real one
+        queue = RunQueue(Shares(kernel.quotas.weight), kernel.now)
+        pool = Pool(0, row.model, row.digest, row.dtype, row.device, {}, 0.0, queue)
     return Process(
         pid=row.pid,
         parent=row.parent,
