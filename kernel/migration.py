@@ -90,6 +90,7 @@ def _depart(kernel: Kernel, process: Process, new: Pool, request: Request) -> No
     old.memory.release(process.table)
     old.close(process)
     old.processes.discard(process)
+    old.holders.discard(process)
     old.forsake(process)
     process.pool, process.table = new, process.table.empty()
     new.processes.add(process)

@@ -340,6 +340,7 @@ class ProcessTable:
         process.pool.memory.release(process.table)
         process.forget_swap()
         process.pool.processes.discard(process)
+        process.pool.holders.discard(process)
         process.pool.close(process)
         process.pool.forsake(process)
         process.infer = None
