@@ -34,6 +34,8 @@ LINGER_MS = 1000
 HANDSHAKE_MS = 1000
 """Who connects and does not shake hands is dropped after this."""
 
+MOST_DEAD = 4096
+
 MOST_MESSAGES = 256
 """Messages taken in one turn, so that a flood of them cannot keep the workers waiting."""
 
@@ -60,7 +62,9 @@ class Listener(ABC):
         self._bound_before = False
         self._known: dict[bytes, tuple[int, Subject]] = {}
         self._on: dict[int, set[bytes]] = {}
+        self._alive: set[int] = set()  # descriptors of connections
         self._ended: list[bytes] = []
+        self._dead: dict[bytes, None] = {}  # the last that ended, in order: what they sent may still come
 
     @abstractmethod
     def _secure(self, router: zmq.Socket[bytes]) -> None:
@@ -101,6 +105,7 @@ class Listener(ABC):
         gone = list(self._known)
         self._known.clear()
         self._on.clear()
+        self._alive.clear()
         return gone
 
     def receive(self, ready: dict[Any, int]) -> Iterator[tuple[bytes, Subject, list[bytes]]]:
@@ -152,12 +157,18 @@ class Listener(ABC):
     def _watch(self) -> None:
         while self._monitor is not None and self._monitor.poll(0):
             event = recv_monitor_message(self._monitor)
+            fd = event["value"]
             if event["event"] == zmq.EVENT_ACCEPTED:
                 self.arrivals += 1
+                self._alive.add(fd)
                 continue
-            for session in self._on.pop(event["value"], ()):
+            self._alive.discard(fd)
+            for session in self._on.pop(fd, ()):
                 del self._known[session]
                 self._ended.append(session)
+                self._dead[session] = None
+        while len(self._dead) > MOST_DEAD:
+            del self._dead[next(iter(self._dead))]
 
     def _make(self) -> zmq.Socket[bytes]:
         router = self._context.socket(zmq.ROUTER)
@@ -175,11 +186,14 @@ class Listener(ABC):
 
     def _greet(self, session: bytes, frame: zmq.Frame) -> Subject | None:
         self._watch()  # the descriptor's owner before may have left a moment ago
+        fd = int(frame.get(zmq.SRCFD))
+        if session in self._dead or fd not in self._alive:
+            return None
         subject = self._identify(frame)
         if subject is not None:
-            fd = int(frame.get(zmq.SRCFD))
             self._known[session] = (fd, subject)
-            # A set: messages of a connection that has ended may come after its descriptor has a new owner.
+            # A set: the first message of a connection that has ended may come after its descriptor has a new
+            # owner; its session then ends with that one's.
             self._on.setdefault(fd, set()).add(session)
         return subject
 
