@@ -68,7 +68,7 @@ class Simulation:
         self._outcomes: dict[int, Outcome] = {}
         self._ended = 0
         store = ModelFS(home)
-        _add_model(store, machine.blocks)
+        add_model(store, machine.blocks)
         names = [f"simulated:{n}" for n in range(machine.devices)]
         config = msgspec.convert(
             {
@@ -200,7 +200,7 @@ class Simulation:
                 outcome.cached = answer.body["cached_tokens"]
 
 
-def _add_model(store: ModelFS, blocks: int) -> None:
+def add_model(store: ModelFS, blocks: int) -> None:
     longest = min(1 << 17, blocks * base.BLOCK_TOKENS)
     config = {"model_type": "null", "llmasos_null_blocks": blocks, "max_position_embeddings": longest}
     digest, size = store.put_bytes(json.dumps(config).encode())
