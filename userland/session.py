@@ -76,13 +76,13 @@ Event = Greeted | Refused | Broken | Item | Replied | Failed
 
 @dataclass(slots=True)
 class _Pending:
-    """A request without its answer. `begun`: the kernel may know of it; `sent`: over this connection. Of an
+    """A request without its answer, `asked` so many times; `sent`: over this connection. Of an
     infer `seen` are the tokens that arrived and `scored` counts the scores of its input; `line` is a log's
     last."""
 
     call: table.Call
     credits: int
-    begun: bool = False
+    asked: int = 0
     sent: bool = False
     cancelled: bool = False
     next_seq: int = 0
@@ -161,13 +161,13 @@ class Session:
             raise errors.InvalidArgument(f"{call.name}: {problem}") from None
         pending = self._pending[id_] = _Pending(call, window)
         if self.phase is Phase.OPEN:
-            pending.begun = pending.sent = True
+            pending.asked, pending.sent = pending.asked + 1, True
             self._out.append(frames)
         return id_
 
     def grant(self, id_: int, n: int) -> None:
         """Lets the kernel send `n` more items of stream `id_`."""
-        if n > 0 and (pending := self._pending.get(id_)) is not None and pending.begun:
+        if n > 0 and (pending := self._pending.get(id_)) is not None and pending.asked > 0:
             pending.credits += n
             if pending.sent:
                 self._out.append(wire.encode_credit(id_, n))
@@ -176,7 +176,7 @@ class Session:
         """Asks for the end of a request; its answer still comes. One that was not sent ends at once."""
         if (pending := self._pending.get(id_)) is None:
             return []
-        if pending.begun:
+        if pending.asked > 0:
             pending.cancelled = True
             if pending.sent:
                 self._out.append(wire.encode_cancel(id_))
@@ -197,7 +197,7 @@ class Session:
         self._out = []
         for pending in self._pending.values():
             pending.sent = False
-        once = [id_ for id_, p in self._pending.items() if p.begun and isinstance(p.call, table.Shutdown)]
+        once = [id_ for id_, p in self._pending.items() if p.asked and isinstance(p.call, table.Shutdown)]
         return [self._lost(id_, "the connection to the kernel broke") for id_ in once]
 
     def broken(self, reason: str) -> list[Event]:
@@ -267,7 +267,12 @@ class Session:
                 return Replied(answer.id, reply)
             case _:
                 del self._pending[answer.id]
-                return Failed(answer.id, _error(answer))
+                error = _error(answer)
+                again = pending.asked > 1 and isinstance(pending.call, table.Unlink)
+                if again and isinstance(error, errors.NoSuchModel):
+                    # The name went the first time, but the kernel died before that was in its journal.
+                    return Replied(answer.id, table.Done())
+                return Failed(answer.id, error)
 
     def _send(self, id_: int, pending: _Pending, restarted: bool) -> Failed | None:
         call = pending.again(restarted)
@@ -275,7 +280,7 @@ class Session:
             frames = wire.encode_request(id_, call, pending.credits - pending.next_seq)
         except errors.InvalidArgument:
             return self._lost(id_, "what arrived is too much to go on with")
-        pending.begun = pending.sent = True
+        pending.asked, pending.sent = pending.asked + 1, True
         self._out.append(frames)
         if pending.cancelled:
             self._out.append(wire.encode_cancel(id_))

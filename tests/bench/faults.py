@@ -91,7 +91,8 @@ def work(model: str, out: Path, laps: int) -> None:
             try:
                 told.update(deeds(model, client, lap, out.stem))
             except errors.LLMasOSError as problem:
-                told["error"] = f"{type(problem).__name__}: {problem}"
+                after = list(told)[-1] if told else "the start"
+                told["error"] = f"{type(problem).__name__} after {after}: {problem.message.split()[0]}"
             file.write(json.dumps([lap % PROMPTS, told]) + "\n")
             file.flush()
             lap += 1
@@ -136,6 +137,9 @@ def torment(supervisor: psutil.Process, kills: list[str], dice: random.Random) -
     ready, reloads = [], 0
     for what in kills:
         time.sleep(dice.uniform(0.2, 2.0))
+        with Client(timeout_s=60) as client:
+            (device,) = client.call(table.Lsdev()).devices
+        resident = any(pool.blocks_total for pool in device.pools)
         parts = daemon.parts(supervisor)
         victims = [p for name, p in parts.items() if what == "both" or name.startswith(what)]
         for victim in victims:
@@ -150,9 +154,10 @@ def torment(supervisor: psutil.Process, kills: list[str], dice: random.Random) -
             if what == "kernel":
                 while client.call(table.Lsdev()).devices[0].state in ("starting", "down"):
                     time.sleep(0.01)
-                reloads += loads(client)
+                reloads += loads(client) if resident else 0
     return {
         "ready_s_median": round(statistics.median(ready), 3) if ready else 0.0,
+        "ready_s_p95": round(sorted(ready)[len(ready) * 95 // 100], 3) if ready else 0.0,
         "ready_s_max": round(max(ready), 3) if ready else 0.0,
         "reloads": reloads,
     }

@@ -116,6 +116,21 @@ def test_a_power_cut_at_any_point_of_a_commit_leaves_the_state_before_or_after_i
     assert points > 500
 
 
+def test_a_power_cut_while_the_log_is_moved_into_the_database_loses_nothing(
+    life: tuple[Path, list[State], list[dict[str, bytes]]], tmp_path: Path
+) -> None:
+    _, states, disks = life
+    before, dice = disks[-1], random.Random(2)
+    read(put(tmp_path / "copy", before))  # which moves it all, and empties the log
+    moved = (tmp_path / "copy" / "kernel.db").read_bytes()
+    for _ in range(50):
+        database = bytearray(before["kernel.db"].ljust(len(moved), b"\0"))
+        for at in range(0, len(moved), SECTOR):
+            if dice.random() < 0.5:
+                database[at : at + SECTOR] = moved[at : at + SECTOR]
+        assert read(put(tmp_path / "copy", {**before, "kernel.db": bytes(database)})) == states[-1]
+
+
 def test_a_witness_that_a_power_cut_kept_from_the_disk_is_no_damage(
     life: tuple[Path, list[State], list[dict[str, bytes]]], tmp_path: Path
 ) -> None:

@@ -166,6 +166,18 @@ def test_a_cancel_is_not_lost_in_a_break(session: Session) -> None:
     assert wire.decode_request(cancel) == wire.Cancel(id_)
 
 
+def test_a_name_that_was_removed_before_the_break_is_removed(session: Session) -> None:
+    gone = errors.NoSuchModel("no model m")
+    first = session.request(table.Unlink("m"))
+    (event,) = session.receive(wire.encode_error(first, gone))
+    assert isinstance(event, Failed)
+    again = session.request(table.Unlink("m"))
+    session.outgoing()
+    session.offline()
+    greet(session, "b2")
+    assert session.receive(wire.encode_error(again, gone)) == [Replied(again, table.Done())]
+
+
 def test_a_shutdown_is_not_asked_for_twice(session: Session) -> None:
     id_ = session.request(table.Shutdown())
     session.outgoing()
