@@ -1,7 +1,7 @@
 """How the kernel and the workers are started, watched and restarted. Tiny; no tenant can reach it.
 
 Children are found dead by pidfds. Whatever dies is started again after a pause that doubles from 0.1 s to
-30 s (1 s for the kernel, which starts quickly) and is forgotten once a child ran for 2 s. The kernel ending
+30 s (0.3 s for the kernel, which starts quickly) and is forgotten once a child ran for 2 s. The kernel ending
 with code 0, or DAMAGED, ends the daemon. The kernel's standard input is a pipe from here: when this process
 is gone the kernel sees its end and stops.
 """
@@ -20,7 +20,7 @@ from .systemd import notify
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 30.0
-KERNEL_PAUSE_S = 1.0
+KERNEL_PAUSE_S = 0.3
 HEALTHY_S = 2.0
 STOP_TIMEOUT_S = 10.0
 UNDRAINED = 70
