@@ -36,7 +36,7 @@ def measure(arguments: argparse.Namespace, fraction: float, *overrides: str) -> 
         pids = [client.call(table.SpawnModel("bench")).pid for _ in prompts]
         warm = table.Infer(model="bench", tokens=t.pack_tokens(prompts[0][:64]), max_tokens=8)
         client.stream(warm).result()
-        pool = client.call(table.Df()).pools[0]
+        pool = next(p for p in client.call(table.Df()).pools if p.model.startswith("bench"))
         calls = [
             table.Infer(pid, tokens=t.pack_tokens(prompt), max_tokens=arguments.tokens)
             for pid, prompt in zip(pids, prompts, strict=True)
