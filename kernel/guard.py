@@ -14,8 +14,9 @@ from contextlib import suppress
 
 SHUT_PERIOD_S = 0.1
 OPEN_PERIOD_S = 0.25
-RESERVE = 256
-"""Descriptors beyond the sessions' for workers, importers, files, and connections that shake hands."""
+RESERVE = 8192
+"""Descriptors beyond the sessions': most for connections that have not shaken hands and last a second at most.
+Where so many may be open, a flood of them ends by itself and costs nobody his connection."""
 
 MOST_ARRIVALS = 64
 """After so many connections the readings are taken at once."""
@@ -23,13 +24,12 @@ MOST_ARRIVALS = 64
 
 class Verdict(enum.Enum):
     OPEN = "open"  # accept
-    SHUT = "shut"  # accept nobody until some have left
-    DROP = "drop"  # throw everybody out: memory that belongs to no one we could name
+    SHUT = "shut"  # throw everybody out, and accept nobody until they have left
+    DROP = "drop"  # throw everybody out and free what was held for them: memory of no one we could name
 
 
 class Guard:
-    """Accepts while fewer than `most_fds` descriptors are open, and again when a quarter of the sessions' are
-    free; throws everybody out when more than `most_bytes` are resident."""
+    """Accepts while fewer than `most_fds` descriptors are open, and again when a quarter of them are free; throws everybody out when more than `most_bytes` are resident."""
 
     def __init__(self, most_fds: int, most_bytes: int) -> None:
         self._most_fds = most_fds

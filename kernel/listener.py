@@ -4,8 +4,9 @@ over, and notices vanished clients. I/O only, no policy.
 Who a client is comes from its connection, never from what it says: locally the peer's uid (`Peer-Address`,
 from SO_PEERCRED), remotely the key that CURVE proved (`User-Id`, which there only our ZAP handler sets).
 
-    OPEN --shut()--> SHUT --open()--> OPEN     who is connected stays
-    OPEN, SHUT --drop()--> CLOSED --open()--> OPEN     all are thrown out: libzmq cannot throw out one peer
+    OPEN --shut()--> SHUT --open()--> OPEN
+    OPEN, SHUT --drop()--> CLOSED --open()--> OPEN     what libzmq holds for its peers is freed as well
+Both throw everybody out: libzmq cannot throw out one peer, and its connections end with their listener.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import pwd
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,14 +87,22 @@ class Listener(ABC):
             self.phase, self._bound_before = Phase.OPEN, True
         return self.phase is Phase.OPEN
 
-    def shut(self) -> None:
-        if self.phase is Phase.OPEN and self._router is not None:
-            self._router.unbind(self.address)
-            self.phase = Phase.SHUT
+    def shut(self) -> list[bytes]:
+        """Lets nobody in; returns the sessions that this ends, of which the monitor tells nothing."""
+        if self.phase is not Phase.OPEN or self._router is None:
+            return []
+        self._router.unbind(self.address)
+        self.phase = Phase.SHUT
+        gone = list(self._known)
+        self._bury(gone)
+        self._known.clear()
+        self._on.clear()
+        self._alive.clear()
+        return gone
 
     def drop(self, linger_ms: int = 0) -> list[bytes]:
         """Closes every connection; returns the sessions that this ends."""
-        self.shut()
+        gone = self.shut()
         if self._router is not None and self._monitor is not None:
             self._poller.unregister(self._router)
             self._poller.unregister(self._monitor)
@@ -102,10 +111,6 @@ class Listener(ABC):
             self._router.close(linger_ms)
         self._router = self._monitor = None
         self.phase = Phase.CLOSED
-        gone = list(self._known)
-        self._known.clear()
-        self._on.clear()
-        self._alive.clear()
         return gone
 
     def receive(self, ready: dict[Any, int]) -> Iterator[tuple[bytes, Subject, list[bytes]]]:
@@ -163,10 +168,15 @@ class Listener(ABC):
                 self._alive.add(fd)
                 continue
             self._alive.discard(fd)
-            for session in self._on.pop(fd, ()):
+            ended = self._on.pop(fd, set())
+            for session in ended:
                 del self._known[session]
-                self._ended.append(session)
-                self._dead[session] = None
+            self._bury(ended)
+            self._ended += ended
+
+    def _bury(self, sessions: Iterable[bytes]) -> None:
+        """Nothing that these sent counts any more."""
+        self._dead.update(dict.fromkeys(sessions))
         while len(self._dead) > MOST_DEAD:
             del self._dead[next(iter(self._dead))]
 

@@ -273,7 +273,7 @@ class Sockets:
             elif verdict is guard.Verdict.DROP:
                 self._leave(listener.drop())
             elif listener in flooded or not flooded:
-                listener.shut()
+                self._leave(listener.shut())
             listener.arrivals = 0
         if verdict is guard.Verdict.DROP:
             guard.give_back()
