@@ -15,7 +15,7 @@ from contextlib import suppress
 SHUT_PERIOD_S = 0.1
 OPEN_PERIOD_S = 0.25
 RESERVE = 8192
-"""Descriptors beyond the sessions': most for connections that have not shaken hands and last a second at most.
+"""Descriptors beyond the sessions': for connections that have not shaken hands and last a second at most.
 Where so many may be open, a flood of them ends by itself and costs nobody his connection."""
 
 MOST_ARRIVALS = 64
@@ -29,7 +29,8 @@ class Verdict(enum.Enum):
 
 
 class Guard:
-    """Accepts while fewer than `most_fds` descriptors are open, and again when a quarter of them are free; throws everybody out when more than `most_bytes` are resident."""
+    """Accepts while fewer than `most_fds` descriptors are open, and again when a quarter of them are free;
+    throws everybody out when more than `most_bytes` are resident."""
 
     def __init__(self, most_fds: int, most_bytes: int) -> None:
         self._most_fds = most_fds
