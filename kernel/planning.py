@@ -86,7 +86,8 @@ def _divide(kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]
     description = device.description
     assert description is not None
     step_tokens = kernel.config.step_tokens or description.step_tokens
-    step_s = kernel.config.step_ms / 1000
+    # Where reading the weights takes that long already, as long again goes to who is in the step.
+    step_s = max(kernel.config.step_ms / 1000, 2 * pool.pace.fixed)
     # Who arrives waits for the step that runs, so it is kept short, however many generate.
     most = min(description.max_sequences, step_tokens, max(PASS_ROWS, pool.pace.rows_within(step_s)))
     turn = list(itertools.islice(taken, most))
