@@ -6,7 +6,8 @@
 
 A machine of one's own: `fit` measures steps of a real daemon, `replay` runs a trace against it in real time,
 and `compare` says how far the simulation of the same trace is from that. HOME is a home folder with the
-bench's model.
+bench's model. On a machine with other work give the daemon real-time priority (chrt -r 2, its worker 1):
+docs/decisions.md tells what the comparison is without.
 
     python tests/bench/simulate.py fit machine.json --home HOME
     python tests/bench/simulate.py replay trace.csv real.jsonl --home HOME
