@@ -102,7 +102,7 @@ def _divide(kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]
         step_tokens = min(step_tokens, max(most, pool.pace.tokens_within(0, step_s)))
     if (prompt := next((process for process in turn if process.lacking > PASS_ROWS), None)) is not None:
         needs = pool.pace.token * prompt.lacking
-        rows = pool.pace.rows_within(max(step_s - needs, step_s / 4))
+        rows = pool.pace.rows_within(max(step_s - needs, step_s / 4, 1.25 * pool.pace.fixed))
         turn = _with_room_for_prompts(turn, rows)
         most = len(turn)
     rows = sum(1 for process in turn if process.lacking == 1)
