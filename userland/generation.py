@@ -53,6 +53,8 @@ class Options(TypedDict, total=False):
     """Whether the result begins with the prompt: by default so for generate, not for chat."""
     logprobs: int | None
     """Scores of the answer's tokens, with this many alternatives each (0 to 20)."""
+    max_time: float | None
+    """Seconds after which the answer ends as it is, with finish "deadline"; waiting in the queue counts."""
 
 
 # Hugging Face's defaults; `logprobs`, `seed` and the lengths have none.
@@ -100,6 +102,7 @@ class Plan:
     beams: t.Beams | None
     samples: int
     stop: tuple[str, ...]
+    deadline_ms: int | None
 
     def seeded(self, index: int) -> t.Sampling:
         """The sampling of sample `index`."""
@@ -136,7 +139,16 @@ def plan(options: Options, model: Model, *, prompt_tokens: int, results: int = 1
         beams=beams,
         samples=results if beams is None else 1,
         stop=_stops(options.get("stop")),
+        deadline_ms=_deadline_ms(options.get("max_time")),
     )
+
+
+def _deadline_ms(max_time: float | None) -> int | None:
+    if max_time is None:
+        return None
+    if not 0 < max_time < 2**31 / 1000:
+        raise _invalid("max_time", "must be above 0 seconds")
+    return max(1, round(1000 * max_time))
 
 
 def _beams(chosen: Mapping[str, Any], results: int) -> t.Beams | None:

@@ -334,6 +334,7 @@ class LLM:
                             pid,
                             tokens=t.pack_tokens(tokens[-1:]),
                             max_tokens=plan.max_tokens,
+                            deadline_ms=plan.deadline_ms,
                             sampling=plan.seeded(index),
                             exit=True,
                         )
@@ -359,7 +360,13 @@ class LLM:
     def _one_shot(
         self, tokens: list[int], plan: Plan, options: Options, full: bool | None = None
     ) -> tuple[table.Infer, Answer]:
-        call = self._infer(tokens, max_tokens=plan.max_tokens, sampling=plan.sampling, beams=plan.beams)
+        call = self._infer(
+            tokens,
+            max_tokens=plan.max_tokens,
+            sampling=plan.sampling,
+            beams=plan.beams,
+            deadline_ms=plan.deadline_ms,
+        )
         full = bool(options.get("return_full_text")) if full is None else full
         return call, self._answer(tokens, plan, full)
 
@@ -374,6 +381,7 @@ class LLM:
         max_tokens: int,
         sampling: t.Sampling,
         beams: t.Beams | None = None,
+        deadline_ms: int | None = None,
     ) -> table.Infer:
         return table.Infer(
             model=self.model,
@@ -385,6 +393,7 @@ class LLM:
             nice=self.nice,
             device=self.device,
             dtype=self.dtype,
+            deadline_ms=deadline_ms,
         )
 
     def _spawn(self, *, label: str = "", detached: bool = False) -> table.SpawnModel:

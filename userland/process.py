@@ -168,6 +168,7 @@ class Process:
             max_tokens=plan.max_tokens,
             sampling=plan.sampling,
             beams=plan.beams,
+            deadline_ms=plan.deadline_ms,
         )
         prefix = self._llm.tokenizer.decode(context) if options.get("return_full_text") else ""
         answer = Answer(self._llm.tokenizer, context, plan.stop, prefix)

@@ -109,6 +109,17 @@ def test_a_failing_sample_leaves_no_process(llm: LLM, kernel: Any) -> None:
     assert kernel.processes == {}
 
 
+def test_max_time_is_a_deadline_of_the_kernel(llm: LLM, kernel: Any) -> None:
+    llm.generate("A", max_time=1.5)
+    with llm.stream("A", max_time=0.25) as stream:
+        list(stream)
+    llm.generate(["A", "B"])
+    calls = [call for call in kernel.calls if isinstance(call, table.Infer)]
+    assert [call.deadline_ms for call in calls] == [1500, 250, None, None]
+    with pytest.raises(errors.InvalidArgument, match="max_time"):
+        llm.generate("A", max_time=0)
+
+
 def test_beams_are_the_kernels_work(llm: LLM, kernel: Any) -> None:
     a, b = (llm.tokenizer.encode(text) for text in (" one", " two"))
     kernel.beams = [t.Sequence([*a, 258], -0.1, t.Finish.STOP), t.Sequence(b, -0.2, t.Finish.LENGTH)]
