@@ -25,11 +25,13 @@ _NUMBER_BYTES = 8
 
 class Journal:
     """The open journal. `rows` are those found when it was opened; nobody else may open it meanwhile.
+    `schema` tells journals apart whose rows mean something else (32 bits).
 
-    Raises Corrupt when what is there is not what was committed, Unavailable when it cannot be opened.
+    Raises Corrupt when what is there is not what was committed or has another schema, Unavailable when it
+    cannot be opened.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, schema: int = 0) -> None:
         self._folder = folder
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / "kernel.db"
@@ -48,12 +50,22 @@ class Journal:
                 sync_folder(folder)
             found = self._db.execute("SELECT name, data, digest FROM rows").fetchall()
             sound = self._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            (written,) = self._db.execute("PRAGMA user_version").fetchone()
+            if not found and written != schema:
+                self._db.execute(f"PRAGMA user_version = {schema:d}")
         except sqlite3.OperationalError as problem:
             raise errors.Unavailable(f"the journal in {folder} cannot be opened: {problem}") from None
         except (sqlite3.Error, UnicodeDecodeError) as problem:
             raise self._damaged(str(problem)) from None
         if not sound:
             raise self._damaged("its pages do not fit together")
+        if found and written != schema:
+            self.close()
+            raise errors.Corrupt(
+                f"the journal in {folder} is of another version of LLMasOS",
+                hint="start that version, or start without the processes that it holds: "
+                f"mv {folder} {folder}.old",
+            )
         self._digests: dict[str, int] = {}
         self.rows = self._verified(found)
         self._number, self._total = self._verified_head(self.rows.pop(_HEAD, None))

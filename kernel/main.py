@@ -153,6 +153,7 @@ def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> i
     `reload` reads the configuration again."""
     from .faults import keep_prompts_private
     from .journal import Journal
+    from .ledger import schema
     from .loop import Kernel
     from .modelfs.store import ModelFS
     from .sockets import Sockets, clock
@@ -169,7 +170,7 @@ def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> i
     store.gc(set())
     store.sessions.sweep()
     try:
-        journal = Journal(home / "journal")
+        journal = Journal(home / "journal", schema())
     except errors.LLMasOSError as problem:
         print(f"llmasosd: {problem}", file=sys.stderr, flush=True)
         return DAMAGED if isinstance(problem, errors.Corrupt) else 1

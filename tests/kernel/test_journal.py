@@ -175,6 +175,19 @@ def test_rows_that_were_changed_behind_its_back_are_found(query: str, tmp_path: 
         Journal(tmp_path)
 
 
+def test_rows_of_another_version_are_refused_and_left_alone(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, schema=1)
+    journal.commit({"a": b"1"})
+    journal.close()
+    with pytest.raises(errors.Corrupt, match=r"another version.*mv"):
+        Journal(tmp_path, schema=2)
+    journal = Journal(tmp_path, schema=1)
+    assert journal.rows == {"a": b"1"}
+    journal.commit({"a": None})
+    journal.close()
+    Journal(tmp_path, schema=2).close()  # nothing in it that could be misread
+
+
 def test_a_full_disk_refuses_a_commit_and_keeps_what_was_there(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.commit({"a": b"1"})
