@@ -51,7 +51,8 @@ class Journal:
             found = self._db.execute("SELECT name, data, digest FROM rows").fetchall()
             sound = self._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
             (written,) = self._db.execute("PRAGMA user_version").fetchone()
-            if not found and written != schema:
+            is_other = written != schema and any(name != _HEAD for name, _, _ in found)
+            if written != schema and not is_other:
                 self._db.execute(f"PRAGMA user_version = {schema:d}")
         except sqlite3.OperationalError as problem:
             raise errors.Unavailable(f"the journal in {folder} cannot be opened: {problem}") from None
@@ -59,7 +60,7 @@ class Journal:
             raise self._damaged(str(problem)) from None
         if not sound:
             raise self._damaged("its pages do not fit together")
-        if found and written != schema:
+        if is_other:
             self.close()
             raise errors.Corrupt(
                 f"the journal in {folder} is of another version of LLMasOS",
