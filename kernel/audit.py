@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class Audit:
         self._seen: dict[tuple[str, str], int] = {}
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        weakref.finalize(self, os.close, self._file)
         self._size = os.fstat(self._file).st_size
         self._continue()
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import gc
 
-from llmasos.kernel.infer import Infer
 from llmasos.kernel.process import Process
-from llmasos.kernel.sessions import Session
 from llmasos.syscalls import table
 from llmasos.syscalls import types as t
 
 from .conftest import World, infer
 
 
-def alive() -> int:
+def alive(world: World) -> int:
+    """Objects of this kernel that are still reachable: processes and sessions."""
     gc.collect()
-    return sum(isinstance(thing, Process | Infer | Session) for thing in gc.get_objects())
+    pools = [pool for device in world.kernel.devices.values() for pool in device.pools]
+    processes = [thing for thing in gc.get_objects() if isinstance(thing, Process) and thing.pool in pools]
+    return len(processes) + len(world.kernel.sessions.by_id)
 
 
 def visit(world: World, number: int) -> None:
@@ -44,9 +45,9 @@ def test_nothing_is_left_of_clients_that_came_and_went(world: World) -> None:
         visit(world, number)
     world.now += 60
     world.turn()
-    before = alive()
+    before = alive(world)
     for number in range(5, 25):
         visit(world, number)
     world.now += 60
     world.turn()
-    assert alive() <= before
+    assert alive(world) <= before
