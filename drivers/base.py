@@ -57,7 +57,8 @@ class LoadSpec(Struct, frozen=True):
 class Loaded(Struct, frozen=True):
     """A resident model. `blocks` is the number of KV blocks in its pool, all free. `engine` says in a line
     what computes it and, where it is not the fastest that the device has, why. `kv_layout` names how a
-    block's bytes are laid out: devices of one layout can take each other's blocks."""
+    block's bytes are laid out: devices of one layout can take each other's blocks. `repeats`: its steps are
+    done in as many rounds as a batch asks for, else in one."""
 
     handle: int
     dtype: str
@@ -69,6 +70,7 @@ class Loaded(Struct, frozen=True):
     block_bytes: int
     weights_bytes: int
     kv_layout: str = ""
+    repeats: bool = False
 
 
 class SeqOpen(Struct, frozen=True, array_like=True):
@@ -115,7 +117,7 @@ class Batch(Struct, frozen=True, array_like=True):
 
     `rounds` > 1: whoever chose a token may go on with it, at most so many times in all, as if the same work
     had been sent again; together with its guesses by no more than `draft` + `rounds` - 1 further positions.
-    A driver may do fewer."""
+    Only for models that have `repeats`."""
 
     ticket: int
     handle: int

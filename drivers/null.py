@@ -175,6 +175,7 @@ class NullDriver:
             blocks=_number(config, "llmasos_null_blocks", default=4096),
             block_bytes=_BLOCK,
             weights_bytes=0,
+            repeats=True,
             kv_layout="slots",
         )
         if loaded.blocks * BLOCK_TOKENS < loaded.context_length:

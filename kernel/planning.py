@@ -244,11 +244,8 @@ def _send(
     keys: set[bytes],
 ) -> None:
     assert device.worker is not None
-    now, drafts, rounds = (
-        kernel.now(),
-        _drafts(kernel, pool, shares),
-        _rounds(pool, shares, alone=len(shares) == len(pool.queue)),
-    )
+    now, drafts = kernel.now(), _drafts(kernel, pool, shares)
+    rounds = _rounds(pool, shares, alone=len(shares) == len(pool.queue))
     parts, rows, tokens = [], 0, 0
     for share in shares:
         process, count = share.process, share.count
@@ -301,7 +298,7 @@ def _drafts(kernel: Kernel, pool: Pool, shares: list[Share]) -> int:
 def _rounds(pool: Pool, shares: list[Share], alone: bool) -> int:
     """How often the device may repeat a step without asking: as long as that is no longer than one step of
     many may be, and there is nobody but those who generate. It halves what kernel and client cost a token."""
-    if not alone or pool.memory.free < 2 * len(shares):
+    if not (alone and pool.loaded and pool.loaded.repeats) or pool.memory.free < 2 * len(shares):
         return 1
     for share in shares:
         infer = share.process.infer

@@ -138,6 +138,7 @@ class NativeDriver:
             blocks=blocks,
             block_bytes=model.block_bytes,
             weights_bytes=packed.nbytes,
+            repeats=True,
             kv_layout="native tiles",
         )
         mirror = Mirror(blocks, a.vocab_size, a.context_length)

@@ -9,6 +9,7 @@ from llmasos.drivers.simulated import StepTime
 from llmasos.kernel import planning
 from llmasos.syscalls import table, wire
 from llmasos.syscalls import types as t
+from msgspec import structs
 
 from .conftest import Machine, World, infer, reference
 
@@ -89,3 +90,16 @@ def test_a_signal_waits_for_the_rounds_and_loses_nothing(world: World) -> None:
     world.send(table.Kill(pid, t.Signal.CONT))
     finish(world, id_)
     assert world.tokens(id_) == reference([1, 2, 3], 500)
+
+
+def test_a_model_that_does_one_round_is_asked_for_one(world: World) -> None:
+    """Else the kernel would take its steps for several times as long, and send the next one too late."""
+    world.attach()
+    world.spawn()
+    (pool,) = world.kernel.devices["null"].pools
+    assert pool.loaded is not None
+    pool.loaded = structs.replace(pool.loaded, repeats=False)
+    id_ = world.send(infer([1, 2, 3], model="tiny", max_tokens=40), credits_=999)
+    finish(world, id_)
+    assert world.tokens(id_) == reference([1, 2, 3], 40)
+    assert {batch.rounds for batch in world.sent} == {1}
