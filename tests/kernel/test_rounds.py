@@ -93,7 +93,7 @@ def test_a_signal_waits_for_the_rounds_and_loses_nothing(world: World) -> None:
 
 
 def test_a_model_that_does_one_round_is_asked_for_one(world: World) -> None:
-    """Else the kernel would take its steps for several times as long, and send the next one too late."""
+    """Else the kernel would take its steps for several times as long and send the next one late."""
     world.attach()
     world.spawn()
     (pool,) = world.kernel.devices["null"].pools
