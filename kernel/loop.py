@@ -1,5 +1,5 @@
-"""The kernel: events in, effects out. No sockets and no clock of its own; no files but the model filesystem's,
-the keyring's and the audit log, where what an administrator does has to stand before it is done.
+"""The kernel: events in, effects out. No sockets and no clock of its own; no files but the model
+filesystem's, the keyring's and the audit log, where what an administrator does stands before it is done.
 
 Each turn: inbox (messages, worker results) → plan → submit → collect → apply → outbox. While a step is on a
 device the next one is sent, from what is certain of the first one's result, so that the device never waits
