@@ -61,8 +61,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Most tokens a step computes. 0: what the driver advises."""
 
     step_ms: Annotated[float, Meta(gt=0)] = 100.0
-    """While several want something, a step takes no longer than this, or twice the time of an empty one: who
-    arrives waits for the step that runs."""
+    """While several want something, a step takes no longer than this, on a quick device less: who arrives
+    waits for the step that runs."""
 
     draft_tokens: Annotated[int, Meta(ge=0, le=64)] = 8
     """Most tokens that are guessed ahead for one context and verified in the same step. 0: no guessing."""

@@ -60,6 +60,11 @@ class Pace:
         """Seconds of a step; None before the first one."""
         return self.fixed + self.row * rows + self.token * tokens if self._seen else None
 
+    @property
+    def one_pass(self) -> float:
+        """Seconds of a step in which as many generate as one pass over the weights serves."""
+        return self.fixed + PASS_ROWS * self.row
+
     def cost(self, count: int) -> float:
         """Seconds that `count` positions of one process add to a step, before anything is known 1 ms each."""
         if not self._seen:

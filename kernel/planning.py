@@ -35,6 +35,10 @@ a frame of a screen, so nobody sees it, and who arrives waits no longer."""
 
 MOST_ROUNDS = 4
 
+SHORT_S = 0.03
+"""A step in which people generate takes no longer than this, as far as reading the weights is no more than a
+quarter of it and it is twice one pass: shorter steps serve less, longer ones let who arrives wait."""
+
 ESTIMATED_CHUNK = 64
 """So many tokens of a prompt a step computes, as far as dividing its places between tenants goes."""
 
@@ -87,7 +91,8 @@ def _divide(kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]
     assert description is not None
     step_tokens = kernel.config.step_tokens or description.step_tokens
     # Where reading the weights takes that long already, as long again goes to who is in the step.
-    step_s = max(kernel.config.step_ms / 1000, 2 * pool.pace.fixed)
+    longest_s = max(kernel.config.step_ms / 1000, 2 * pool.pace.fixed)
+    step_s = min(longest_s, max(SHORT_S, 4 * pool.pace.fixed, 2 * pool.pace.one_pass))
     # Who arrives waits for the step that runs, so it is kept short, however many generate.
     most = min(description.max_sequences, step_tokens, max(PASS_ROWS, pool.pace.rows_within(step_s)))
     turn = list(itertools.islice(taken, most))
@@ -99,7 +104,7 @@ def _divide(kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]
     if not turn:
         return True  # a shared prefix was all that they wanted
     if len(pool.queue) > 1:
-        step_tokens = min(step_tokens, max(most, pool.pace.tokens_within(0, step_s)))
+        step_tokens = min(step_tokens, max(most, pool.pace.tokens_within(0, longest_s)))
     if (prompt := next((process for process in turn if process.lacking > PASS_ROWS), None)) is not None:
         needs = pool.pace.token * prompt.lacking
         rows = pool.pace.rows_within(max(step_s - needs, step_s / 4, 1.25 * pool.pace.fixed))

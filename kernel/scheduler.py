@@ -24,9 +24,6 @@ NICE_STEP = 1.25
 MOST_REFUSALS = 64
 """A plan looks no further when so many of those that came next could not be served."""
 
-MOST_REFUSALS = 64
-"""A plan looks no further when so many of those that came next could not be served."""
-
 
 @dataclass(frozen=True, slots=True)
 class Share:

@@ -1,9 +1,8 @@
 """How well many contexts share a memory that holds a fraction of them.
 
-    python tests/bench/overcommit.py --home FOLDER --fraction 0.002 [--streams 24] [--prompt 256] [--tokens
-    128]
+    python tests/bench/overcommit.py --fraction 0.00415 [--streams 90] [--prompt 256] [--tokens 128]
 
-The model `bench` of that home; all streams at once, first with room for all, then with a memory that holds
+All streams at once, first with room for all, then with a memory that holds
 a fraction of what they need, swapping and (swap_*_bytes=0) recomputing. Prints a JSON line each: generated
 tokens a second from the first request to the last answer, milliseconds of a later turn (16 tokens in, 8 out)
 of a context whose KV had to give way meanwhile, the most preemptions of a process, and what was
@@ -15,11 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import daemon
+import peers
 
 
 def measure(arguments: argparse.Namespace, fraction: float, *overrides: str) -> dict[str, Any]:
@@ -33,10 +34,10 @@ def measure(arguments: argparse.Namespace, fraction: float, *overrides: str) -> 
     ]
     with daemon.running(arguments.home, f"kv_fraction={fraction}", "draft_tokens=0", *overrides):
         client = Client()
-        pids = [client.call(table.SpawnModel("bench")).pid for _ in prompts]
-        warm = table.Infer(model="bench", tokens=t.pack_tokens(prompts[0][:64]), max_tokens=8)
+        pids = [client.call(table.SpawnModel(peers.MODEL)).pid for _ in prompts]
+        warm = table.Infer(model=peers.MODEL, tokens=t.pack_tokens(prompts[0][:64]), max_tokens=8)
         client.stream(warm).result()
-        pool = next(p for p in client.call(table.Df()).pools if p.model.startswith("bench"))
+        pool = next(p for p in client.call(table.Df()).pools if p.model.startswith(peers.MODEL))
         calls = [
             table.Infer(pid, tokens=t.pack_tokens(prompt), max_tokens=arguments.tokens)
             for pid, prompt in zip(pids, prompts, strict=True)
@@ -69,12 +70,13 @@ def measure(arguments: argparse.Namespace, fraction: float, *overrides: str) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--home", type=Path, required=True, help="a home that holds a model called `bench`")
-    parser.add_argument("--streams", type=int, default=24)
+    parser.add_argument("--home", type=Path, default=peers.CACHE / "home")
+    parser.add_argument("--streams", type=int, default=90)
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--fraction", type=float, required=True, help="kv_fraction of the small memory")
     arguments = parser.parse_args()
+    peers.pull(arguments.home, sys.executable)
     for name, fraction, overrides in (
         ("room for all", 0.4, []),
         ("swap", arguments.fraction, []),
