@@ -200,9 +200,9 @@ class Simulation:
                 outcome.cached = answer.body["cached_tokens"]
 
 
-def add_model(store: ModelFS, blocks: int) -> None:
+def add_model(store: ModelFS, blocks: int, **more: object) -> None:
     longest = min(1 << 17, blocks * base.BLOCK_TOKENS)
-    config = {"model_type": "null", "llmasos_null_blocks": blocks, "max_position_embeddings": longest}
+    config = {"model_type": "null", "llmasos_null_blocks": blocks, "max_position_embeddings": longest} | more
     digest, size = store.put_bytes(json.dumps(config).encode())
     files = [ManifestFile("config.json", digest, size)]
     store.commit(parse_name(MODEL), Manifest(1, "simulator", "null", 0, "", longest, "", 0.0, files))
