@@ -98,7 +98,7 @@ def read(kernel: Kernel, subject: Subject, path: str, offset: int, length: int) 
 
 def _content(kernel: Kernel, subject: Subject, path: str) -> bytes:
     if path.strip("/") == UPTIME.strip("/"):
-        return f"{kernel.now():.3f}\n".encode()
+        return f"{kernel.now():.6f}\n".encode()
     if subject.admin and path.strip("/") == FLIGHT.strip("/"):
         return kernel.recorder.text(MAX_READ)
     pid = _proc_pid(path)

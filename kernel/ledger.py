@@ -1,4 +1,5 @@
-"""What the journal is to hold: every process that can be named, and answers that a client may ask for again.
+"""What the journal is to hold: every process that can be named, answers that a client may ask for again, and
+limits that a call set.
 
 Collects what changed since the last `take`; the I/O shell commits that before it sends the answers of the
 same turn, so what was acknowledged is durable. Tokens of a running infer are not kept: its process's row has
@@ -15,7 +16,7 @@ import json
 from collections import OrderedDict
 
 import msgspec
-from llmasos.syscalls.types import SchedClass, pack_tokens
+from llmasos.syscalls.types import Quota, SchedClass, pack_tokens
 
 from .process import Process
 
@@ -53,14 +54,21 @@ class AnswerRow(msgspec.Struct, frozen=True):
     frames: list[bytes]
 
 
+class QuotaRow(msgspec.Struct, frozen=True):
+    """What a call made of an owner path's limits, whatever the configuration says; None: no limits."""
+
+    path: str
+    limit: Quota | None
+
+
 def schema() -> int:
     """Changes with the rows above, so that no kernel takes the rows of another for its own. 31 bits."""
-    _, components = msgspec.json.schema_components([ProcessRow, AnswerRow])
+    _, components = msgspec.json.schema_components([ProcessRow, AnswerRow, QuotaRow])
     text = json.dumps(components, sort_keys=True).encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=4).digest(), "big") >> 1
 
 
-PROCESS, ANSWER, NEXT_PID = "process", "answer", "next pid"
+PROCESS, ANSWER, QUOTA, NEXT_PID = "process", "answer", "quota", "next pid"
 """What the names of the journal's rows begin with, or are."""
 
 
@@ -86,6 +94,13 @@ class Ledger:
     def next_pid(self, pid: int) -> None:
         """Pids below are taken. Alone it is no reason to commit."""
         self._next_pid = pid
+
+    def quota(self, path: str, limit: Quota | None) -> None:
+        self._rows[f"{QUOTA} {path}"] = msgspec.msgpack.encode(QuotaRow(path, limit))
+
+    def quota_gone(self, path: str) -> None:
+        """The configuration decides again."""
+        self._rows[f"{QUOTA} {path}"] = None
 
     def answer(self, session: bytes, id_: int, frames: list[bytes]) -> None:
         answers = self._answers.setdefault(session, OrderedDict())

@@ -279,7 +279,8 @@ class Kernel:
             )
             return
         new = ", ".join(f"{name} = {getattr(config, name)}" for name in names)
-        self.quotas.configure(self.config.quotas, config.quotas)
+        for path in self.quotas.configure(self.config.quotas, config.quotas):
+            self.ledger.quota_gone(path)
         self.config = self.processes.config = config
         self.log.info(f"configuration reloaded: {new or 'nothing changed'}")
 

@@ -68,11 +68,13 @@ class Quotas:
         self.limited = False
         self.configure({}, limits)
 
-    def configure(self, before: Mapping[str, Quota], limits: Mapping[str, Quota]) -> None:
-        """The configuration has other limits than before; what was set by a call stays, but where it has."""
-        for path in [*before, *limits]:
-            if before.get(path) != limits.get(path):
-                self.set(path, limits.get(path))
+    def configure(self, before: Mapping[str, Quota], limits: Mapping[str, Quota]) -> list[str]:
+        """The configuration has other limits than before; what was set by a call stays, but where it has.
+        Returns those paths."""
+        changed = [path for path in {**before, **limits} if before.get(path) != limits.get(path)]
+        for path in changed:
+            self.set(path, limits.get(path))
+        return changed
 
     def set(self, path: str, limit: Quota | None) -> None:
         """Replaces the limits of a path; None: it has none of its own."""

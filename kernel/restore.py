@@ -1,4 +1,5 @@
-"""Brings back what the journal holds, when the kernel boots: processes under their pids, answers, free pids.
+"""Brings back what the journal holds, when the kernel boots: processes under their pids, answers, limits, and
+which pids are free.
 
 A process comes back READY or WAITING with its history and nothing computed; its model is loaded, or adopted
 from a worker that holds it. One whose model or device is gone is a zombie that says so."""
@@ -14,7 +15,7 @@ from llmasos.syscalls.types import unpack_tokens
 
 from . import residency
 from .devices import Pool
-from .ledger import ANSWER, NEXT_PID, PROCESS, AnswerRow, ProcessRow
+from .ledger import ANSWER, NEXT_PID, PROCESS, QUOTA, AnswerRow, ProcessRow, QuotaRow
 from .memory import Table
 from .process import Exit, Process
 from .runqueue import RunQueue
@@ -28,6 +29,9 @@ def restore(kernel: Kernel, rows: Mapping[str, bytes], epoch: float) -> set[byte
     """Returns the sessions that may come back for what is theirs. `epoch`: see ledger.Ledger."""
     answers = [msgspec.msgpack.decode(data, type=AnswerRow) for data in _of(rows, ANSWER)]
     kernel.ledger.known(answers)
+    for data in _of(rows, QUOTA):
+        limit = msgspec.msgpack.decode(data, type=QuotaRow)
+        kernel.quotas.set(limit.path, limit.limit)
     found = [msgspec.msgpack.decode(data, type=ProcessRow) for data in _of(rows, PROCESS)]
     pools: dict[tuple[str, str, str], Pool] = {}  # ten thousand processes have few models
     for row in sorted(found, key=lambda row: row.pid):

@@ -220,6 +220,7 @@ def _dispatch(
             return _quotas(kernel, subject)
         case table.SetQuota():
             kernel.quotas.set(call.path, call.quota)
+            kernel.ledger.quota(call.path, call.quota)
             return _quotas(kernel, subject)
         case table.Shutdown():
             kernel.drain(call.drain_s)

@@ -510,7 +510,7 @@ class Quotas(Call, frozen=True):
 class SetQuota(Call, frozen=True):
     """Replaces the limits of an owner path (`alice`, `alice/agent`); None: it has none of its own.
 
-    Holds until the daemon is started again, which has those of its configuration.
+    Holds, over restarts too, until the next call, or a reload of a configuration that changes this path's.
     """
 
     name = "set_quota"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
+from llmasos.kernel.loop import Kernel
 from llmasos.kernel.quotas import Quotas
 from llmasos.kernel.tenants import LABEL_RIGHTS, Subject
 from llmasos.syscalls import errors, table, wire
@@ -135,3 +137,27 @@ def test_snapshots_keep_within_an_owner_s_disk(tmp_path: Path) -> None:
     world.turn(3)
     assert world.result(kept).kind == wire.Kind.REPLY
     assert int(str(quotas_of(world)["root"]["disk_bytes"])) > 40 * 8
+
+
+def test_limits_set_by_a_call_outlive_the_kernel_until_the_configuration_changes_them(tmp_path: Path) -> None:
+    world = World(tmp_path, quotas={"bob": t.Quota(queue=3), "carol": t.Quota(queue=4)})
+    rows: dict[str, bytes] = {}
+
+    def durable() -> None:
+        for name, data in world.kernel.ledger.take().items():
+            rows.pop(name, None)
+            if data is not None:
+                rows[name] = data
+
+    def reborn() -> dict[str, t.Quota | None]:
+        durable()
+        kernel = Kernel(world.kernel.config, world.store, ["null"], lambda: world.now, seed=2, rows=rows)
+        return {path: node.limit for path, node in kernel.quotas.nodes()}
+
+    world.send(table.SetQuota("alice", t.Quota(weight=2.0)))
+    world.send(table.SetQuota("bob", None))
+    world.turn(1)
+    assert reborn() == {"alice": t.Quota(weight=2.0), "carol": t.Quota(queue=4)}
+    changed = msgspec.structs.replace(world.kernel.config, quotas={"alice": t.Quota(weight=5.0)})
+    world.kernel.reconfigure(lambda: changed)
+    assert reborn() == {"alice": t.Quota(weight=5.0)}

@@ -32,7 +32,7 @@ def quota(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show what owners use and may use, or set limits of one until the daemon is started again."""
+    """Show what owners use and may use, or set limits of one, which outlive restarts."""
     shell = shell_of(context)
     reply = shell.client().call(table.Quotas())
     if limits and path is not None:
