@@ -21,13 +21,22 @@ BLOCK_TOKENS = 16
 Text = Annotated[str, Meta(max_length=256)]
 Path_ = Annotated[str, Meta(min_length=1, max_length=512)]
 Pid = Annotated[int, Meta(ge=1, le=2**53)]
-SnapshotName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}$")]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 
-
-Tenant = Annotated[str, Meta(max_length=64, pattern=r"^[a-z0-9][a-z0-9._-]*\Z")]
-PublicKey = Annotated[str, Meta(max_length=64, pattern=r"^[0-9a-f]{64}\Z")]
+_SNAPSHOT = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z"
+_TENANT = r"^[a-z0-9][a-z0-9._-]*\Z"
+_KEY = r"^[0-9a-f]{64}\Z"
+SnapshotName = Annotated[str, Meta(pattern=_SNAPSHOT)]
+Tenant = Annotated[str, Meta(max_length=64, pattern=_TENANT)]
+PublicKey = Annotated[str, Meta(max_length=64, pattern=_KEY)]
 """32 bytes in hexadecimal: what a shell passes on as it is, unlike Z85."""
+
+IN_WORDS = {
+    _SNAPSHOT: "a name: letters, digits, `.`, `_`, `-`, at most 96, the first a letter or a digit",
+    _TENANT: "a name: small letters, digits, `.`, `_`, `-`, at most 64, the first a letter or a digit",
+    _KEY: "64 hexadecimal digits",
+}
+"""What a value has to be, by the pattern that it did not match."""
 
 
 class Wire(Struct, frozen=True, forbid_unknown_fields=True):

@@ -24,7 +24,7 @@ import msgspec
 
 from . import errors
 from .table import BY_NAME, Call, reply_payload
-from .types import Wire
+from .types import IN_WORDS, Wire
 
 MAX_CONTROL = 64 * 1024
 MAX_PAYLOAD = 1024 * 1024
@@ -139,7 +139,11 @@ def _call(name: str, arguments: dict[str, Any], payload: list[bytes]) -> Call:
         call = msgspec.convert(arguments, kind)
     except msgspec.ValidationError as problem:
         text = str(problem)
-        raise errors.InvalidArgument(f"{name}: {text}", field=_field(text)) from None
+        field = _field(text)
+        for pattern, words in IN_WORDS.items():
+            if repr(pattern) in text:
+                raise errors.InvalidArgument(f"{name}: {field} is not {words}", field=field) from None
+        raise errors.InvalidArgument(f"{name}: {text}", field=field) from None
     return msgspec.structs.replace(call, **{kind.payload: payload[0]}) if payload else call
 
 

@@ -41,10 +41,18 @@ class Process:
         max_tokens: int | None = None,
         sampling: t.Sampling = t.Sampling(),
         exit: bool = False,
+        deadline_ms: int | None = None,
     ) -> Stream[t.InferEvent, table.InferReply]:
-        """Appends token ids and streams what is generated; `exit` ends the process with it."""
-        packed = t.pack_tokens(tokens)
-        call = table.Infer(self.pid, tokens=packed, max_tokens=max_tokens, sampling=sampling, exit=exit)
+        """Appends token ids and streams what is generated; `exit` ends the process with it. It stops after
+        `deadline_ms`, with finish "deadline"."""
+        call = table.Infer(
+            self.pid,
+            tokens=t.pack_tokens(tokens),
+            max_tokens=max_tokens,
+            sampling=sampling,
+            exit=exit,
+            deadline_ms=deadline_ms,
+        )
         return self._llm.client.stream(call)
 
     def append(self, text: str) -> None:

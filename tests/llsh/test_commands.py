@@ -232,6 +232,11 @@ def test_run_answers_and_json_holds_the_account(llsh):
     assert llsh.json("ps", "-a") == []
 
 
+def test_an_answer_ends_when_its_time_is_up(llsh):
+    assert llsh.json("run", "tiny", "hello", "--max-time", "0.001")["finish"] == "deadline"
+    assert llsh.json("run", "tiny", "hello", "--max-time", "60", "--max-tokens", "1")["finish"] == "length"
+
+
 def test_run_joins_prompt_and_stdin(llsh):
     def asked(*words: str, stdin: str = "") -> int:
         return llsh.json("run", "tiny", *words, "--max-tokens", "1", stdin=stdin)["prompt_tokens"]

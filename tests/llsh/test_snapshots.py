@@ -26,6 +26,8 @@ def test_save_list_restore_remove(client: Client) -> None:
     assert "on null" in llsh("migrate", pid, "null")
     llsh("migrate", pid, "cpu:7")
     assert (llsh.code, "no device" in llsh.err) == (1, True)
+    llsh("snapshot", pid, "my notes")
+    assert (llsh.code, "letters, digits" in llsh.err, "regex" in llsh.err) == (1, True, False)
     llsh("rm", "/sessions/mine")
     assert llsh.code == 0
     llsh("restore", "mine")

@@ -27,6 +27,7 @@ class Settings:
     temperature: float | None = None
     top_p: float | None = None
     seed: int | None = None
+    max_time: float | None = None
 
     def options(self, room: int) -> Options:
         """Options of `generate` for a context with `room` tokens left."""
@@ -41,6 +42,8 @@ class Settings:
             options["top_p"] = self.top_p
         if self.seed is not None:
             options["seed"] = self.seed
+        if self.max_time is not None:
+            options["max_time"] = self.max_time
         return options
 
 

@@ -89,7 +89,9 @@ class Conversation:
 
         context = [*self.process.tokens, *tokens]
         plan = self.llm.plan(settings.options(self.llm.context_length - len(context)), len(context))
-        stream = self.process.infer(tokens, max_tokens=plan.max_tokens, sampling=plan.sampling)
+        stream = self.process.infer(
+            tokens, max_tokens=plan.max_tokens, sampling=plan.sampling, deadline_ms=plan.deadline_ms
+        )
         return TextStream(stream, Answer(self.llm.tokenizer, context, plan.stop))
 
 

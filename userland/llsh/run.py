@@ -40,6 +40,17 @@ Seed = Annotated[
     int | None, typer.Option("--seed", min=0, help="The same seed, the same answer.", show_default=False)
 ]
 
+MaxTime = Annotated[
+    float | None,
+    typer.Option(
+        "--max-time",
+        metavar="SECONDS",
+        min=0.001,
+        help="An answer ends after so long, as far as it is; waiting counts.",
+        show_default=False,
+    ),
+]
+
 
 @app.command(
     epilog=examples(
@@ -59,6 +70,7 @@ def run(
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text, without the chat template.")] = False,
     max_tokens: MaxTokens = DEFAULT_TOKENS,
+    max_time: MaxTime = None,
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
@@ -73,7 +85,7 @@ def run(
     it has one. Text on stdin is added after the prompt. Without a prompt on a terminal it is a chat.
     """
     shell = shell_of(context)
-    settings = Settings(max_tokens, temperature, top_p, seed)
+    settings = Settings(max_tokens, temperature, top_p, seed, max_time)
     piped = "" if shell.stdin.isatty() else shell.stdin.read()
     text = "\n\n".join(part for part in (" ".join(prompt or []), piped.rstrip("\n")) if part)
     if not text:
@@ -93,6 +105,8 @@ def run(
         shell.terminal.say(timings(info))
     if info.finish is t.Finish.LENGTH and shell.terminal.is_tty:
         shell.terminal.say(f"(stopped after {info.generated_tokens} tokens; --max-tokens allows more)")
+    if info.finish is t.Finish.DEADLINE and shell.terminal.is_tty:
+        shell.terminal.say(f"(stopped after {max_time:g} s; --max-time allows more)")
     if info.finish is t.Finish.KILLED:
         shell.terminal.fail(f"process {info.pid} was killed")
         raise typer.Exit(1)
