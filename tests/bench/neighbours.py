@@ -6,7 +6,7 @@ A caller of class interactive sends 24 tokens and takes 8, every 0.2 s or so, on
   idle     nobody else is there
   batch    24 batch requests at any time (256 tokens in, 128 out), first without callers, then with them
   flood    another tenant of the same class and weight asks as often as the caller, then 100 times as often
-  share    two tenants, always busy with 12 requests each (64 in, 64 out), with weights 1:3
+  share    two tenants, always busy with 64 requests each (64 in, 64 out), with weights 1:3
 Callers and load are processes of their own; tenants have keys and come over tcp. A JSON line each; waits are
 times to the first token in ms.
 """
@@ -186,7 +186,7 @@ def floods(tenants: dict[str, Whose], count: int) -> None:
 
 def share(tenants: dict[str, Whose]) -> None:
     with Load(
-        *((keep_busy, (tenants[name], 12, 64, 64, "interactive")) for name in ("one", "three"))
+        *((keep_busy, (tenants[name], 64, 64, 64, "interactive")) for name in ("one", "three"))
     ) as load:
         ratios = []
         for _ in range(3):
