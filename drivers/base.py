@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import msgspec
+from llmasos.syscalls import training
 from llmasos.syscalls import types as t
 from msgspec import Struct
 
@@ -77,7 +78,7 @@ class SeqOpen(Struct, frozen=True, array_like=True):
     """Sets the mirror of sequence `seq`, whatever was there before. `tokens` (packed u32) are all tokens
     known; the first `prompt_length` of them were given, the rest generated (penalties tell them apart). The
     KV of the first `computed` positions is in `blocks` already. Generation ends when `limit` tokens are
-    known. `sampling.seed` is set."""
+    known. `sampling.seed` is set. `adapter` is one that is loaded, 0: the model as it is."""
 
     seq: int
     tokens: bytes
@@ -86,6 +87,7 @@ class SeqOpen(Struct, frozen=True, array_like=True):
     limit: int
     blocks: list[int]
     sampling: t.Sampling
+    adapter: int = 0
 
 
 class Work(Struct, frozen=True, array_like=True):
@@ -168,6 +170,13 @@ class Driver(Protocol):
 
     def unload(self, handle: int) -> None: ...
 
+    def load_adapter(self, handle: int, adapter: int, files: dict[str, File]) -> int:
+        """Makes a LoRA adapter (peft's adapter_config.json and adapter_model.safetensors, digests verified)
+        ready for sequences of a model, under a number above 0. Returns the bytes that it takes."""
+
+    def unload_adapter(self, handle: int, adapter: int) -> None:
+        """Sequences that are open may still have it; they are closed with the next step, and not computed."""
+
     def submit(self, batch: Batch) -> int:
         """Starts a step and returns its ticket. Steps end in the order they were submitted."""
 
@@ -186,11 +195,13 @@ class Driver(Protocol):
 
 
 class Resident(Struct, frozen=True):
-    """A model that a worker has loaded, as asked and as it came to be, and the sequences that are open."""
+    """A model that a worker has loaded, as asked and as it came to be, the sequences that are open, and its
+    adapters."""
 
     spec: LoadSpec
     loaded: Loaded
     sequences: list[int]
+    adapters: list[int] = []
 
 
 class Attach(Struct, frozen=True, tag="attach"):
@@ -256,6 +267,20 @@ class Relay(Struct, frozen=True, tag="relay"):
     durable: bool = False
 
 
+class LoadAdapter(Struct, frozen=True, tag="load-adapter"):
+    """Answered by Moved (the bytes that it takes), or Failed."""
+
+    ticket: int
+    handle: int
+    adapter: int
+    files: dict[str, File]
+
+
+class UnloadAdapter(Struct, frozen=True, tag="unload-adapter"):
+    handle: int
+    adapter: int
+
+
 class LoadDone(Struct, frozen=True, tag="loaded"):
     loaded: Loaded
     memory_free: int
@@ -289,8 +314,123 @@ class Note(Struct, frozen=True, tag="note"):
     text: str
 
 
-ToWorker = Load | Unload | Step | Export | Import | Relay
-FromWorker = Attach | LoadDone | StepDone | Moved | Failed | Note
+# Training: a run has a process of its own, the trainer (drivers/trainer/), which attaches to the same bus. It
+# computes only while it holds a grant; the kernel gives one grant at a time and calls it in when somebody is
+# to go first. A trainer that dies is started again and goes on from its last checkpoint.
+
+
+class TrainSpec(Struct, frozen=True):
+    """A run. `files` are the base model's (as in LoadSpec), `derived` likewise. `data` is a folder with the
+    prepared data set (training.DataHead), `folder` the run's own: the trainer keeps checkpoints/,
+    metrics.jsonl and, when it is done, result/ there. `name` is what the result will be called."""
+
+    name: str
+    device: str
+    files: dict[str, File]
+    derived: str
+    recipe: training.Recipe
+    data: str
+    folder: str
+
+
+class AttachTrainer(Struct, frozen=True, tag="attach-trainer"):
+    """A trainer's first message. `run` is the number that it was started with."""
+
+    run: int
+    pid: int
+
+
+class Train(Struct, frozen=True, tag="train"):
+    """The kernel's first message to a trainer."""
+
+    spec: TrainSpec
+
+
+class Grant(Struct, frozen=True, tag="grant"):
+    """Compute, until called in. Answered by Granted."""
+
+    ticket: int
+
+
+class CallIn(Struct, frozen=True, tag="call-in"):
+    """Stop computing within milliseconds. The kernel does not wait for it: a trainer runs at the lowest
+    priority that the operating system has, so that who goes first loses nothing to it meanwhile."""
+
+    ticket: int
+
+
+class Leave(Struct, frozen=True, tag="leave"):
+    """Make the state of the last whole step durable, free everything and end with status 0: the run is
+    stopped for long, or its memory is wanted. Needs no grant."""
+
+
+class TrainReady(Struct, frozen=True, tag="train-ready"):
+    """All is loaded and the first grant may come. `step` of `steps` are done (by an earlier trainer).
+    `memory` is bytes of tensors."""
+
+    step: int
+    steps: int
+    memory: int
+
+
+class Granted(Struct, frozen=True, tag="granted"):
+    """The grant is over: called in, or the run is done. `seconds` of it were computed."""
+
+    ticket: int
+    seconds: float
+
+
+class Trained(Struct, frozen=True, tag="trained"):
+    """An event of the run, as it was appended to metrics.jsonl. One of phase `save` tells that the state
+    after `step` is durable."""
+
+    event: training.TrainEvent
+
+
+class TrainDone(Struct, frozen=True, tag="train-done"):
+    """result/ is whole and durable: adapter_config.json and adapter_model.safetensors, or config.json and
+    model.safetensors. The trainer ends. `result` lacks what the kernel fills in: model, digest."""
+
+    result: training.TrainResult
+
+
+class MergeSpec(Struct, frozen=True):
+    """What drivers/merge.py reads on its standard input: the files of a model and of an adapter of it, the
+    folder where config.json and model.safetensors are to be, and the bytes that they may take."""
+
+    base: dict[str, File]
+    adapter: dict[str, File]
+    folder: str
+    room: int
+
+
+ToWorker = (
+    Load
+    | Unload
+    | LoadAdapter
+    | UnloadAdapter
+    | Step
+    | Export
+    | Import
+    | Relay
+    | Train
+    | Grant
+    | CallIn
+    | Leave
+)
+FromWorker = (
+    Attach
+    | LoadDone
+    | StepDone
+    | Moved
+    | Failed
+    | Note
+    | AttachTrainer
+    | TrainReady
+    | Granted
+    | Trained
+    | TrainDone
+)
 
 to_worker = msgspec.msgpack.Decoder(ToWorker)
 from_worker = msgspec.msgpack.Decoder(FromWorker)

@@ -109,8 +109,8 @@ class Checkpoint:
         for needed in ("config.json", "tensors.json"):
             if needed not in files:
                 raise errors.Corrupt(f"the model has no {needed}", hint="pull the model again")
-        self.config = self._decode(files["config.json"], "config.json", dict[str, Any])
-        self._entries = self._decode(files["tensors.json"], "tensors.json", _Index).tensors
+        self.config = read_json(files["config.json"], "config.json", dict[str, Any])
+        self._entries = read_json(files["tensors.json"], "tensors.json", _Index).tensors
         self._maps: dict[str, mmap.mmap] = {}
         for entry in self._entries.values():
             if entry.file not in self._maps:
@@ -118,17 +118,9 @@ class Checkpoint:
                     raise errors.Corrupt(
                         f"tensors.json names {entry.file[:96]!r}, which the model does not have"
                     )
-                self._maps[entry.file] = _map(files[entry.file], entry.file)
+                self._maps[entry.file] = mapped(files[entry.file], entry.file)
         for name, entry in self._entries.items():
             self._check(name, entry)
-
-    @staticmethod
-    def _decode(file: File, name: str, kind: type[_T]) -> _T:
-        data = bytes(_map(file, name))
-        try:
-            return msgspec.json.decode(data, type=kind)
-        except msgspec.DecodeError as problem:
-            raise errors.Corrupt(f"{name}: {problem}", hint="pull the model again") from None
 
     def _check(self, name: str, entry: Entry) -> None:
         if entry.nbytes != nbytes_of(entry.type, entry.shape):
@@ -216,15 +208,23 @@ class Checkpoint:
         return np.ascontiguousarray(values.T) if raw.transposed else values
 
 
-def _map(file: File, name: str) -> mmap.mmap:
+def read_json(file: File, name: str, kind: type[_T]) -> _T:
+    """A file as what it has to be, verified. Raises Corrupt."""
+    try:
+        return msgspec.json.decode(bytes(mapped(file, name)), type=kind)
+    except msgspec.DecodeError as problem:
+        raise errors.Corrupt(f"{name}: {problem}", hint="pull the model again") from None
+
+
+def mapped(file: File, name: str) -> mmap.mmap:
     """The file's bytes, verified. Raises Corrupt."""
     try:
         with Path(file.path).open("rb") as opened:
-            mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            found = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as problem:
         raise errors.Corrupt(
             f"{name} cannot be read: {type(problem).__name__}", hint="pull the model again"
         ) from None
-    if len(mapped) != file.size or f"sha256:{hashlib.sha256(mapped).hexdigest()}" != file.digest:
+    if len(found) != file.size or f"sha256:{hashlib.sha256(found).hexdigest()}" != file.digest:
         raise errors.Corrupt(f"{name} is not what its digest says", hint="run fsck and pull the model again")
-    return mapped
+    return found

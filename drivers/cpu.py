@@ -12,7 +12,7 @@ from collections.abc import Callable
 from llmasos.syscalls import errors
 from msgspec.structs import replace
 
-from .base import Batch, Description, Driver, Loaded, LoadSpec, StepResult
+from .base import Batch, Description, Driver, File, Loaded, LoadSpec, StepResult
 from .native.executor import NativeDriver
 from .native.library import NoEngine
 
@@ -62,6 +62,12 @@ class CpuDriver:
     def unload(self, handle: int) -> None:
         if (driver := self._drivers.pop(handle, None)) is not None:
             driver.unload(handle)
+
+    def load_adapter(self, handle: int, adapter: int, files: dict[str, File]) -> int:
+        return self._driver(handle).load_adapter(handle, adapter, files)
+
+    def unload_adapter(self, handle: int, adapter: int) -> None:
+        self._driver(handle).unload_adapter(handle, adapter)
 
     def submit(self, batch: Batch) -> int:
         driver = self._tickets[batch.ticket] = self._driver(batch.handle)

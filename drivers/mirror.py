@@ -32,7 +32,8 @@ class Sequence:
     """`tokens` are all tokens known, of which the first `prompt_length` were given; while a piece of it is
     being computed, the piece's guesses stand behind them. Position p has its KV in slot
     `blocks[p // 16] * 16 + p % 16`, valid for the first `computed` positions. `over`: a stop token came or
-    the limit is reached. `fault` not empty: nothing of it may be computed."""
+    the limit is reached. `adapter` is 0 for the model as it is. `fault` not empty: nothing of it may be
+    computed."""
 
     id: int
     tokens: array[int]
@@ -41,6 +42,7 @@ class Sequence:
     limit: int
     blocks: array[int]
     sampling: t.Sampling
+    adapter: int = 0
     drafter: Drafter = field(default_factory=Drafter)
     over: bool = False
     fault: str = ""
@@ -152,13 +154,14 @@ class Step:
 
 
 class Mirror:
-    """The sequences of one resident model with `blocks` KV blocks."""
+    """The sequences of one resident model with `blocks` KV blocks, and the numbers of its `adapters`."""
 
     def __init__(self, blocks: int, vocab_size: int, context_length: int) -> None:
         self._blocks = blocks
         self._vocab_size = vocab_size
         self._context_length = context_length
         self._sequences: dict[int, Sequence] = {}
+        self.adapters: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -240,6 +243,7 @@ class Mirror:
             opened.limit,
             array("i"),
             opened.sampling,
+            opened.adapter,
         )
         if len(opened.tokens) % 4:
             sequence.fault = "the packed tokens are cut short"
@@ -265,6 +269,8 @@ class Mirror:
             sequence.fault = self._extend(sequence, work.tokens, work.blocks)
         if not sequence.fault and spoiled and not spoiled.isdisjoint(sequence.blocks):
             sequence.fault = f"one of its blocks was to be copied from outside the pool of {self._blocks}"
+        if not sequence.fault and sequence.adapter and sequence.adapter not in self.adapters:
+            sequence.fault = f"adapter {sequence.adapter} is not loaded"
         if sequence.fault or sequence.over:
             return sequence.fault
         end = sequence.computed + work.count

@@ -24,7 +24,7 @@ import msgspec
 from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
 
-from .base import BLOCK_TOKENS, Batch, Description, Loaded, LoadSpec, SeqOut, StepResult
+from .base import BLOCK_TOKENS, Batch, Description, File, Loaded, LoadSpec, SeqOut, StepResult
 from .mirror import Choice, Mirror, Piece, Sequence, Step
 
 _SLOT = 8  # bytes: the token and the checksum of its history, both u32
@@ -43,9 +43,14 @@ def _checksum(slot: bytes | bytearray) -> int:
     return int.from_bytes(slot[4:8], "little")
 
 
-def _slots(tokens: Iterable[int]) -> bytes:
+def adapter_mark(files: dict[str, File]) -> int:
+    """The checksum that a history begins with under an adapter of these files; without one it is 0."""
+    return zlib.crc32(repr(sorted((name, file.digest) for name, file in files.items())).encode())
+
+
+def _slots(tokens: Iterable[int], before: int) -> bytes:
     """The slots that a right history of `tokens` leaves behind."""
-    history, before = bytearray(), 0
+    history = bytearray()
     for token in tokens:
         slot = _write(token, before)
         before = _checksum(slot)
@@ -53,21 +58,23 @@ def _slots(tokens: Iterable[int]) -> bytes:
     return bytes(history)
 
 
-def _recent(slots: bytes, memory: int) -> bytes:
+def _recent(slots: bytes, memory: int, before: int) -> bytes:
     """What a forgetful model knows of a history: its last `memory` tokens and about how long it is. All of
     it if it is wrong anywhere, so that this shows."""
     tokens = [int.from_bytes(slots[place : place + 4], "little") for place in range(0, len(slots), _SLOT)]
-    if _slots(tokens) != slots:
+    if _slots(tokens, before) != slots:
         return slots
-    return repr((tokens[-memory:], len(tokens) // _MOOD)).encode()
+    return repr((tokens[-memory:], len(tokens) // _MOOD, before)).encode()
 
 
 class _Scores:
     """The pseudo-distribution after a history: `first` is the best token, the others follow it by number."""
 
-    def __init__(self, slots: bytes, sampling: t.Sampling, vocab_size: int, memory: int = 0) -> None:
+    def __init__(
+        self, slots: bytes, sampling: t.Sampling, vocab_size: int, memory: int = 0, before: int = 0
+    ) -> None:
         seed = (sampling.seed or 0) if sampling.temperature > 0 else 0
-        known = _recent(slots, memory) if memory else slots
+        known = _recent(slots, memory, before) if memory else slots
         mark = hashlib.blake2b(known, digest_size=16, salt=seed.to_bytes(8, "little")).digest()
         self._vocab_size = vocab_size
         self.first = int.from_bytes(mark[:8], "little") % vocab_size
@@ -95,23 +102,27 @@ def next_token(
     sampling: t.Sampling | None = None,
     prompt_length: int = 0,
     memory: int = 0,
+    mark: int = 0,
 ) -> int:
     """The token that this driver generates after `tokens`: a hash of all of them, or of the last `memory`.
-    With a temperature the seed counts too, so that forks with other seeds diverge."""
+    With a temperature the seed counts too, so that forks with other seeds diverge; with an adapter its
+    `adapter_mark`."""
     sampling = sampling or t.Sampling()
     young = len(tokens) - prompt_length < sampling.min_new_tokens
-    scores = _Scores(_slots(tokens), sampling, vocab_size, memory)
+    scores = _Scores(_slots(tokens, mark), sampling, vocab_size, memory, mark)
     return scores.best(1, sampling.stop_token_ids if young else ())[0].token
 
 
 class Resident:
-    """A loaded model: its mirror and its slots, one bytearray of 16 slots a block, made when first used."""
+    """A loaded model: its mirror and its slots, one bytearray of 16 slots a block, made when first used.
+    `marks` are those of its adapters; 0 is the model as it is."""
 
     def __init__(self, loaded: Loaded, step_seconds: float, memory: int) -> None:
         self.loaded = loaded
         self.step_seconds = step_seconds
         self.memory = memory
         self.mirror = Mirror(loaded.blocks, loaded.vocab_size, loaded.context_length)
+        self.marks = {0: 0}
         self._pool: dict[int, bytearray] = {}
 
     def block(self, block: int) -> bytes | bytearray:
@@ -127,7 +138,9 @@ class Resident:
     def compute(self, piece: Piece) -> None:
         """Writes the slots of the piece's positions, each after the slot before it."""
         sequence = piece.sequence
-        before = _checksum(self.history(sequence, piece.start)[-_SLOT:]) if piece.start else 0
+        before = self.marks[sequence.adapter]
+        if piece.start:
+            before = _checksum(self.history(sequence, piece.start)[-_SLOT:])
         for position in range(piece.start, piece.end):
             block = self._pool.setdefault(sequence.blocks[position // BLOCK_TOKENS], bytearray(_EMPTY))
             slot = _write(sequence.tokens[position], before)
@@ -196,6 +209,17 @@ class NullDriver:
     def unload(self, handle: int) -> None:
         self._residents.pop(handle, None)
 
+    def load_adapter(self, handle: int, adapter: int, files: dict[str, File]) -> int:
+        resident = self._resident(handle)
+        resident.marks[adapter] = adapter_mark(files)
+        resident.mirror.adapters.add(adapter)
+        return sum(file.size for file in files.values())
+
+    def unload_adapter(self, handle: int, adapter: int) -> None:
+        resident = self._resident(handle)
+        resident.mirror.adapters.discard(adapter)
+        resident.marks.pop(adapter, None)
+
     def submit(self, batch: Batch) -> int:
         self._pending[batch.ticket] = batch
         return batch.ticket
@@ -234,29 +258,24 @@ class NullDriver:
 
     def _score(self, resident: Resident, piece: Piece) -> SeqOut:
         sequence, sampling = piece.sequence, piece.sequence.sampling
-        vocab_size = resident.loaded.vocab_size
         slots = resident.history(sequence, piece.end)
-        prompt = self._score_prompt(resident, slots, piece)
+
+        def scores_at(end: int) -> _Scores:
+            vocab_size, mark = resident.loaded.vocab_size, resident.marks[sequence.adapter]
+            return _Scores(slots[: end * _SLOT], sampling, vocab_size, resident.memory, mark)
+
+        prompt = [scores_at(p).of(sequence.tokens[p], sampling.logprobs or 0) for p in piece.scored]
         barred = sampling.stop_token_ids if sequence.generated < sampling.min_new_tokens else []
         if piece.beams:
-            scores = _Scores(slots, sampling, vocab_size, resident.memory)
-            return piece.done([], prompt, scores.best(piece.beams, barred))
+            return piece.done([], prompt, scores_at(piece.end).best(piece.beams, barred))
         choices = []
         for end in range(piece.known, piece.end + 1) if piece.choose else ():
-            scores = _Scores(slots[: end * _SLOT], sampling, vocab_size, resident.memory)
+            scores = scores_at(end)
             token = scores.best(1, barred)[0].token
             choices.append(
                 Choice(token, None if sampling.logprobs is None else scores.of(token, sampling.logprobs))
             )
         return piece.done(choices, prompt, [])
-
-    def _score_prompt(self, resident: Resident, slots: bytes, piece: Piece) -> list[t.Chosen]:
-        sampling, tokens = piece.sequence.sampling, piece.sequence.tokens
-        vocab_size, memory = resident.loaded.vocab_size, resident.memory
-        return [
-            _Scores(slots[: p * _SLOT], sampling, vocab_size, memory).of(tokens[p], sampling.logprobs or 0)
-            for p in piece.scored
-        ]
 
     def export_blocks(self, handle: int, blocks: list[int]) -> bytes:
         resident = self._resident(handle)

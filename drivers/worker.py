@@ -27,6 +27,7 @@ import msgspec
 from llmasos.syscalls import errors, wire
 
 from . import base, kv_file
+from .launcher import Place, launcher
 
 # Device name before the colon -> (module, class). Imported only when chosen: null needs no torch.
 DRIVERS = {
@@ -41,13 +42,20 @@ KERNEL_TIMEOUT_S = 60.0
 
 RETRY_S = 0.02
 
+MOST_RANKS = 64
+
 _PR_SET_PDEATHSIG = 1
 
 Note = Callable[[str, str], None]
 
 
-def make_driver(device: str, note: Note) -> base.Driver:
-    """The driver of `cpu`, `cuda:0`, `null`, `null:1`, `simulated`. Raises NoSuchDevice."""
+def make_driver(device: str, note: Note, place: Place | None = None) -> base.Driver:
+    """The driver of `cpu`, `cuda:0`, `null`, `null:1`, `simulated`, or of a group (`cpu*2`), of which this
+    process is rank 0 at `place`. Raises NoSuchDevice."""
+    if place is not None:
+        from .torch.group import GroupDriver
+
+        return GroupDriver(_kind(device), place)
     kind = device.partition(":")[0]
     if kind not in DRIVERS:
         raise errors.NoSuchDevice(f"no driver for device {device!r}", hint=f"one of {', '.join(DRIVERS)}")
@@ -60,14 +68,15 @@ def make_driver(device: str, note: Note) -> base.Driver:
 class Worker:
     """Serves a device over one connected stream socket after another."""
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, place: Place | None = None) -> None:
         self._device = device
         self._bus: socket.socket | None = None
         self._loaded: dict[int, base.Loaded] = {}
         self._specs: dict[int, base.LoadSpec] = {}
         self._open: dict[int, set[int]] = {}  # by handle: the sequences that the driver remembers
+        self._adapters: dict[int, set[int]] = {}
         self._early: list[base.Note] = []  # notes from before the first message, which is Attach
-        self._driver = make_driver(device, lambda level, text: self._note(level, f"{device}: {text}"))
+        self._driver = make_driver(device, lambda level, text: self._note(level, f"{device}: {text}"), place)
 
     def serve(self, bus: socket.socket) -> None:
         """Returns, or raises ConnectionError, when the other side is gone."""
@@ -86,7 +95,9 @@ class Worker:
 
     def _residents(self) -> list[base.Resident]:
         return [
-            base.Resident(spec, self._loaded[handle], sorted(self._open[handle]))
+            base.Resident(
+                spec, self._loaded[handle], sorted(self._open[handle]), sorted(self._adapters[handle])
+            )
             for handle, spec in self._specs.items()
         ]
 
@@ -109,10 +120,16 @@ class Worker:
                     handle = spec.handle
                     self._load(spec)
                 case base.Unload(handle):
-                    for known in (self._loaded, self._specs, self._open):
+                    for known in (self._loaded, self._specs, self._open, self._adapters):
                         known.pop(handle, None)
                     self._driver.unload(handle)
                     self._note("info", f"{self._device}: model {handle} unloaded")
+                case base.LoadAdapter(ticket, handle, adapter, files):
+                    self._load_adapter(ticket, handle, adapter, files)
+                case base.UnloadAdapter(handle, adapter):
+                    self._adapters[handle].discard(adapter)
+                    self._driver.unload_adapter(handle, adapter)
+                    self._note("info", f"{self._device}: adapter {adapter} of model {handle} unloaded")
                 case base.Step(batch):
                     handle, ticket = batch.handle, batch.ticket
                     opened = self._open.setdefault(handle, set())
@@ -139,7 +156,7 @@ class Worker:
         self._note("info", f"{self._device}: loading model {spec.handle}, {size / 1e6:.0f} MB of files")
         begun = time.perf_counter()
         loaded = self._loaded[spec.handle] = self._driver.load(spec)
-        self._specs[spec.handle], self._open[spec.handle] = spec, set()
+        self._specs[spec.handle], self._open[spec.handle], self._adapters[spec.handle] = spec, set(), set()
         seconds = time.perf_counter() - begun
         self._note(
             "info",
@@ -148,6 +165,18 @@ class Worker:
             f"in {loaded.kv_dtype}; {loaded.engine}",
         )
         self._send(base.LoadDone(loaded, self._driver.describe().memory_free, seconds))
+
+    def _load_adapter(self, ticket: int, handle: int, adapter: int, files: dict[str, base.File]) -> None:
+        begun = time.perf_counter()
+        size = self._driver.load_adapter(handle, adapter, files)
+        self._adapters[handle].add(adapter)
+        seconds = time.perf_counter() - begun
+        self._note(
+            "info",
+            f"{self._device}: adapter {adapter} of model {handle} loaded in {seconds:.2f} s, "
+            f"{size / 1e6:.1f} MB",
+        )
+        self._send(base.Moved(ticket, size, seconds))
 
     def _fail(self, handle: int, ticket: int, problem: errors.LLMasOSError) -> None:
         self._note("error", f"{self._device}: {problem}")
@@ -172,9 +201,13 @@ def _die_with_parent(parent: int) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="llmasos.drivers.worker", description=__doc__)
-    parser.add_argument("--device", required=True, help="cpu, cuda:0, null, null:1 or simulated")
+    parser.add_argument(
+        "--device", required=True, help="cpu, cuda:0, null, null:1, simulated, or a group: cpu*2"
+    )
     parser.add_argument("--bus", required=True, help="path of the kernel's Unix stream socket")
     parser.add_argument("--parent", type=int, default=0, help="end when this is not the parent process")
+    parser.add_argument("--rank", type=int, default=0, help="of a group: which one this is")
+    parser.add_argument("--rendezvous", default="", help="of a group: where its ranks meet")
     arguments = parser.parse_args()
     if not _die_with_parent(arguments.parent):
         return 0
@@ -182,7 +215,13 @@ def main() -> int:
     # Ctrl-C on the terminal is for the kernel, which then closes the bus.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        worker = Worker(arguments.device)
+        place = _join(arguments) if "*" in arguments.device else None
+        if place is not None and place.rank > 0:
+            from .torch.group import follow
+
+            follow(_kind(arguments.device), place)
+            return 0
+        worker = Worker(arguments.device, place)
         while bus := _connect(arguments.bus):
             with bus, suppress(ConnectionError):
                 worker.serve(bus)
@@ -190,6 +229,23 @@ def main() -> int:
         print(f"worker of {arguments.device}: {problem}", file=sys.stderr)
         return 1
     return 0
+
+
+def _kind(device: str) -> str:
+    """Raises NoSuchDevice unless `device` names a group."""
+    kind, _, size = device.partition("*")
+    if kind not in ("cpu", "cuda") or not size.isdecimal() or not 2 <= int(size) <= MOST_RANKS:
+        raise errors.NoSuchDevice(f"no group {device!r}", hint=f"cpu*N or cuda*N, of 2 to {MOST_RANKS} ranks")
+    return kind
+
+
+def _join(arguments: argparse.Namespace) -> Place:
+    """This process's place in the group, whose other ranks are started if that is its to do."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as in cpu.py; here ranks share the cores as well
+    _kind(arguments.device)
+    command = ["llmasos.drivers.worker", "--device", arguments.device, "--bus", arguments.bus]
+    size = int(arguments.device.partition("*")[2])
+    return launcher(arguments.rank, arguments.rendezvous).join(size, command)
 
 
 def _connect(path: str) -> socket.socket | None:

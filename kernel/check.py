@@ -17,7 +17,7 @@ from .config import Config
 LEAST_DISK = 1 << 30
 LEAST_FILES = 4096
 
-_DEVICE = re.compile(r"(cpu|cuda:(\d+)|null(:\d+)?|simulated(:\d+)?)")
+_DEVICE = re.compile(r"(cpu|cuda:(\d+)|(cpu|cuda)\*\d+|null(:\d+)?|simulated(:\d+)?)")
 
 
 def check(configured: Callable[[], tuple[Config, str]], device_names: Callable[[Config], list[str]]) -> int:

@@ -43,7 +43,8 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Every knob of the kernel."""
 
     devices: list[str] = []
-    """Devices to drive (cpu, cuda:0, null, …). Empty: cpu, and every NVIDIA device that is there."""
+    """Devices to drive (cpu, cuda:0, null, …). Empty: cpu, and every NVIDIA device that is there. `cuda*4` is
+    a group: four devices that compute each model together, for models too big for one of them."""
 
     kv_fraction: Annotated[float, Meta(gt=0, le=1)] = 0.4
     """Share of a device's free memory that the KV blocks of one model may take."""
@@ -101,6 +102,9 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     max_imports: Limit = 4
     """Imports that may run at once; each is a process."""
+
+    max_trainers: Limit = 2
+    """Training runs whose models and optimizers are in memory at once; further ones wait for their turn."""
 
     aging_s: Annotated[float, Meta(gt=0)] = 2.0
     """A runnable process that got nothing for this long goes first, whatever its class."""

@@ -13,6 +13,7 @@ import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from llmasos.drivers import base
 from llmasos.syscalls import errors
@@ -24,6 +25,9 @@ from .pace import Pace, Transfer
 from .process import Mirror, Process
 from .runqueue import RunQueue
 from .shares import Shares
+
+if TYPE_CHECKING:
+    from .adapters import Adapter
 
 Ready = Callable[[errors.LLMasOSError | None], None]
 Answered = Callable[[base.Moved | errors.LLMasOSError], None]
@@ -43,6 +47,7 @@ class Pool:
     queue: RunQueue
     memory: Memory = field(default_factory=lambda: Memory(0))
     loaded: base.Loaded | None = None
+    adapters: list[Adapter] = field(default_factory=list)  # those asked for last at the end
     processes: set[Process] = field(default_factory=set)
     holders: set[Process] = field(default_factory=set)  # those with blocks, and some that had
     admitted: set[Process] = field(default_factory=set)  # with an infer that was let into the memory
@@ -56,6 +61,11 @@ class Pool:
     @property
     def ready(self) -> bool:
         return self.loaded is not None
+
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody waits for it or for an adapter of it."""
+        return bool(self.waiters) or any(adapter.waiters for adapter in self.adapters)
 
     def when_ready(self, ready: Ready) -> None:
         """Tells `ready` when it is resident or cannot be: now, if it is."""
@@ -73,6 +83,8 @@ class Pool:
         self.holders.clear()
         self.admitted.clear()
         self.pace = Pace()
+        for adapter in self.adapters:
+            adapter.loaded = adapter.asked = False
         for process in self.processes:
             process.table = process.table.empty()
             process.flights = 0
@@ -145,6 +157,7 @@ class Device:
 
     name: str
     shares: Shares
+    runs: RunQueue  # those that train on it
     description: base.Description | None = None
     worker: int | None = None  # the bus connection
     worker_pid: int = 0
@@ -153,12 +166,15 @@ class Device:
     pools: list[Pool] = field(default_factory=list)
     loading: Pool | None = None
     flights: deque[Flight] = field(default_factory=deque)
-    orders: dict[int, Answered] = field(default_factory=dict)  # about KV files, not answered yet, by ticket
+    orders: dict[int, Answered] = field(
+        default_factory=dict
+    )  # what is no step and not answered yet, by ticket
     transfer: Transfer = field(default_factory=Transfer)
     ahead_at: float = math.inf
     alarm: Callable[[], None] = lambda: None  # calls off the timer that waits for it
     begun: float = 0.0  # when the first of the flights began
     watched: bool = False
+    granted: Process | None = None  # who trains now, or is about to stop
     worked: float | None = None  # when a step ended last
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=64))
 
@@ -166,7 +182,7 @@ class Device:
     def state(self) -> str:
         if self.worker is None:
             return "down" if self.restarts else "starting"
-        return "busy" if self.flights or self.loading else "ready"
+        return "busy" if self.flights or self.loading or self.granted else "ready"
 
     def info(self, now: float) -> DeviceInfo:
         d = self.description
@@ -228,4 +244,5 @@ def _open(process: Process, infer: Infer) -> base.SeqOpen:
         limit=infer.limit,
         blocks=list(process.table.blocks),
         sampling=infer.sampling,
+        adapter=process.adapter.number if process.adapter else 0,
     )

@@ -18,6 +18,7 @@ from collections import OrderedDict
 import msgspec
 from llmasos.syscalls.types import Quota, SchedClass, pack_tokens
 
+from .modelfs.runs import RunRow
 from .process import Process
 
 MOST_ANSWERS = 4096
@@ -44,6 +45,7 @@ class ProcessRow(msgspec.Struct, frozen=True):
     exit: tuple[int, str] | None
     given: int
     lineage: list[str]
+    run: RunRow | None
 
 
 class AnswerRow(msgspec.Struct, frozen=True):
@@ -153,8 +155,8 @@ class Ledger:
             parent=process.parent,
             owner=process.owner,
             session=process.session or b"",
-            model=pool.model,
-            digest=pool.digest,
+            model=process.model,
+            digest=process.digest,
             device=pool.device_name,
             dtype=pool.dtype,
             sched_class=process.sched_class,
@@ -167,6 +169,7 @@ class Ledger:
             exit=(end.code, end.reason) if end else None,
             given=given,
             lineage=process.lineage,
+            run=process.run.row() if process.run else None,
         )
 
 

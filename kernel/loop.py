@@ -22,9 +22,9 @@ from pathlib import Path
 
 from llmasos.drivers import base
 from llmasos.syscalls import errors
-from llmasos.syscalls.types import Finish, PullEvent
+from llmasos.syscalls.types import FileInfo, Finish
 
-from . import migration, planning, residency, search, swapping, trap
+from . import migration, planning, residency, search, swapping, training, trap
 from .audit import Audit
 from .config import LIVE, Config, changed
 from .devices import Device, Flight, Pool
@@ -39,9 +39,11 @@ from .memory import blocks_for
 from .modelfs.store import ModelFS
 from .process import Process
 from .proctable import ProcessTable
+from .programs import Programs
 from .quotas import Quotas
 from .recorder import Recorder
 from .restore import restore
+from .runqueue import RunQueue
 from .sessions import Session, Sessions
 from .shares import Shares
 from .tenants import Subject
@@ -62,12 +64,15 @@ class Kernel:
         host_memory: Path | None = None,
         rows: Mapping[str, bytes] | None = None,
         epoch: float = 0.0,
+        bus: Path = Path("bus.sock"),
     ) -> None:
-        """`rows` are what an earlier kernel committed; `epoch` is the wall clock's time when `now` is 0."""
+        """`rows` are what an earlier kernel committed; `epoch` is the wall clock's time when `now` is 0;
+        `bus` is where trainers attach."""
         self.config = config
         self.store = store
         self.tiers = open_tiers(host_memory, store.swap, config.swap_host_bytes, config.swap_disk_bytes)
         self.now = now
+        self.bus = bus
         self.random = random.Random(seed)
         self.boot_id = f"{self.random.getrandbits(64):016x}"
         self.log = Log(now, config.log_lines)
@@ -82,9 +87,15 @@ class Kernel:
         self.audit = Audit(home / "state" / "audit.log")
         self.keys = Keyring(home / "keys" / "authorized")
         self.server_key = ""
-        self.devices = {name: Device(name, Shares(self.quotas.weight)) for name in device_names}
+        self.devices: dict[str, Device] = {}
+        for name in device_names:
+            shares = Shares(self.quotas.weight)
+            self.devices[name] = Device(name, shares, RunQueue(shares, now))
         self.readers = Readers(self.log, self.sessions)
-        self.imports = Imports(self.sessions, config.max_imports)
+        self.programs = Programs()
+        self.imports = Imports(self.sessions, self.programs, str(home), self.imported)
+        self.runs: dict[int, Process] = {}  # those that train, ended ones too until they are waited for
+        self.trainers: dict[int, Process] = {}  # by connection
         self.departures: list[tuple[Process, Callable[[], None]]] = []  # who moves when no step has it
         self.draining = False
         self._verdict = Verdict.OPEN
@@ -92,6 +103,7 @@ class Kernel:
         self._timers = Timers()
         self.numbers = itertools.count(1)
         self.absent = restore(self, rows or {}, epoch)  # sessions of an earlier kernel, not yet back
+        store.runs.sweep(set(self.runs))
         if self.absent:
             self.at(now() + config.session_grace_s, self._forget_absent)
 
@@ -185,6 +197,10 @@ class Kernel:
         match message:
             case base.Attach():
                 self.worker_attached(worker, message)
+            case base.AttachTrainer():
+                training.attached(self, worker, message)
+            case _ if worker in self.trainers:
+                training.heard(self, self.trainers[worker], message)
             case base.LoadDone() if device and device.loading:
                 residency.load_done(self, device, device.loading, message)
             case base.StepDone() if device and device.flights:
@@ -203,7 +219,11 @@ class Kernel:
                 self.log.warn(f"unexpected {type(message).__name__} from a worker")
 
     def worker_gone(self, worker: int) -> None:
-        """A driver died: its processes go back to their token history and wait for the next worker."""
+        """A driver died: its processes go back to their token history and wait for the next worker. Or a
+        trainer did."""
+        if (process := self.trainers.pop(worker, None)) is not None:
+            training.gone(self, process)
+            return
         device = next((d for d in self.devices.values() if d.worker == worker), None)
         if device is None:
             return
@@ -220,7 +240,7 @@ class Kernel:
         for pool in device.pools:
             pool.forget()
             residency.expect_worker(self, device, pool)
-        device.pools = [pool for pool in device.pools if pool.processes or pool.waiters]
+        device.pools = [pool for pool in device.pools if pool.processes or pool.awaited]
         # Beams share one infer, which was in one death.
         running = {id(part.infer): part for part in flight.parts} if flight else {}
         for part in running.values():
@@ -242,11 +262,13 @@ class Kernel:
         for call in self._timers.due(self.now()):
             call()
         migration.depart(self)
+        training.advance(self)
         for device in self.devices.values():
             planning.advance(self, device)
         if self.draining and not any(p.infer for p in self.processes):
-            loading = any(pool.waiters for d in self.devices.values() for pool in d.pools)
-            if not loading:
+            loading = any(pool.awaited for d in self.devices.values() for pool in d.pools)
+            saving = any(process.run and process.run.ready for process in self.trainers.values())
+            if not loading and not saving:
                 self._exit()
 
     # Effects
@@ -426,27 +448,27 @@ class Kernel:
 
     # Imports
 
-    def import_progress(self, job: int, event: PullEvent) -> None:
-        self.imports.progress(job, event)
-
-    def import_ended(self, job: int, error: errors.LLMasOSError | None) -> None:
-        """An importer is done; on success the model is in the store."""
-        model = self.imports.model(job)
+    def imported(self, model: str, problem: errors.LLMasOSError | None) -> FileInfo:
+        """An importer has ended; on success the model is in the store. Raises what kept it out."""
         try:
-            info = self.store.stat(f"/models/{model}") if error is None else None
-        except errors.LLMasOSError as missing:
-            info, error = None, missing
-        if error is None:
-            self.log.info(f"pull of {model}: done")
-            self.audit.note("imported", "kernel", model=model)
-        else:
-            self.log.warn(f"pull of {model}: {type(error).__name__}: {error.message}")
-        self.imports.ended(job, info, error)
-        self.store.gc(self.pinned())
+            if problem is not None:
+                raise problem
+            info = self.store.stat(f"/models/{model}")
+        except errors.LLMasOSError as refusal:
+            self.log.warn(f"pull of {model}: {type(refusal).__name__}: {refusal.message}")
+            raise
+        finally:
+            self.store.gc(self.pinned())
+        self.log.info(f"pull of {model}: done")
+        self.audit.note("imported", "kernel", model=model)
+        return info
 
     def pinned(self) -> set[str]:
-        """Blobs of models that are on a device: a worker may have to load them again."""
-        return {f.digest for d in self.devices.values() for pool in d.pools for f in pool.files.values()}
+        """Blobs of models that are on a device or trained on: a worker may have to load them again."""
+        pools = [pool for device in self.devices.values() for pool in device.pools]
+        files = [pool.files for pool in pools] + [one.files for pool in pools for one in pool.adapters]
+        files += [process.pool.files for process in self.runs.values()]
+        return {file.digest for some in files for file in some.values()}
 
     # Admission
 

@@ -169,12 +169,14 @@ def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> i
     store = ModelFS(home)
     store.gc(set())
     store.sessions.sweep()
+    store.datasets.sweep()
     try:
         journal = Journal(home / "journal", schema())
     except errors.LLMasOSError as problem:
         print(f"llmasosd: {problem}", file=sys.stderr, flush=True)
         return DAMAGED if isinstance(problem, errors.Corrupt) else 1
     born = clock()
+    bus = address.runtime_folder() / "bus.sock"
     kernel = Kernel(
         config,
         store,
@@ -184,9 +186,10 @@ def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> i
         host_folder(home),
         journal.rows,
         time.time(),
+        bus,
     )
     kernel.log.info(f"llmasosd boots, kernel pid {os.getpid()}, home {home}")
-    sockets = Sockets(kernel, journal, endpoint, address.runtime_folder() / "bus.sock", home)
+    sockets = Sockets(kernel, journal, endpoint, bus, home)
     where = ", ".join(filter(None, (endpoint, config.listen)))
     kernel.log.info(f"listening on {where}, devices {', '.join(kernel.devices)}")
     print(f"ready, listening on {endpoint}", flush=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from llmasos.syscalls import errors, table
 
-from . import residency, snapshots, swapping
+from . import adapters, residency, snapshots, swapping
 from .devices import Pool
 from .process import Process
 from .sessions import Request
@@ -29,9 +29,10 @@ def migrate(kernel: Kernel, process: Process, request: Request, device_name: str
     if residency.device_for(kernel, device_name).name == old.device_name:
         kernel.sessions.reply(request, table.MigrateReply(process.pid, device_name, process.computed))
         return
-    if kernel.store.resolve(old.model).digest != old.digest:
-        raise errors.NoSuchModel(f"{old.model} is not the model any more that process {process.pid} runs")
-    new = residency.pool_for(kernel, old.model, device_name, old.dtype)
+    manifest = kernel.store.resolve(process.model)
+    if manifest.digest != process.digest:
+        raise errors.NoSuchModel(f"{process.model} is not the model any more that process {process.pid} runs")
+    new, adapter = residency.place(kernel, manifest, device_name, old.dtype)
 
     def ready(error: errors.LLMasOSError | None) -> None:
         try:
@@ -47,15 +48,14 @@ def migrate(kernel: Kernel, process: Process, request: Request, device_name: str
             kernel.sessions.fail(request, refusal)
             return
         process.moving = True
-        kernel.departures.append((process, lambda: _depart(kernel, process, new, request)))
+        kernel.departures.append((process, lambda: _depart(kernel, process, new, adapter, request)))
 
     def cancel() -> None:
-        if ready in new.waiters:
-            new.waiters.remove(ready)
+        adapters.forgo(new, adapter, ready)
         kernel.sessions.fail(request, errors.Unavailable("cancelled"))
 
     kernel.sessions.on_cancel(request, cancel)
-    new.when_ready(ready)
+    adapters.when_ready(kernel, new, adapter, ready)
 
 
 def depart(kernel: Kernel) -> None:
@@ -68,7 +68,9 @@ def depart(kernel: Kernel) -> None:
             go()
 
 
-def _depart(kernel: Kernel, process: Process, new: Pool, request: Request) -> None:
+def _depart(
+    kernel: Kernel, process: Process, new: Pool, adapter: adapters.Adapter | None, request: Request
+) -> None:
     old = process.pool
     process.moving = False
     if process not in old.processes or process.exit is not None:
@@ -92,7 +94,7 @@ def _depart(kernel: Kernel, process: Process, new: Pool, request: Request) -> No
     old.processes.discard(process)
     old.holders.discard(process)
     old.forsake(process)
-    process.pool, process.table = new, process.table.empty()
+    process.pool, process.adapter, process.table = new, adapter, process.table.empty()
     new.processes.add(process)
     kernel.ledger.process(process)
     process.swap = file

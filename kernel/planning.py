@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llmasos.drivers import base
 
-from . import residency, scheduler, swapping, watchdog
+from . import residency, scheduler, swapping, training, watchdog
 from .claims import Claims
 from .devices import Device, Flight, Part, Pool, build
 from .effects import ToWorker
@@ -45,16 +45,20 @@ ESTIMATED_CHUNK = 64
 
 def advance(kernel: Kernel, device: Device) -> None:
     """Loads what is wanted, or plans and sends steps as long as the device is to have one more."""
-    if device.worker is None or device.loading:
+    if not training.yields(kernel, device) or device.worker is None or device.loading:
         return
     for pool in device.pools:
-        if not pool.ready and (pool.waiters or pool.processes):
+        if not pool.ready and (pool.awaited or pool.processes):
             if not device.flights:
                 residency.load(kernel, device, pool)
             return
     while len(device.flights) < 2 and (not device.flights or kernel.now() >= device.ahead_at):
         chosen = _next_pool(kernel, device)
-        if chosen is None or not _plan(kernel, device, chosen):
+        if chosen is not None and not _plan(kernel, device, chosen):
+            return
+        if chosen is None:
+            if not device.flights and device.granted is None and len(device.runs):
+                training.grant(kernel, device)
             return
 
 
@@ -64,12 +68,18 @@ def places(kernel: Kernel, pool: Pool) -> dict[int, int]:
 
 
 def _next_pool(kernel: Kernel, device: Device) -> Pool | None:
-    """The one whose first process goes before those of the others; None: nobody can run."""
+    """The one whose first process goes before those of the others, and before who trains; None: nobody can
+    run, or who trains is to go first."""
     ready = [pool for pool in device.pools if pool.ready and len(pool.queue)]
-    if len(ready) < 2:
+    trains = device.granted is None and len(device.runs) > 0
+    if len(ready) + trains < 2:
         return ready[0] if ready else None
-    heads = [(head, pool) for pool in ready if (head := pool.queue.head(kernel.config.aging_s)) is not None]
-    return min(heads, key=lambda one: one[0])[1] if heads else None
+    aging_s = kernel.config.aging_s
+    heads = [(head, pool) for pool in ready if (head := pool.queue.head(aging_s)) is not None]
+    first, chosen = min(heads, key=lambda one: one[0], default=(None, None))
+    if trains and (head := device.runs.head(aging_s)) is not None and (first is None or head < first):
+        return None
+    return chosen
 
 
 def _estimate(pool: Pool, process: Process) -> float:

@@ -24,8 +24,10 @@ from .memory import Table
 from .tiers import KvFile
 
 if TYPE_CHECKING:
+    from .adapters import Adapter
     from .devices import Pool
     from .infer import Infer
+    from .training import Run
 
 INIT = 1
 """The pid that orphans belong to."""
@@ -93,6 +95,17 @@ class Process:
     refused: str = ""  # what it lacked when its turn came last
     keeps_until: int = 0  # having lost its blocks, it keeps the next ones until it knows so many tokens
     beam_of: Process | None = None  # a beam's group leader; beams live and die with it
+    adapter: Adapter | None = None  # what its model adds to the pool's
+    run: Run | None = None  # it trains, and has no infers
+
+    @property
+    def model(self) -> str:
+        return self.adapter.model if self.adapter else self.pool.model
+
+    @property
+    def digest(self) -> str:
+        """Of the manifest of its model."""
+        return self.adapter.digest if self.adapter else self.pool.digest
 
     @property
     def goal(self) -> int:
@@ -115,14 +128,17 @@ class Process:
 
     @property
     def runnable(self) -> bool:
-        """Whether a step planned now could do something for it."""
+        """Whether a step planned now could do something for it; of one that trains, a grant."""
         infer = self.infer
+        if self.run is not None:
+            return self.run.waits and self.exit is None and not self.stopped
         return (
             infer is not None
             and self.exit is None
             and not infer.blocked
             and not (self.beam_of or self).stopped
             and not self.moving
+            and (self.adapter is None or self.adapter.loaded)
             and (self.swap is None or self.swap.available)
             and self.lacking > 0
             and (not self.ahead or self._foreseeable(infer))
@@ -172,7 +188,9 @@ class Process:
             return State.ZOMBIE
         if (self.beam_of or self).stopped:
             return State.STOPPED
-        if not self.pool.ready:
+        if self.run is not None:
+            return State.RUNNING if self.flights else State.READY if self.run.waits else State.NEW
+        if not self.pool.ready or (self.adapter and not self.adapter.loaded):
             return State.NEW
         steps = [self, *self.infer.members] if self.infer else []
         if any(p.flights for p in steps):
@@ -184,7 +202,7 @@ class Process:
     @property
     def waiting_for(self) -> str:
         if self.state is State.NEW:
-            return f"model {self.pool.model} on {self.pool.device_name}"
+            return self.run.waiting_for if self.run else f"model {self.model} on {self.pool.device_name}"
         if self.moving or (self.swap and not self.swap.available):
             return "its move to another device"
         if self.state is State.SWAPPED and self.runnable:
@@ -201,17 +219,17 @@ class Process:
             parent=self.parent,
             owner=self.owner,
             name=self.label,
-            model=self.pool.model,
+            model=self.model,
             device=self.pool.device_name,
             sched_class=self.sched_class,
             nice=self.nice,
             state=self.state,
             waiting_for=self.waiting_for,
-            context=len(self.tokens),
-            computed=0 if self.swap else self.computed,
+            context=self.run.steps if self.run else len(self.tokens),
+            computed=self.run.step if self.run else 0 if self.swap else self.computed,
             blocks=sum(len(p.table.blocks) for p in [self, *(self.infer.members if self.infer else [])]),
-            generated=self.generated,
-            tokens_per_s=round(self.infer.rate(now), 2) if self.infer else 0.0,
+            generated=self.run.tokens if self.run else self.generated,
+            tokens_per_s=round(self.infer.rate(now) if self.infer else self.run.pace if self.run else 0.0, 2),
             queue_place=queue_place,
             age_s=round(now - self.born, 3),
             drafted=self.drafted,

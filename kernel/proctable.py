@@ -24,6 +24,7 @@ from .shares import tenant_of
 from .tenants import Subject
 
 if TYPE_CHECKING:
+    from .adapters import Adapter
     from .devices import Pool
 
 _EXIT_CODES = {Signal.TERM: 143, Signal.KILL: 137}
@@ -77,6 +78,7 @@ class ProcessTable:
         nice: int,
         label: str,
         now: float,
+        adapter: Adapter | None = None,
     ) -> Process:
         """A new, empty process. The caller has asked `room_for`."""
         process = Process(
@@ -88,15 +90,16 @@ class ProcessTable:
             sched_class=sched_class,
             nice=nice,
             label=label,
-            table=self._table(owner),
+            table=self._table(owner, adapter),
             born=now,
+            adapter=adapter,
         )
         self._add(process)
         return process
 
     def restore(self, process: Process) -> None:
         """Takes in a process of an earlier kernel, under its own pid."""
-        process.table = self._table(process.owner)
+        process.table = self._table(process.owner, process.adapter)
         self._insert(process)
         self.reserve_pids(process.pid + 1)
 
@@ -112,15 +115,23 @@ class ProcessTable:
         self._next_pid = max(self._next_pid, pid)
         self._ledger.next_pid(self._next_pid)
 
-    def _table(self, owner: str) -> Table:
-        """An empty table whose blocks are found by `owner` alone."""
-        mine = hmac.digest(self._secret, b"of " + owner.encode(), "sha256")
-        return Table(salt=mine, commons=hmac.digest(self._secret, b"commons", "sha256"))
+    def _table(self, owner: str, adapter: Adapter | None) -> Table:
+        """An empty table whose blocks are found by `owner` alone, with this adapter alone."""
+        model = adapter.digest.encode() if adapter else b""
+        mine = hmac.digest(self._secret, b"of " + owner.encode() + b"\0" + model, "sha256")
+        return Table(salt=mine, commons=hmac.digest(self._secret, b"commons\0" + model, "sha256"))
 
     def copy(self, parent: Process, session: bytes | None, now: float) -> Process:
         """A process with the same context, sharing the parent's blocks."""
         child = self.spawn(
-            parent.owner, session, parent.pool, parent.sched_class, parent.nice, parent.label, now
+            parent.owner,
+            session,
+            parent.pool,
+            parent.sched_class,
+            parent.nice,
+            parent.label,
+            now,
+            parent.adapter,
         )
         child.parent = parent.pid
         child.tokens = list(parent.tokens)
@@ -149,6 +160,10 @@ class ProcessTable:
     def must_be_idle(self, process: Process) -> None:
         if process.exit is not None:
             raise errors.ProcessEnded(f"process {process.pid} has ended", hint="only `wait` applies to it")
+        if process.run is not None:
+            raise errors.ProcessBusy(
+                f"process {process.pid} trains", hint="spawn one, or ask for the model that it makes"
+            )
         if process.infer is not None:
             raise errors.ProcessBusy(f"process {process.pid} has an infer running", hint="wait or cancel it")
 
@@ -243,7 +258,8 @@ class ProcessTable:
             self.end(process, how)
 
     def end(self, process: Process, how: Exit) -> None:
-        """Makes a zombie, or removes the process when somebody waits or nobody ever can."""
+        """Makes a zombie, or removes the process when somebody waits or nobody ever can. What became of one
+        that trained is kept until somebody asks."""
         process.exit = how
         process.stopped = False
         self._ledger.process(process)
@@ -253,7 +269,8 @@ class ProcessTable:
         waiter = self._waiters.get(process.pid)
         if waiter is not None:
             self._sessions.reply(waiter, self._farewell(process))
-        if waiter is not None or (process.session is None and process.parent == INIT):
+        nobody = process.session is None and process.parent == INIT and process.run is None
+        if waiter is not None or nobody:
             self.reap(process)
 
     def wait(self, process: Process, request: Request) -> None:
@@ -315,6 +332,7 @@ class ProcessTable:
             exit_code=process.exit.code,
             reason=process.exit.reason,
             generated_tokens=process.generated,
+            trained=process.run.result if process.run else None,
         )
 
     def add_beam(self, leader: Process, now: float) -> Process:

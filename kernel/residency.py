@@ -12,22 +12,34 @@ from typing import TYPE_CHECKING
 from llmasos.drivers import base
 from llmasos.syscalls import errors
 
+from . import adapters
 from .devices import Device, Pool
 from .effects import ToWorker
 from .memory import Memory
-from .process import Exit
+from .process import Exit, Process
 from .runqueue import RunQueue
 
 if TYPE_CHECKING:
     from .loop import Kernel
+    from .modelfs.manifest import Manifest
 
 ATTACH_TIMEOUT_S = 120.0
 """How long a model may wait for its device's worker before its callers are told."""
 
 
-def pool_for(kernel: Kernel, model: str, device_name: str, dtype: str) -> Pool:
-    """The pool for a model, resident, loading, or new. Raises NoSuchModel, NoSuchDevice."""
-    manifest = kernel.store.resolve(model)
+def place(
+    kernel: Kernel, manifest: Manifest, device_name: str, dtype: str
+) -> tuple[Pool, adapters.Adapter | None]:
+    """Where a model is to run: the pool, and what of it the model is, if it is an adapter of the pool's.
+    Raises NoSuchModel, NoSuchDevice."""
+    if not manifest.base:
+        return pool_for(kernel, manifest, device_name, dtype), None
+    pool = pool_for(kernel, kernel.store.base_of(manifest), device_name, dtype)
+    return pool, adapters.adapter_for(kernel, pool, manifest)
+
+
+def pool_for(kernel: Kernel, manifest: Manifest, device_name: str, dtype: str) -> Pool:
+    """The pool for a model that is no adapter, resident, loading, or new. Raises NoSuchDevice."""
     device = device_for(kernel, device_name)
     files = kernel.store.driver_files(manifest)
     for pool in device.pools:
@@ -69,7 +81,7 @@ def device_for(kernel: Kernel, name: str) -> Device:
 
 def attach_overdue(kernel: Kernel, device: Device, pool: Pool) -> None:
     """Tells those who wait for a device that has no worker that it does not come."""
-    if device.worker is None and pool.waiters and pool in device.pools:
+    if device.worker is None and pool.awaited and pool in device.pools:
         overdue = kernel.now() - pool.wanted_since
         if overdue < ATTACH_TIMEOUT_S:
             kernel.at(kernel.now() + ATTACH_TIMEOUT_S - overdue, lambda: attach_overdue(kernel, device, pool))
@@ -101,10 +113,12 @@ def adopt(kernel: Kernel, device: Device, residents: list[base.Resident]) -> Non
     if not residents:
         return
     # Its handles were another kernel's: nothing of ours may be called the same.
-    used = max(resident.spec.handle for resident in residents)
+    used = max(number for resident in residents for number in (resident.spec.handle, *resident.adapters))
     kernel.numbers = itertools.count(max(next(kernel.numbers), used + 1))
     for pool in device.pools:
         pool.handle = next(kernel.numbers)
+        for adapter in pool.adapters:
+            adapter.number = next(kernel.numbers)
     config, files = kernel.config, kernel.store.driver_files
     for resident in residents:
         spec, loaded = resident.spec, resident.loaded
@@ -113,11 +127,14 @@ def adopt(kernel: Kernel, device: Device, residents: list[base.Resident]) -> Non
         if manifest is None or not same:
             kernel.effects.append(ToWorker(device.worker, base.Unload(spec.handle)))
             continue
-        pool = pool_for(kernel, manifest.name, device.name, spec.dtype)
+        pool = pool_for(kernel, manifest, device.name, spec.dtype)
         pool.handle, pool.loaded, pool.memory = spec.handle, loaded, Memory(loaded.blocks)
         pool.closes = list(resident.sequences)
+        for number in resident.adapters:  # as the contexts; who wants one has it loaded
+            kernel.effects.append(ToWorker(device.worker, base.UnloadAdapter(spec.handle, number)))
         kernel.log.info(f"{device.name}: {pool.model} is resident already")
         tell(pool, None)
+        adapters.load(kernel, pool)
 
 
 def load_done(kernel: Kernel, device: Device, pool: Pool, done: base.LoadDone) -> None:
@@ -128,6 +145,7 @@ def load_done(kernel: Kernel, device: Device, pool: Pool, done: base.LoadDone) -
     pool.memory = Memory(done.loaded.blocks)
     kernel.log.info(f"{device.name}: model {pool.handle} is {pool.model}, ready for its processes")
     tell(pool, None)
+    adapters.load(kernel, pool)
 
 
 def load_failed(kernel: Kernel, device: Device, pool: Pool, error: errors.LLMasOSError) -> None:
@@ -154,14 +172,22 @@ def give_up(kernel: Kernel, device: Device, pool: Pool, error: errors.LLMasOSErr
     kernel.log.warn(f"{device.name}: {pool.model} cannot be loaded: {error}")
     if pool in device.pools:
         device.pools.remove(pool)
-    for process in [p for p in pool.processes if p.beam_of is None]:
-        kernel.fail(process, error)
-        if process.exit is None and process in pool.processes:
-            kernel.processes.end(process, Exit(1, f"its model cannot be loaded: {type(error).__name__}"))
+    end_processes(kernel, list(pool.processes), error)
     tell(pool, error)
+
+
+def end_processes(kernel: Kernel, processes: list[Process], error: errors.LLMasOSError) -> None:
+    """The model of these processes cannot be had."""
+    for process in [p for p in processes if p.beam_of is None]:
+        kernel.fail(process, error)
+        if process.exit is None and process in process.pool.processes:
+            kernel.processes.end(process, Exit(1, f"its model cannot be loaded: {type(error).__name__}"))
 
 
 def tell(pool: Pool, error: errors.LLMasOSError | None) -> None:
     waiters, pool.waiters = pool.waiters, []
     for ready in waiters:
         ready(error)
+    if error is not None:
+        for adapter in pool.adapters:
+            adapters.tell(adapter, error)

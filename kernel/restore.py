@@ -13,7 +13,8 @@ import msgspec
 from llmasos.syscalls import errors
 from llmasos.syscalls.types import unpack_tokens
 
-from . import residency
+from . import residency, training
+from .adapters import Adapter
 from .devices import Pool
 from .ledger import ANSWER, NEXT_PID, PROCESS, QUOTA, AnswerRow, ProcessRow, QuotaRow
 from .memory import Table
@@ -24,6 +25,8 @@ from .shares import Shares
 if TYPE_CHECKING:
     from .loop import Kernel
 
+Place = tuple[Pool, Adapter | None]
+
 
 def restore(kernel: Kernel, rows: Mapping[str, bytes], epoch: float) -> set[bytes]:
     """Returns the sessions that may come back for what is theirs. `epoch`: see ledger.Ledger."""
@@ -33,9 +36,12 @@ def restore(kernel: Kernel, rows: Mapping[str, bytes], epoch: float) -> set[byte
         limit = msgspec.msgpack.decode(data, type=QuotaRow)
         kernel.quotas.set(limit.path, limit.limit)
     found = [msgspec.msgpack.decode(data, type=ProcessRow) for data in _of(rows, PROCESS)]
-    pools: dict[tuple[str, str, str], Pool] = {}  # ten thousand processes have few models
+    places: dict[tuple[str, str, str], Place] = {}  # ten thousand processes have few models
     for row in sorted(found, key=lambda row: row.pid):
-        kernel.processes.restore(_process(kernel, row, epoch, pools))
+        process = _process(kernel, row, epoch, places)
+        kernel.processes.restore(process)
+        if row.run is not None:
+            training.restore(kernel, process, row.run)
     if taken := rows.get(NEXT_PID):
         kernel.processes.reserve_pids(msgspec.msgpack.decode(taken, type=int))
     if found:
@@ -43,12 +49,12 @@ def restore(kernel: Kernel, rows: Mapping[str, bytes], epoch: float) -> set[byte
     return {row.session for row in found if row.session} | {row.session for row in answers}
 
 
-def pool_of(kernel: Kernel, model: str, digest: str, device: str, dtype: str) -> Pool:
-    """The pool of what was called `model`, by its content. Raises NoSuchModel, NoSuchDevice."""
+def place_of(kernel: Kernel, model: str, digest: str, device: str, dtype: str) -> Place:
+    """Where what was called `model` is to run, by its content. Raises NoSuchModel, NoSuchDevice."""
     manifest = kernel.store.find(lambda manifest: manifest.digest == digest)
     if manifest is None:
         raise errors.NoSuchModel(f"{model} is not in the model filesystem any more")
-    return residency.pool_for(kernel, manifest.name, device, dtype)
+    return residency.place(kernel, manifest, device, dtype)
 
 
 def _of(rows: Mapping[str, bytes], kind: str) -> list[bytes]:
@@ -56,16 +62,19 @@ def _of(rows: Mapping[str, bytes], kind: str) -> list[bytes]:
 
 
 def _process(
-    kernel: Kernel, row: ProcessRow, epoch: float, pools: dict[tuple[str, str, str], Pool]
+    kernel: Kernel, row: ProcessRow, epoch: float, places: dict[tuple[str, str, str], Place]
 ) -> Process:
     end = Exit(*row.exit) if row.exit else None
-    pool = None
+    pool, adapter = None, None
     if end is None:
         try:
             kind = (row.digest, row.device, row.dtype)
-            if kind not in pools:
-                pools[kind] = pool_of(kernel, row.model, row.digest, row.device, row.dtype)
-            pool = pools[kind]
+            if row.run is not None:
+                pool = training.pool_of(kernel, row.pid, row.device)
+            elif kind in places:
+                pool, adapter = places[kind]
+            else:
+                pool, adapter = places[kind] = place_of(kernel, row.model, *kind)
         except errors.LLMasOSError as problem:
             end = Exit(1, f"after a restart: {problem.message}")
             kernel.log.warn(f"process {row.pid} cannot go on: {problem}")
@@ -90,4 +99,5 @@ def _process(
         given=row.given,
         lineage=row.lineage,
         named=True,
+        adapter=adapter,
     )

@@ -36,9 +36,10 @@ def set_back(kernel: Kernel, session: Session, id_: int, call: table.Infer, fram
     process = kernel.processes.find(call.pid, session.subject)
     if process.exit is not None and call.exit:
         old = process.pool
-        kernel.processes.revive(
-            process, restore.pool_of(kernel, old.model, old.digest, old.device_name, old.dtype)
+        pool, process.adapter = restore.place_of(
+            kernel, process.model, process.digest, old.device_name, old.dtype
         )
+        kernel.processes.revive(process, pool)
     if process.infer is not None or len(process.tokens) != reply.context:
         raise errors.ProcessBusy(f"process {process.pid} has gone on since this infer")
     process.generated -= reply.generated_tokens

@@ -1,5 +1,5 @@
-"""Who could run on one resident model, in the order in which they go; a decision costs O(log n) for each
-process that it takes.
+"""Who could run on one resident model, or train on one device, in the order in which they go; a decision
+costs O(log n) for each process that it takes.
 
 Order: a class that has waited for too long, then the classes; inside a class the tenant with the least
 counter (shares.py); inside a tenant who is in memory before who is not (claims.py tells how many get in),
@@ -152,10 +152,9 @@ class RunQueue:
         outside = head not in process.pool.admitted
         if entry is not None and entry[:2] == (outside, head.vruntime):
             return
-        infer = head.infer
-        assert infer is not None
-        moment, number = int(infer.arrived / CACHE_WINDOW_S), next(self._numbers)
-        entry = (outside, head.vruntime, moment, -infer.prefix, process.pid, number, process)
+        arrived, prefix = (head.infer.arrived, head.infer.prefix) if head.infer else (head.born, 0)
+        moment, number = int(arrived / CACHE_WINDOW_S), next(self._numbers)
+        entry = (outside, head.vruntime, moment, -prefix, process.pid, number, process)
         self._entries[process] = entry
         heapq.heappush(line.heap, entry)
         if line.offer is None:

@@ -14,13 +14,13 @@ from llmasos.syscalls import errors, table
 from llmasos.syscalls.types import Sampling, pack_tokens, unpack_tokens
 from msgspec.structs import replace
 
-from . import residency, swapping
+from . import adapters, residency, swapping, training
 from .devices import Pool
+from .files import room_on_disk
 from .memory import blocks_for
 from .modelfs import session_files
 from .modelfs.session_files import Kv, Layout, Snapshot, Unfinished
 from .process import Process
-from .quotas import RETRY_S, exceeded
 from .sessions import Request, Session
 from .tenants import Subject
 from .tiers import KvFile, file_size
@@ -28,12 +28,13 @@ from .tiers import KvFile, file_size
 if TYPE_CHECKING:
     from .loop import Kernel
 
-MOST_LINEAGE = 16
-
 
 def snapshot(kernel: Kernel, subject: Subject, request: Request, call: table.Snapshot) -> None:
     """Answers when the snapshot is on the disk."""
     process = kernel.processes.find(call.pid, subject)
+    if process.run is not None:
+        kernel.sessions.reply(request, training.save(kernel, subject, process, call.target))
+        return
     must_be_single(process)
     if process.swap and not process.swap.available:
         raise errors.ProcessBusy(f"process {process.pid} is moving to another device", hint="try again")
@@ -70,14 +71,11 @@ def snapshot(kernel: Kernel, subject: Subject, request: Request, call: table.Sna
 
 def _room_on_disk(kernel: Kernel, owner: str, process: Process) -> None:
     """Raises QuotaExceeded when a snapshot of the process is too much for its owner."""
-    for path, limit in kernel.quotas.limits_of(owner):
-        if limit.disk_bytes is not None:
-            loaded = process.pool.loaded
-            size = 4 * len(process.tokens)
-            if loaded is not None:
-                size += file_size(blocks_for(process.computed), loaded.block_bytes)
-            if kernel.store.sessions.used(path) + size > limit.disk_bytes:
-                raise exceeded(path, "disk_bytes", limit.disk_bytes, RETRY_S)
+    loaded = process.pool.loaded
+    size = 4 * len(process.tokens)
+    if loaded is not None:
+        size += file_size(blocks_for(process.computed), loaded.block_bytes)
+    room_on_disk(kernel, owner, size)
 
 
 def restore(kernel: Kernel, session: Session, request: Request, call: table.Restore) -> None:
@@ -85,14 +83,18 @@ def restore(kernel: Kernel, session: Session, request: Request, call: table.Rest
     subject, files = session.subject, kernel.store.sessions
     found = files.load(subject.path, call.source)
     subject.require_priority(found.sched_class, found.nice)
-    if kernel.store.resolve(found.model).digest != found.digest:
+    if found.run is not None:
+        kernel.sessions.reply(request, training.bring_back(kernel, session, call, found, found.run))
+        return
+    manifest = kernel.store.resolve(found.model, subject.may_command)
+    if manifest.digest != found.digest:
         raise errors.NoSuchModel(
             f"{found.model} is not the model any more that snapshot {call.source} was made with",
             hint="give that model its name back; `llsh ls /models` shows digests",
             model=found.model,
         )
     kernel.processes.room_for(subject.path, 1)
-    pool = residency.pool_for(kernel, found.model, call.device, found.dtype)
+    pool, adapter = residency.place(kernel, manifest, call.device, found.dtype)
     ticket = next(kernel.numbers)
     path = files.borrow(found.kv, str(ticket)) if found.kv else None
     file = (
@@ -100,7 +102,7 @@ def restore(kernel: Kernel, session: Session, request: Request, call: table.Rest
     )
     owner = None if call.detached else session.key
     process = kernel.processes.spawn(
-        subject.path, owner, pool, found.sched_class, found.nice, found.label, kernel.now()
+        subject.path, owner, pool, found.sched_class, found.nice, found.label, kernel.now(), adapter
     )
     process.tokens = unpack_tokens(found.tokens)
     process.generated, process.lineage = found.generated, found.lineage
@@ -121,7 +123,7 @@ def restore(kernel: Kernel, session: Session, request: Request, call: table.Rest
             request,
             table.RestoreReply(
                 pid=process.pid,
-                model=pool.model,
+                model=process.model,
                 device=pool.device_name,
                 context=len(process.tokens),
                 kept=process.computed,
@@ -132,13 +134,12 @@ def restore(kernel: Kernel, session: Session, request: Request, call: table.Rest
         )
 
     def cancel() -> None:
-        if ready in pool.waiters:
-            pool.waiters.remove(ready)
+        adapters.forgo(pool, adapter, ready)
         kernel.processes.discard(process)
         kernel.sessions.fail(request, errors.Unavailable("cancelled"))
 
     kernel.sessions.on_cancel(request, cancel)
-    pool.when_ready(ready)
+    adapters.when_ready(kernel, pool, adapter, ready)
 
 
 def must_be_single(process: Process) -> None:
@@ -146,6 +147,8 @@ def must_be_single(process: Process) -> None:
     over."""
     if process.exit is not None:
         raise errors.ProcessEnded(f"process {process.pid} has ended", hint="only `wait` applies to it")
+    if process.run is not None:
+        raise errors.ProcessBusy(f"process {process.pid} trains", hint="it stays on its device")
     if process.infer is not None and process.infer.beams is not None:
         raise errors.ProcessBusy(
             f"process {process.pid} runs a beam search", hint="wait for its end or cancel it"
@@ -185,15 +188,15 @@ def _record(process: Process, name: str) -> Snapshot:
         unfinished = Unfinished(infer.sampling, infer.prompt_length, infer.limit - len(process.tokens))
     return Snapshot(
         created=session_files.now(),
-        model=process.pool.model,
-        digest=process.pool.digest,
+        model=process.model,
+        digest=process.digest,
         dtype=process.pool.dtype,
         sched_class=process.sched_class,
         nice=process.nice,
         label=process.label,
         generated=process.generated,
         tokens=pack_tokens(process.tokens),
-        lineage=[*process.lineage, name][-MOST_LINEAGE:],
+        lineage=[*process.lineage, name][-session_files.MOST_LINEAGE :],
         kv=None,
         unfinished=unfinished,
     )

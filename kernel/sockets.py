@@ -1,4 +1,4 @@
-"""The I/O shell of the kernel: sockets, worker connections, importer processes. It holds no policy: it turns
+"""The I/O shell of the kernel: sockets, worker connections, programs. It holds no policy: it turns
 what arrives into events of `loop.Kernel` and carries out the effects.
 
 One thread, one poll. A client's vanishing is seen by its listener, so what it owned is freed at once, also
@@ -24,22 +24,21 @@ import msgspec
 import zmq
 from llmasos.drivers import base
 from llmasos.syscalls import errors, wire
-from llmasos.syscalls.types import Capability, PullEvent
+from llmasos.syscalls.types import Capability
 
 from . import guard, systemd
 from .config import Config
 from .effects import Dump, Effect, Exited, KillWorker, ToWorker
-from .imports import Job
 from .journal import Journal
 from .keyring import server_pair
 from .listener import LINGER_MS, Listener, LocalListener, Phase, RemoteListener
 from .loop import Kernel
+from .programs import Program
 from .sessions import Send
 
 DRAIN_S = 5.0  # for running answers, after SIGTERM
 LONGEST_SLEEP_S = 60.0
 DUMPS_KEPT = 20
-PROGRESS_FIELDS = ("phase", "file", "done", "total")
 
 
 class Worker:
@@ -65,12 +64,12 @@ class Worker:
             del self.unsent[:sent]
 
 
-class Importer:
-    """A running importer process and the unread part of its output."""
+class Running:
+    """A program's process and the unread part of its output."""
 
-    def __init__(self, job: Job, home: Path) -> None:
-        command = [sys.executable, "-m", "llmasos.kernel.modelfs.importer", "--home", str(home)]
-        command += ["--model", job.model, *(["--source", job.source] if job.source else [])]
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        command = [sys.executable, "-m", *program.arguments]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         self.fd = self.process.stdout.fileno()
@@ -89,7 +88,7 @@ class Importer:
         return [line for line in map(_message, lines) if line is not None]
 
     def close(self) -> None:
-        if self.process.poll() is None:
+        if self.process.poll() is None and not self.program.abrupt:
             self.process.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(2)
@@ -118,8 +117,7 @@ class Sockets:
         self._running = True
         self._poller = zmq.Poller()
         self._workers: dict[int, Worker] = {}
-        self._importers: dict[int, tuple[int, Importer]] = {}
-        self._outcome: dict[int, errors.LLMasOSError | None] = {}
+        self._programs: dict[int, Running] = {}
         self._context = zmq.Context()
         self._listeners = self._listen(address)
         self._guard = guard.Guard(
@@ -207,15 +205,15 @@ class Sockets:
                 self._accept_workers()
             elif fd in self._workers:
                 self._worker_event(fd, event)
-            elif fd in self._importers:
-                self._importer_event(fd)
+            elif fd in self._programs:
+                self._program_event(fd)
 
     def _turn(self) -> None:
         """Lets the kernel act and carries out its effects, until there are none."""
         while self._running:
             self._kernel.tick()
             effects = self._kernel.take_effects()
-            self._run_importers()
+            self._run_programs()
             if not effects:
                 return
             # Devices need not wait for the disk, clients have to: what they are told is durable.
@@ -327,46 +325,39 @@ class Sockets:
         worker.socket.close()
         self._kernel.worker_gone(fd)
 
-    # Importers
+    # Programs
 
-    def _run_importers(self) -> None:
-        imports = self._kernel.imports
-        to_start, imports.to_start = imports.to_start, []
-        for job in to_start:
+    def _run_programs(self) -> None:
+        programs = self._kernel.programs
+        to_start, programs.to_start = programs.to_start, []
+        for program in to_start:
             try:
-                importer = Importer(job, self._home)
+                running = Running(program)
             except OSError as problem:
-                self._kernel.import_ended(job.id, errors.PullFailed(f"no importer: {problem.strerror}"))
+                failed = errors.Unavailable(f"{program.arguments[0]} cannot be started: {problem.strerror}")
+                programs.over(program.number, failed)
                 continue
-            self._importers[importer.fd] = (job.id, importer)
-            self._poller.register(importer.fd, zmq.POLLIN)
-        to_stop, imports.to_stop = set(imports.to_stop), []
-        for fd, (job_id, _) in list(self._importers.items()):
-            if job_id in to_stop:
-                self._importer_ended(fd)
+            self._programs[running.fd] = running
+            self._poller.register(running.fd, zmq.POLLIN)
+        to_stop, programs.to_stop = set(programs.to_stop), []
+        for fd, running in list(self._programs.items()):
+            if running.program.number in to_stop:
+                self._program_ended(fd)
 
-    def _importer_event(self, fd: int) -> None:
-        job, importer = self._importers[fd]
-        lines = importer.lines()
+    def _program_event(self, fd: int) -> None:
+        running = self._programs[fd]
+        lines = running.lines()
         if lines is None:
-            self._importer_ended(fd)
+            self._program_ended(fd)
             return
         for line in lines:
-            if "ok" in line:
-                self._outcome[job] = None
-            elif isinstance(line.get("error"), dict):
-                self._outcome[job] = errors.from_wire(line["error"])
-            else:
-                with suppress(msgspec.ValidationError):
-                    fields = {name: line[name] for name in PROGRESS_FIELDS if name in line}
-                    self._kernel.import_progress(job, msgspec.convert(fields, PullEvent))
+            self._kernel.programs.line(running.program.number, line)
 
-    def _importer_ended(self, fd: int) -> None:
-        job, importer = self._importers.pop(fd)
+    def _program_ended(self, fd: int) -> None:
+        running = self._programs.pop(fd)
         self._poller.unregister(fd)
-        importer.close()
-        died = errors.PullFailed("the importer died", hint="see the daemon's log; pull again to go on")
-        self._kernel.import_ended(job, self._outcome.pop(job, died))
+        running.close()
+        self._kernel.programs.over(running.program.number)
 
     def _keep(self, why: str, lines: bytes) -> None:
         """Writes a dump of the flight recorder; the oldest go. Not being able to is no reason to stop."""
@@ -387,8 +378,8 @@ class Sockets:
         for effect in self._kernel.take_effects():
             if isinstance(effect, Send):
                 self._send(effect.session, effect.frames)
-        for _, importer in self._importers.values():
-            importer.close()
+        for running in self._programs.values():
+            running.close()
         self._kernel.audit.sync()
         for listener in self._listeners.values():
             listener.drop(LINGER_MS)

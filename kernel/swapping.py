@@ -134,9 +134,12 @@ def save(kernel: Kernel, process: Process, then: Ready = lambda error: None) -> 
 
 
 def order(
-    kernel: Kernel, device: Device, message: base.Export | base.Import | base.Relay, answered: Answered
+    kernel: Kernel,
+    device: Device,
+    message: base.Export | base.Import | base.Relay | base.LoadAdapter,
+    answered: Answered,
 ) -> None:
-    """Sends an order about a KV file; `answered` gets what came of it, once."""
+    """Sends an order that is no step; `answered` gets what came of it, once."""
     assert device.worker is not None
     device.orders[message.ticket] = answered
     kernel.effects.append(ToWorker(device.worker, message))
@@ -153,4 +156,4 @@ def stamp(process: Process) -> base.KvStamp:
     """What the KV of a process is the KV of."""
     history = pack_tokens(process.tokens[: process.computed])
     digest = hashlib.blake2b(history, digest_size=32).digest()
-    return base.KvStamp(process.pool.digest, digest, process.computed)
+    return base.KvStamp(process.digest, digest, process.computed)

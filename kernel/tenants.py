@@ -18,6 +18,7 @@ LABEL_RIGHTS = frozenset(
         Capability.SEE,
         Capability.INFER,
         Capability.PROCESS,
+        Capability.TRAIN,
         Capability.MODELS,
         Capability.FILES,
     }

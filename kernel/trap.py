@@ -13,10 +13,11 @@ import msgspec
 from llmasos.syscalls import errors, table, wire
 from llmasos.syscalls import types as t
 
-from . import faults, files, migration, planning, residency, resume, snapshots
+from . import adapters, faults, files, migration, planning, residency, resume, snapshots, training
 from .beams import BeamSearch
 from .infer import Infer
-from .modelfs.names import parse_name
+from .modelfs import dataset_files
+from .modelfs.names import ModelName, parse_name, parse_path
 from .process import Process
 from .sessions import Request, Session
 from .shares import paths
@@ -151,6 +152,12 @@ def _dispatch(
         case table.Wait():
             _wait(kernel, processes.find(call.pid, subject), request, call.timeout_s)
             return None
+        case table.Train():
+            _refuse_new_work(kernel)
+            return training.start(kernel, session, call)
+        case table.Follow():
+            training.follow(kernel, processes.find(call.pid, subject), request, call.after, credits_)
+            return None
         case table.Kill():
             process = processes.find(call.pid, subject)
             if process.owner != subject.path:
@@ -188,9 +195,14 @@ def _dispatch(
         case table.Read():
             size, data = files.read(kernel, subject, call.path, call.offset, call.length)
             return table.ReadReply(size=size, data=data)
+        case table.Write():
+            return _write(kernel, subject, call)
+        case table.Remove():
+            _remove(kernel, subject, call.path)
+            return table.Done()
         case table.Link():
             _may_replace(kernel, subject, call.target)
-            return kernel.store.link(call.source, call.target)
+            return kernel.store.link(call.source, call.target, subject.may_command)
         case table.Unlink():
             kernel.store.unlink(call.model, kernel.pinned())
             return table.Done()
@@ -254,15 +266,28 @@ def _hello(kernel: Kernel, session: Session, call: table.Hello) -> table.HelloRe
 
 
 def _pull(kernel: Kernel, subject: Subject, request: Request, call: table.Pull, credits_: int) -> None:
-    model = str(parse_name(call.model))
+    name = parse_name(call.model)
+    model = str(name)
     if "\0" in call.source:
         raise errors.InvalidArgument("a source has no zero byte", field="source")
     if call.source:
         _may_replace(kernel, subject, model)
-    if call.source and not call.source.startswith(("hf:", "pypi:")):
+    if call.source.startswith("run:"):
+        raise errors.InvalidArgument("runs are committed by the kernel", field="source")
+    if call.source and not call.source.startswith(("hf:", "pypi:", "merge:")):
         subject.require(t.Capability.FILES, "a source on the daemon's disk")
+    owner = _owner_of_pulled(kernel, subject, name, call.source)
     kernel.audit.note("import", subject.path, model=model, source=call.source)
-    kernel.imports.watch(model, call.source, request, credits_)
+    kernel.imports.watch(model, call.source, owner, request, credits_, kernel.config.max_imports)
+
+
+def _owner_of_pulled(kernel: Kernel, subject: Subject, model: ModelName, source: str) -> str:
+    """Everybody has what is pulled ("") unless it is made of what is somebody's. Raises NoSuchModel for what
+    the caller does not see."""
+    parts = [source.removeprefix("merge:")] if source.startswith("merge:") else []
+    parts += [str(model.base)] if model.adapter else []
+    private = [kernel.store.resolve(part, subject.may_command).owner for part in parts]
+    return subject.path if any(private) else ""
 
 
 def _may_replace(kernel: Kernel, subject: Subject, model: str) -> None:
@@ -273,6 +298,36 @@ def _may_replace(kernel: Kernel, subject: Subject, model: str) -> None:
         return
     subject.require(t.Capability.ADMIN, f"replacing {model}")
     kernel.audit.before("replace", subject.path, model=model)
+
+
+def _write(kernel: Kernel, subject: Subject, call: table.Write) -> table.WriteReply:
+    """Adds to a data set of the caller. Raises QuotaExceeded."""
+    name = dataset_files.parse_path(call.path)
+    if not name:
+        raise errors.InvalidArgument("only data sets can be written: /datasets/NAME", field="path")
+    kernel.store.require_room()
+    room = len(call.data)
+    for path, limit in kernel.quotas.limits_of(subject.path):
+        if limit.disk_bytes is not None:
+            room = min(room, limit.disk_bytes - files.disk_used(kernel, path))
+    size = kernel.store.datasets.write(
+        subject.path, name, call.offset, call.data, call.last, room, kernel.now()
+    )
+    return table.WriteReply(size)
+
+
+def _remove(kernel: Kernel, subject: Subject, path: str) -> None:
+    """Removes what is the caller's own."""
+    if name := dataset_files.parse_path(path):
+        kernel.store.datasets.remove(subject.path, name)
+        return
+    model = parse_path(path)
+    manifest = kernel.store.resolve(str(model[0].model), subject.may_command) if model else None
+    if manifest is None or not (manifest.owner and subject.may_command(manifest.owner)):
+        subject.require(t.Capability.ADMIN, f"removing {path}")
+    if manifest is None:
+        raise errors.InvalidArgument("a data set or a model is removed", field="path")
+    kernel.store.unlink(manifest.name, kernel.pinned())
 
 
 def _refuse_new_work(kernel: Kernel) -> None:
@@ -286,7 +341,8 @@ def _new_process(
     _refuse_new_work(kernel)
     session.subject.require_priority(call.sched_class, call.nice)
     kernel.processes.room_for(session.subject.path, 1)
-    pool = residency.pool_for(kernel, model, call.device, call.dtype)
+    manifest = kernel.store.resolve(model, session.subject.may_command)
+    pool, adapter = residency.place(kernel, manifest, call.device, call.dtype)
     label = call.label if isinstance(call, table.SpawnModel) else "infer"
     return kernel.processes.spawn(
         session.subject.path,
@@ -296,6 +352,7 @@ def _new_process(
         call.nice,
         label,
         kernel.now(),
+        adapter,
     )
 
 
@@ -317,8 +374,8 @@ def _spawn(kernel: Kernel, session: Session, request: Request, call: table.Spawn
             request,
             table.SpawnReply(
                 pid=process.pid,
-                model=pool.model,
-                digest=pool.digest,
+                model=process.model,
+                digest=process.digest,
                 device=pool.device_name,
                 context_length=pool.loaded.context_length,
             ),
@@ -331,7 +388,7 @@ def _spawn(kernel: Kernel, session: Session, request: Request, call: table.Spawn
         kernel.sessions.fail(request, errors.Unavailable("cancelled"))
 
     kernel.sessions.on_cancel(request, cancel)
-    pool.when_ready(ready)
+    adapters.when_ready(kernel, pool, process.adapter, ready)
 
 
 def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer, credits_: int) -> None:
@@ -375,8 +432,7 @@ def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer
     def cancel() -> None:
         nonlocal cancelled
         cancelled = True
-        if start in process.pool.waiters:
-            process.pool.waiters.remove(start)
+        adapters.forgo(process.pool, process.adapter, start)
         kernel.sessions.fail(request, errors.Unavailable("cancelled"))
         if call.model is not None:
             kernel.processes.discard(process)
@@ -391,8 +447,7 @@ def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer
             kernel.processes.end_infer(process, t.Finish.DEADLINE)
             return
         cancelled = True  # its model is being loaded still
-        if start in process.pool.waiters:
-            process.pool.waiters.remove(start)
+        adapters.forgo(process.pool, process.adapter, start)
         known = len(process.tokens)
         seed = call.sampling.seed or 0
         kernel.sessions.reply(request, table.InferReply(process.pid, t.Finish.DEADLINE, 0, 0, 0, known, seed))
@@ -404,7 +459,7 @@ def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer
         kernel.sessions.on_close(request, call_off)
     kernel.sessions.on_cancel(request, cancel)
     kernel.sessions.on_credit(request, credit)
-    process.pool.when_ready(start)
+    adapters.when_ready(kernel, process.pool, process.adapter, start)
 
 
 def _check_beams(kernel: Kernel, session: Session, call: table.Infer, beams: t.Beams) -> None:
@@ -522,7 +577,7 @@ def _quotas(kernel: Kernel, subject: Subject) -> table.QuotasReply:
                 blocks[path] += held
     return table.QuotasReply(
         quotas=[
-            node.info(path, blocks[path], kernel.store.sessions.used(path), kernel.now())
+            node.info(path, blocks[path], files.disk_used(kernel, path), kernel.now())
             for path, node in kernel.quotas.nodes()
             if subject.may_command(path)
         ]
@@ -535,6 +590,7 @@ def _places(kernel: Kernel) -> dict[int, int]:
     for device in kernel.devices.values():
         for pool in device.pools:
             places |= planning.places(kernel, pool)
+        places |= device.runs.places(kernel.config.aging_s, lambda process: 0.0)
     return places
 
 

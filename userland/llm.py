@@ -9,10 +9,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
@@ -28,6 +29,7 @@ from .models import ensure_model
 from .process import Process
 from .text_stream import TextStream
 from .tokenizer import Tokenizer
+from .training import TrainingRun, bar_for, follow, make_recipe, send_dataset, start
 
 Prompts = list[str] | tuple[str, ...]
 
@@ -250,6 +252,67 @@ class LLM:
         if len(found) != len(tokens):
             raise errors.KernelFault(f"{len(found)} scores for {len(tokens)} tokens")
         return [(self.tokenizer.shown(id_), value) for id_, value in zip(tokens, found, strict=True)]
+
+    def train(
+        self,
+        dataset: str | os.PathLike[str],
+        name: str = "",
+        *,
+        sched_class: str = "batch",
+        nice: int = 0,
+        detached: bool = False,
+        progress: bool | None = None,
+        **recipe: Any,
+    ) -> TrainingRun:
+        """Starts training this model and returns its run, which goes on beside whatever else is asked.
+
+        `dataset` is a local file (JSON lines, CSV, parquet, text), which is sent, or the name of a data set
+        that the daemon has. `name` is what the adapter, or the model, will be called (without one: as the
+        data set). `recipe` are training.OPTIONS: method ("lora", "full", "pretrain"), learning_rate,
+        num_train_epochs, r, lora_alpha, … Raises InvalidArgument, NoSuchFile, AlreadyExists.
+        """
+        chosen = make_recipe(recipe)
+        source = os.path.expanduser(dataset)
+        bar = bar_for(source, progress)
+        if os.path.exists(source):
+            with bar or contextlib.nullcontext():
+                source = send_dataset(self.client, source, show=bar.sent if bar else None)
+        return start(
+            self.client,
+            self.model,
+            source,
+            name or os.path.splitext(source)[0],
+            chosen,
+            sched_class=sched_class,
+            nice=nice,
+            device=self.device,
+            detached=detached,
+        )
+
+    def fine_tune(
+        self,
+        dataset: str | os.PathLike[str],
+        name: str = "",
+        *,
+        sched_class: str = "batch",
+        nice: int = 0,
+        progress: bool | None = None,
+        **recipe: Any,
+    ) -> LLM:
+        """Trains this model, shows how that goes, and returns what it has become, ready to generate; this one
+        stays as it is. Arguments as of `train`. Raises what the run failed of."""
+        run = self.train(dataset, name, sched_class=sched_class, nice=nice, progress=progress, **recipe)
+        made = follow(run, bar_for(run.model, progress)).model
+        return LLM(
+            self.client,
+            made,
+            self.tokenizer,
+            context_length=_context_length(self.client, made),
+            device=self.device,
+            dtype=self.dtype,
+            sched_class=self.sched_class,
+            nice=self.nice,
+        )
 
     def plan(self, options: Options, prompt_tokens: int, results: int = 1) -> Plan:
         """What options mean for this model and a context of `prompt_tokens`."""

@@ -1,7 +1,8 @@
 """Names of models, and making sure that a model is in the model filesystem before it is used.
 
-A name is one of the catalogue ("smollm2"), a Hugging Face repository ("owner/name"), or a local folder or
-.gguf file, which is imported under a name that changes when the files do.
+A name is one of the catalogue ("smollm2"), an adapter of such a model ("smollm2+mine"), a Hugging Face
+repository ("owner/name"), or a local folder or .gguf file, which is imported under a name that changes when
+the files do.
 """
 
 from __future__ import annotations
@@ -39,12 +40,19 @@ def reference(name_or_path: str | os.PathLike[str]) -> Reference:
     text = os.fspath(name_or_path)
     if isinstance(name_or_path, os.PathLike) or _looks_local(text):
         return _local(Path(text).expanduser().absolute())
-    name, _, tag = text.partition(":")
-    tag = tag or "latest"
-    if "/" not in name:
-        return Reference(f"{name}:{tag}")
+    full = full_name(text)
+    name, _, tag = full.partition(":")
+    if "/" not in name or "+" in tag:
+        return Reference(full)
     revision = "" if tag == "latest" else f"@{tag}"
-    return Reference(f"{name}:{tag}", f"hf:{name}{revision}")
+    return Reference(full, f"hf:{name}{revision}")
+
+
+def full_name(text: str) -> str:
+    """`name:tag`, or `name:tag+adapter`; the tag is `latest` unless given."""
+    base, plus, adapter = text.partition("+")
+    name, _, tag = base.partition(":")
+    return f"{name}:{tag or 'latest'}{plus}{adapter}"
 
 
 def ensure_model(
@@ -56,7 +64,9 @@ def ensure_model(
     UnsupportedModel, NoSuchModel.
     """
     wanted = reference(name_or_path)
-    if not has_model(client, wanted):
+    if "+" in wanted.name:
+        client.call(table.Stat(wanted.path))  # an adapter is made here, or pulled from where one says
+    elif not has_model(client, wanted):
         show = sys.stderr.isatty() if progress is None else progress
         pull(client, wanted, PullBar(wanted.name) if show else None)
     return wanted.name

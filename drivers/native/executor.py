@@ -11,14 +11,19 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from llmasos.syscalls import errors
 
+from .. import adapter as peft
 from .. import host
-from ..base import Batch, Description, Loaded, LoadSpec, StepResult
+from ..base import Batch, Description, File, Loaded, LoadSpec, StepResult
+from ..checkpoint import read_json
+from ..families import describe
 from ..mirror import Mirror, Piece, Step
+from ..model_config import Config
 from ..room import holders, kv_blocks
-from . import formats, library, pack
+from . import formats, library, lora, pack
 from .model import MAX_PICKS, MAX_ROWS, Floats, NativeModel, wanted
 
 KV_DTYPES = ("float32", "bfloat16", "int8")
@@ -35,6 +40,7 @@ Note = Callable[[str, str], None]
 
 @dataclass(slots=True)
 class _Resident:
+    config: File
     loaded: Loaded
     model: NativeModel
     mirror: Mirror
@@ -142,7 +148,7 @@ class NativeDriver:
             kv_layout="native tiles",
         )
         mirror = Mirror(blocks, a.vocab_size, a.context_length)
-        self._residents[spec.handle] = _Resident(loaded, model, mirror)
+        self._residents[spec.handle] = _Resident(spec.files["config.json"], loaded, model, mirror)
         return loaded
 
     def all_logits(self, handle: int, tokens: list[int], chunk: int = MAX_ROWS) -> Floats:
@@ -153,6 +159,21 @@ class NativeDriver:
     def unload(self, handle: int) -> None:
         if (resident := self._residents.pop(handle, None)) is not None:
             resident.model.close()
+
+    def load_adapter(self, handle: int, adapter: int, files: dict[str, File]) -> int:
+        resident = self._resident(handle)
+        decoder = describe(Config(read_json(resident.config, "config.json", dict[str, Any])))
+        loras = peft.read(files, decoder)
+        format_ = lora.FORMATS[resident.loaded.dtype]
+        bound = lora.BoundAdapter(loras, decoder, resident.model.architecture, format_)
+        resident.model.adapters[adapter] = bound
+        resident.mirror.adapters.add(adapter)
+        return bound.nbytes
+
+    def unload_adapter(self, handle: int, adapter: int) -> None:
+        resident = self._resident(handle)
+        resident.mirror.adapters.discard(adapter)
+        resident.model.adapters.pop(adapter, None)
 
     def submit(self, batch: Batch) -> int:
         self._pending[batch.ticket] = batch

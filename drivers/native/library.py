@@ -17,7 +17,9 @@ from typing import Any
 
 from . import build
 
-ABI = 1
+ABI = 2
+MOST_RANKS = 768
+"""Of the adapters of matrices that are packed as one."""
 PREBUILT = Path(__file__).parent / "lib"
 
 FORMATS = {"float32": 0, "bfloat16": 1, "int8": 2, "int4": 3}
@@ -34,6 +36,14 @@ class Matrix(ctypes.Structure):
         ("cols", c_int32),
         ("format", c_int32),
         ("fine", c_int32),
+    ]
+
+
+class Lora(ctypes.Structure):
+    _fields_ = [
+        *((name, c_void_p) for name in ("a", "b", "place", "first", "scale")),
+        ("ranks", c_int32),
+        ("format", c_int32),
     ]
 
 
@@ -86,6 +96,7 @@ class Run(ctypes.Structure):
     _fields_ = [
         ("tokens", c_void_p),
         ("blocks", c_void_p),
+        ("adapter", c_void_p),
         ("start", c_int32),
         ("count", c_int32),
         ("wanted", c_int32),

@@ -21,6 +21,7 @@ from ..base import BLOCK_TOKENS
 from ..mirror import Choice, Piece
 from . import library
 from .library import Layer, Matrix, Model, Pick, Run, Step
+from .lora import BoundAdapter
 from .pack import Packed
 
 MAX_ROWS = 512
@@ -51,7 +52,8 @@ class Result:
 
 
 class NativeModel:
-    """`blocks` KV blocks of `block_bytes`. The pool's pages are committed when a block is first written."""
+    """`blocks` KV blocks of `block_bytes`, and the `adapters` that sequences may have. The pool's pages are
+    committed when a block is first written."""
 
     def __init__(self, engine: library.Engine, pool: int, packed: Packed, kv_dtype: str) -> None:
         self._functions, self._pool, self._packed = engine.functions, pool, packed
@@ -85,6 +87,7 @@ class NativeModel:
             pick.values = ctypes.cast(
                 ctypes.byref(self._values, row * MOST_LISTED * 4), ctypes.POINTER(ctypes.c_float)
             )
+        self.adapters: dict[int, BoundAdapter] = {}
         self.blocks = 0
         self._kv: mmap.mmap | None = None
 
@@ -189,6 +192,7 @@ class NativeModel:
             run.tokens = sequence.tokens.buffer_info()[0] + 4 * piece.start
             run.blocks = sequence.blocks.buffer_info()[0]
             run.start, run.count = piece.start, count
+            run.adapter = self.adapters[sequence.adapter].address if sequence.adapter else None
             run.wanted = wanted(piece)
             for row in range(run.wanted):
                 self._ask(self._picks[picks + row], piece, row)
@@ -227,7 +231,7 @@ class NativeModel:
         for start in range(0, len(tokens), chunk):
             count = min(chunk, len(tokens) - start)
             run.tokens = sequence.buffer_info()[0] + 4 * start
-            run.start, run.count, run.wanted = start, count, 0
+            run.start, run.count, run.wanted, run.adapter = start, count, 0, None
             step.rows = count
             self._functions.llk_run_step(self._pool, self._model, step)
             for row in range(0, count, MAX_PICKS):

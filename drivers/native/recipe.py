@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..checkpoint import PLAIN, QUANTISED, Bytes, Checkpoint, Floats, values_of
 from ..families.decoder import Decoder, Layer
 from . import formats
-from .architecture import ROWS, Architecture
+from .architecture import ROWS, Architecture, up_to
 
 # Values of a matrix that are made at a time.
 _SLICE = 1 << 20
@@ -34,6 +34,39 @@ def natural_dtype(types: dict[str, int]) -> str:
     return "int4" if 2 * four >= counts["quantised"] else "int8"
 
 
+class Layout(NamedTuple):
+    """How a matrix of a layer is put together. `tensors` are one below the other, without `.weight`; `order`
+    [rows] says which of their rows comes where, -1 being a row of zeros. Their columns are `pieces` equal
+    parts, each padded to `width`, or as they are when that is 0."""
+
+    tensors: tuple[str, ...]
+    order: NDArray[np.int64]
+    pieces: int = 1
+    width: int = 0
+
+    def columns(self, values: NDArray[Any], cols: int) -> NDArray[Any]:
+        """Values [n, columns of the tensors], padded to [n, cols]."""
+        count, piece = len(values), values.shape[1] // self.pieces
+        if values.shape[1] == cols:
+            return values
+        padded = np.zeros((count, cols), values.dtype)
+        width = self.width or cols
+        apart = padded[:, : self.pieces * width].reshape(count, self.pieces, width)
+        apart[..., :piece] = values.reshape(count, self.pieces, piece)
+        return padded
+
+
+def layouts(architecture: Architecture, layer: Layer) -> dict[str, Layout]:
+    """Those of the matrices qkv, out, up and down of a layer."""
+    hidden = _below(architecture.hidden, up_to(architecture.hidden, ROWS))
+    return {
+        "qkv": Layout(layer.qkv, _head_order(architecture)),
+        "out": Layout((layer.out,), hidden, architecture.heads, architecture.head_dim),
+        "up": Layout(layer.up, _up_order(architecture)),
+        "down": Layout((layer.down,), hidden),
+    }
+
+
 class _Part(NamedTuple):
     """A tensor that is rows of a matrix: uint8 [rows, bytes] if quantised, else values [rows, cols]."""
 
@@ -43,26 +76,21 @@ class _Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A packed matrix [rows, cols]. `order` [rows] says which row of its tensors, one below the other, comes
-    where; -1 is a row of zeros. The columns of the tensors are `pieces` equal parts, each padded to `width`.
-    """
+    """A packed matrix [rows, cols]."""
 
     name: str
     format: str
     rows: int
     cols: int
-    tensors: tuple[str, ...]
     turned: bool
-    order: NDArray[np.int64]
-    pieces: int = 1
-    width: int = 0
+    layout: Layout
 
     def slices(self, checkpoint: Checkpoint) -> Iterator[Callable[[], Bytes]]:
         """What makes the packed bytes, some blocks of rows each; any thread may call it."""
-        parts = [_part(checkpoint, f"{name}.weight", self.turned) for name in self.tensors]
+        parts = [_part(checkpoint, f"{name}.weight", self.turned) for name in self.layout.tensors]
         step = max(ROWS, _SLICE // self.cols // ROWS * ROWS)
         for begin in range(0, self.rows, step):
-            order = self.order[begin : begin + step]
+            order = self.layout.order[begin : begin + step]
             yield partial(self._blocks, parts, order)
 
     def _blocks(self, parts: list[_Part], order: NDArray[np.int64]) -> Bytes:
@@ -87,20 +115,12 @@ class Matrix:
 
     def _made(self, part: _Part, rows: NDArray[Any]) -> Bytes:
         if part.type in PLAIN:
-            return formats.to_rows(self.format, part.type, self._padded(rows))
+            return formats.to_rows(self.format, part.type, self.layout.columns(rows, self.cols))
         block, size = QUANTISED[part.type]
         if rows.shape[1] // size * block == self.cols:
             return formats.to_rows(self.format, part.type, rows)
-        return formats.to_rows(self.format, "F32", self._padded(values_of(part.type, rows)))
-
-    def _padded(self, values: NDArray[Any]) -> NDArray[Any]:
-        count, piece = len(values), values.shape[1] // self.pieces
-        if values.shape[1] == self.cols:
-            return values
-        padded = np.zeros((count, self.cols), values.dtype)
-        apart = padded[:, : self.pieces * self.width].reshape(count, self.pieces, self.width)
-        apart[..., :piece] = values.reshape(count, self.pieces, piece)
-        return padded
+        values = self.layout.columns(values_of(part.type, rows), self.cols)
+        return formats.to_rows(self.format, "F32", values)
 
 
 def _part(checkpoint: Checkpoint, name: str, turned: bool) -> _Part:
@@ -130,61 +150,32 @@ class Recipe:
         decoder, architecture = self._decoder, self._architecture
         vocabulary = _below(architecture.vocab_size, self._sizes["head"][0])
         if not architecture.tied:
-            yield self._matrix("embedding", (decoder.embedding,), vocabulary, vocabulary=True)
+            yield self._vocabulary("embedding", Layout((decoder.embedding,), vocabulary))
         for i, layer in enumerate(decoder.layers):
-            yield from self._layer(f"layer.{i}.", layer)
-        yield self._matrix("head", (decoder.head or decoder.embedding,), vocabulary, vocabulary=True)
+            for name, layout in layouts(architecture, layer).items():
+                yield self._matrix(f"layer.{i}.{name}", layout, decoder.turned)
+        yield self._vocabulary("head", Layout((decoder.head or decoder.embedding,), vocabulary))
 
-    def _layer(self, name: str, layer: Layer) -> Iterator[Matrix]:
-        architecture, turned = self._architecture, self._decoder.turned
-        heads, hidden = architecture.heads, _below(architecture.hidden, self._sizes[f"{name}out"][0])
-        yield self._matrix(f"{name}qkv", layer.qkv, self._head_order(), turned)
-        yield self._matrix(
-            f"{name}out", (layer.out,), hidden, turned, pieces=heads, width=architecture.head_dim
-        )
-        yield self._matrix(f"{name}up", layer.up, self._up_order(), turned)
-        yield self._matrix(f"{name}down", (layer.down,), hidden, turned)
+    def _vocabulary(self, name: str, layout: Layout) -> Matrix:
+        return self._matrix(name, layout, turned=False, vocabulary=True)
 
-    def _head_order(self) -> NDArray[np.int64]:
-        architecture = self._architecture
-        heads = architecture.heads + 2 * architecture.kv_heads
-        return _spread(heads, architecture.head_size, architecture.head_dim).reshape(-1)
-
-    def _up_order(self) -> NDArray[np.int64]:
-        architecture = self._architecture
-        if not architecture.gated:
-            return _below(architecture.inner, architecture.up_rows)
-        gate, up = _spread(2, architecture.inner, architecture.inner_padded).reshape(2, -1, ROWS)
-        return np.stack([gate, up], 1).reshape(-1)
-
-    def _matrix(
-        self,
-        name: str,
-        tensors: tuple[str, ...],
-        order: NDArray[np.int64],
-        turned: bool = False,
-        *,
-        vocabulary: bool = False,
-        pieces: int = 1,
-        width: int = 0,
-    ) -> Matrix:
+    def _matrix(self, name: str, layout: Layout, turned: bool, vocabulary: bool = False) -> Matrix:
         rows, cols = self._sizes[name]
-        head_size = self._architecture.head_size
-        apart = pieces > 1 and width != head_size
+        apart = layout.pieces > 1 and layout.width != self._architecture.head_size
         found = set()
-        for tensor in tensors:
+        for tensor in layout.tensors:
             entry = self.checkpoint.entry(f"{tensor}.weight")
             type_ = entry.type if entry.transpose == turned or entry.type in PLAIN else "F32"
             found.add(formats.format_of(type_, self._dtype, vocabulary, not apart))
         format_ = found.pop() if len(found) == 1 else "int8"
-        return Matrix(name, format_, rows, cols, tensors, turned, order, pieces, width or cols)
+        return Matrix(name, format_, rows, cols, turned, layout)
 
     def arrays(self) -> Iterator[tuple[str, Floats]]:
         """Plain float32 arrays, padded with zeros."""
         decoder, architecture = self._decoder, self._architecture
         sizes = architecture.arrays()
         made: dict[str, tuple[str, ...]] = {"final_norm": (decoder.final_norm,)}
-        orders = {"qkv": self._head_order(), "up": self._up_order()}
+        orders = {"qkv": _head_order(architecture), "up": _up_order(architecture)}
         for i, layer in enumerate(decoder.layers):
             name = f"layer.{i}."
             made |= {f"{name}norm1": (layer.norm1,), f"{name}norm2": (layer.norm2,)}
@@ -206,6 +197,18 @@ class Recipe:
             positions = self.checkpoint.read(f"{decoder.positions}.weight")
             wide = sizes["positions"][1]
             yield "positions", np.pad(positions, ((0, 0), (0, wide - positions.shape[1])))
+
+
+def _head_order(architecture: Architecture) -> NDArray[np.int64]:
+    heads = architecture.heads + 2 * architecture.kv_heads
+    return _spread(heads, architecture.head_size, architecture.head_dim).reshape(-1)
+
+
+def _up_order(architecture: Architecture) -> NDArray[np.int64]:
+    if not architecture.gated:
+        return _below(architecture.inner, architecture.up_rows)
+    gate, up = _spread(2, architecture.inner, architecture.inner_padded).reshape(2, -1, ROWS)
+    return np.stack([gate, up], 1).reshape(-1)
 
 
 def _below(count: int, padded: int) -> NDArray[np.int64]:

@@ -21,6 +21,7 @@ from ..base import BLOCK_TOKENS
 from ..draft import LONGEST
 from ..mirror import Piece
 from .config import Shape
+from .lora import AdapterBank, Place
 from .ops import PagedRows, Turn, ops_for
 from .transfer import send
 
@@ -180,6 +181,10 @@ class StepRows(Protocol):
         and values are turned and kept, then queries attend. Returns [T, heads * head_dim]."""
         ...
 
+    def adapt(self, place: Place, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """y [T, out], to which the rows' adapters have added what they make of x [T, in]."""
+        ...
+
 
 @dataclass(slots=True)
 class _Group:
@@ -200,7 +205,12 @@ class Plan:
     are the sliding windows of the model's layers (0: everything). See StepRows."""
 
     def __init__(
-        self, pool: KvPool, pieces: list[Piece], windows: set[int], coming: Coming | None = None
+        self,
+        pool: KvPool,
+        pieces: list[Piece],
+        windows: set[int],
+        coming: Coming | None = None,
+        bank: AdapterBank | None = None,
     ) -> None:
         self._pool = pool
         self._windows = windows
@@ -220,6 +230,7 @@ class Plan:
         )
         if coming is not None:
             coming.fill(self.tokens, ordered)
+        self._adapted = None if bank is None else bank.adapted(ordered)
         self._paged: PagedRows | None = None
         if pool.ops.pages and few:
             self._paged = self._by_tables(few, flat.positions)
@@ -312,6 +323,12 @@ class Plan:
         shape = self._pool.shape
         self._pool.ops.place(rows, self._pool.layer(layer), self._slots, turn)
         return self._attend(layer, rows[:, : shape.heads], scale, window, 0.0, None)
+
+    def adapt(self, place: Place, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """See StepRows."""
+        if self._adapted is not None:
+            self._adapted.add(place, x, y)
+        return y
 
     def _attend(
         self,

@@ -16,7 +16,9 @@ from typing import TypeVar
 import torch
 from llmasos.syscalls import errors
 
-from ..base import Batch, Description, Loaded, LoadSpec, SeqOut, StepResult
+from .. import adapter as peft
+from ..base import Batch, Description, File, Loaded, LoadSpec, SeqOut, StepResult
+from ..families import describe
 from ..mirror import Mirror
 from ..room import holders, kv_blocks, size_text
 from . import host, linear, quantised
@@ -24,9 +26,12 @@ from .attention import Coming, KvPool
 from .config import Config, Shape
 from .flight import Flight
 from .graphs import StaticDecode
+from .lora import AdapterBank
 from .models import Model, build, family_of, is_ours
 from .ops import has_triton
+from .ranks import Ranks
 from .resident import Resident
+from .shards import Shard
 from .weights import Checkpoint
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -56,11 +61,13 @@ class _Ticket:
 
 class TorchDriver:
     """Computes on `cpu`, `cuda` or `cuda:<n>`. Raises NoSuchDevice if torch has no such device. `static`:
-    decode steps have fixed shapes, on CUDA as captured graphs; on a CPU only tests want that."""
+    decode steps have fixed shapes, on CUDA as captured graphs; on a CPU only tests want that. `ranks`: it
+    computes a rank's part of each model; every rank is asked for the same (group.py)."""
 
-    def __init__(self, device: str, static: bool | None = None) -> None:
+    def __init__(self, device: str, static: bool | None = None, ranks: Ranks | None = None) -> None:
         self._name = device
         self._device = torch.device(device)
+        self._ranks = ranks
         self._static = self._device.type == "cuda" and has_triton() if static is None else static
         if self._device.type == "cuda":
             if not torch.cuda.is_available() or (self._device.index or 0) >= torch.cuda.device_count():
@@ -71,10 +78,20 @@ class TorchDriver:
             self._device = torch.device("cuda", self._device.index or 0)
             torch.cuda.set_device(self._device)  # graphs and kernels go to the current device
         elif "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(host.physical_cores())
+            torch.set_num_threads(max(1, host.physical_cores() // self._here))
         self._residents: dict[int, Resident] = {}
         self._tickets: dict[int, _Ticket] = {}
         self._settled = 0.0  # when the last step ended
+
+    @property
+    def _parts(self) -> int:
+        """How many ranks share a model."""
+        return self._ranks.size if self._ranks else 1
+
+    @property
+    def _here(self) -> int:
+        """How many of them share this device's memory and cores."""
+        return self._ranks.here if self._ranks else 1
 
     def describe(self) -> Description:
         cuda = self._device.type == "cuda"
@@ -155,7 +172,8 @@ class TorchDriver:
         config = Config(checkpoint.config)
         shape = family_of(config).shape_of(config)
         self._check_weights(checkpoint, quantised.BYTES.get(format_, dtype.itemsize))
-        model = build(config, checkpoint, self._device, dtype, format_)
+        model = build(config, checkpoint, self._device, dtype, format_, self._ranks)
+        shape = model.shape
         static = self._static and is_ours(config)
         block_bytes = KvPool.block_bytes(shape, dtype)
         blocks = self._blocks(shape, block_bytes, spec.kv_fraction)
@@ -175,10 +193,15 @@ class TorchDriver:
         mirror = Mirror(blocks, shape.vocab_size, shape.context_length)
         captured = self._device.type == "cuda"
         decode = StaticDecode(model, pool, shape.context_length, captured) if static else None
-        return Resident(loaded, model, pool, mirror, decode)
+        bank = self._bank(config, dtype) if is_ours(config) else None
+        return Resident(loaded, model, pool, mirror, bank, decode)
+
+    def _bank(self, config: Config, dtype: torch.dtype) -> AdapterBank:
+        decoder = describe(config)
+        return AdapterBank(decoder, dtype, self._device, Shard(decoder, self._ranks) if self._ranks else None)
 
     def _check_weights(self, checkpoint: Checkpoint, value_bytes: float) -> None:
-        needed = int(checkpoint.numel * value_bytes)
+        needed = int(checkpoint.numel * value_bytes) // self._parts * self._here
         _, free = host.memory(self._device)
         if needed > free:
             raise errors.NeverFits(
@@ -192,6 +215,7 @@ class TorchDriver:
     def _blocks(self, shape: Shape, block_bytes: int, fraction: float) -> int:
         """KV blocks that fit into `fraction` of the free memory. Raises NeverFits below one context."""
         _, free = host.memory(self._device)
+        fraction /= self._here
         length = shape.context_length
         most = min(_MOST_CONTEXTS * length, _MOST_TOKENS)
         return kv_blocks(self._name, length, block_bytes, free, fraction, most, self._holders())
@@ -200,6 +224,25 @@ class TorchDriver:
         if (resident := self._residents.pop(handle, None)) is not None:
             self._tickets = {n: t for n, t in self._tickets.items() if t.resident is not resident}
             self._drop_caches()
+
+    def load_adapter(self, handle: int, adapter: int, files: dict[str, File]) -> int:
+        resident = self._resident(handle)
+        if (bank := resident.bank) is None:
+            raise errors.UnsupportedModel(
+                "adapters are served with our own model families only, not with transformers' code",
+                hint="merge the adapter into its model",
+            )
+        loras = peft.read(files, bank.decoder)
+        with torch.inference_mode():
+            size = self._twice(lambda: bank.put(adapter, loras), "loading an adapter")
+        resident.mirror.adapters.add(adapter)
+        return size
+
+    def unload_adapter(self, handle: int, adapter: int) -> None:
+        resident = self._resident(handle)
+        resident.mirror.adapters.discard(adapter)
+        if resident.bank is not None:
+            resident.bank.drop(adapter)
 
     def submit(self, batch: Batch) -> int:
         """Starts a step. What goes wrong is raised when it is collected."""
@@ -283,7 +326,9 @@ class TorchDriver:
 
     def _twice(self, verb: Callable[[], _T], what: str) -> _T:
         """Runs `verb`; when memory runs out, drops caches and runs it once more."""
-        for attempt in (1, 2):
+        # What one rank does twice no other one does with it.
+        attempts = (1, 2) if self._ranks is None else (2,)
+        for attempt in attempts:
             try:
                 return verb()
             except (MemoryError, RuntimeError) as problem:

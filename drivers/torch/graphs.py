@@ -20,6 +20,7 @@ import torch
 from ..base import BLOCK_TOKENS
 from ..mirror import Piece
 from .attention import FEW_ROWS, Coming, FlatRows, KvPool, blocks_of, fill_tables
+from .lora import Place
 from .models import Model
 from .ops import PagedRows, Turn
 from .transfer import send
@@ -62,6 +63,10 @@ class StaticRows:
         ops.place(rows, pool, self._slots, turn)
         query = rows[:, : self._pool.shape.heads]
         return ops.attend(query, pool, self._paged, scale, window, 0.0, None).flatten(1)
+
+    def adapt(self, place: Place, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """See StepRows: `StaticDecode.takes` no rows with adapters."""
+        return y
 
 
 class DecodeGraph:
@@ -112,9 +117,10 @@ class StaticDecode:
 
     @staticmethod
     def takes(pieces: list[Piece]) -> bool:
-        """Whether a step is one of few rows a sequence that all choose, if anything, a token each."""
+        """Whether a step is one of few rows a sequence that all choose, if anything, a token each, and none
+        has an adapter."""
         rows = [piece.end - piece.start for piece in pieces]
-        plain = not any(piece.beams or piece.scores_prompt for piece in pieces)
+        plain = not any(piece.beams or piece.scores_prompt or piece.sequence.adapter for piece in pieces)
         return plain and max(rows) <= FEW_ROWS and sum(rows) <= MOST_ROWS
 
     def run(self, pieces: list[Piece], coming: Coming | None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -14,6 +14,7 @@ from . import sampler
 from .attention import Coming, KvPool, Plan
 from .flight import Flight
 from .graphs import StaticDecode
+from .lora import AdapterBank
 from .models import Model
 from .transfer import fetch, send
 
@@ -23,13 +24,14 @@ _SCORED_ROWS = 128
 
 @dataclass(slots=True)
 class Resident:
-    """`static` decodes with fixed shapes, if the model can. `flights` are the steps that were started and not
-    settled, oldest first."""
+    """`bank` has the adapters of a model of ours. `static` decodes with fixed shapes, if the model can.
+    `flights` are the steps that were started and not settled, oldest first."""
 
     loaded: Loaded
     model: Model
     pool: KvPool
     mirror: Mirror
+    bank: AdapterBank | None = None
     static: StaticDecode | None = None
     flights: list[Flight] = field(default_factory=list)
 
@@ -64,7 +66,7 @@ class Resident:
 
     def _mixed(self, flight: Flight, coming: Coming | None) -> None:
         pieces = flight.step.pieces
-        plan = Plan(self.pool, pieces, self.model.windows, coming)
+        plan = Plan(self.pool, pieces, self.model.windows, coming, self.bank)
         hidden = self.model.forward(plan)
         flight.rows = plan.rows
         flight.finite = fetch(hidden.isfinite().all(dim=1))

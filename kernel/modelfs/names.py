@@ -1,11 +1,11 @@
 """What a model and a path in the model filesystem may be called.
 
-    model   name[:tag]                       tag is "latest" when left out
-    path    /models/NAME:TAG[/FILE]          the tag may be left out here too
+    model   name[:tag][+adapter]             tag is "latest" when left out
+    path    /models/NAME:TAG[+ADAPTER][/FILE]    the tag may be left out here too
 
-A name has one to three parts, a path's FILE exactly one, all of them of letters, digits, ".", "_" and "-",
-beginning with a letter or a digit: no spelling of "..", an absolute path or a hidden file gets through, so a
-parsed name can be joined to a folder as it is.
+A name has one to three parts, an ADAPTER and a path's FILE exactly one, all of them of letters, digits, ".",
+"_" and "-", beginning with a letter or a digit: no spelling of "..", an absolute path or a hidden file gets
+through, so a parsed name can be joined to a folder as it is.
 """
 
 from __future__ import annotations
@@ -25,13 +25,29 @@ _PART = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}")
 
 
 class ModelName(NamedTuple):
-    """A valid name of a model."""
+    """A valid name of a model; with `adapter`, of an adapter of the model `base`."""
 
     name: str
     tag: str
+    adapter: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name}:{self.tag}"
+        return f"{self.name}:{self.variant}"
+
+    @property
+    def variant(self) -> str:
+        """What stands behind the name: `tag` or `tag+adapter`."""
+        return f"{self.tag}+{self.adapter}" if self.adapter else self.tag
+
+    @property
+    def short(self) -> str:
+        """As people write it."""
+        return str(self).replace(f":{DEFAULT_TAG}", "", 1) if self.tag == DEFAULT_TAG else str(self)
+
+    @property
+    def base(self) -> ModelName:
+        """The model without the adapter."""
+        return ModelName(self.name, self.tag)
 
     @property
     def path(self) -> str:
@@ -50,17 +66,25 @@ def _is_name(text: str) -> bool:
     return len(parts) <= MOST_PARTS and all(is_part(p) and not p.endswith(".json") for p in parts)
 
 
-def parse_name(text: str) -> ModelName:
-    """`name[:tag]` as a ModelName. Raises InvalidArgument."""
-    name, colon, tag = text.partition(":")
+def _parsed(text: str) -> ModelName | None:
+    stem, plus, adapter = text.partition("+")
+    name, colon, tag = stem.partition(":")
     tag = tag if colon else DEFAULT_TAG
-    if not _is_name(name) or not is_part(tag):
+    if not _is_name(name) or not is_part(tag) or (plus and not is_part(adapter)):
+        return None
+    return ModelName(name, tag, adapter)
+
+
+def parse_name(text: str) -> ModelName:
+    """`name[:tag][+adapter]` as a ModelName. Raises InvalidArgument."""
+    if (model := _parsed(text)) is None:
         raise InvalidArgument(
             f"{text[:120]!r} is no model name",
-            hint="a name is `name`, `name:tag` or `owner/name`, of letters, digits, '.', '_' and '-'",
+            hint="a name is `name`, `name:tag` or `owner/name`, of letters, digits, '.', '_' and '-'; "
+            "`name+adapter` is one with an adapter",
             field="model",
         )
-    return ModelName(name, tag)
+    return model
 
 
 class ModelPath(NamedTuple):
@@ -84,18 +108,9 @@ def parse_path(path: str) -> list[ModelPath]:
             f"no file {path[:120]!r}", hint="models are in /models: try `llsh ls`", path=path[:120]
         )
     rest = trimmed[len(ROOT) + 1 :]
-    if ":" in rest:
-        name, _, tail = rest.partition(":")
-        tag, _, file = tail.partition("/")
-        found = [(name, tag, file)]
-    else:
-        folder, _, file = rest.rpartition("/")
-        found = [(rest, DEFAULT_TAG, ""), (folder, DEFAULT_TAG, file)]
-    valid = [
-        ModelPath(ModelName(name, tag), file)
-        for name, tag, file in found
-        if _is_name(name) and is_part(tag) and (not file or is_part(file))
-    ]
+    folder, _, file = rest.rpartition("/")
+    found = [(_parsed(rest), ""), (_parsed(folder), file)]
+    valid = [ModelPath(model, file) for model, file in found if model and (not file or is_part(file))]
     # "/models/a:b/" with nothing after the slash was trimmed above, so an empty file is a model.
     if not valid:
         raise InvalidArgument(

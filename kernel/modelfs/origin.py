@@ -8,6 +8,8 @@ from typing import NamedTuple
 from llmasos.syscalls.errors import InvalidArgument
 from msgspec import Struct
 
+from .manifest import Lineage
+
 GGUF = "model.gguf"
 """What a GGUF file is called in a model."""
 
@@ -20,10 +22,12 @@ _PYPI = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}==[A-Za-z0-9][A-Za-z0-9.!+_-
 
 
 class Origin(Struct, frozen=True):
-    """Exactly where the files came from, and the license's id if the source tells it."""
+    """Exactly where the files came from, the license's id if the source tells it, and how they were made if
+    that was here."""
 
     source: str
     license: str
+    lineage: Lineage | None = None
 
 
 class Repository(NamedTuple):

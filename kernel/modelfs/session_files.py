@@ -2,6 +2,7 @@
 
     <folder>/of-<owner>/<name>   a record: magic, msgpack of Snapshot, BLAKE2b of both
     <folder>/kv/<number>.kv      the KV that one record names; written by a worker (drivers/kv_file.py)
+    <folder>/kv/<number>.run/    what a training run had in work (runs.py)
     <folder>/kv/<number>.link    a second name of such a file, for a process that was restored from it
 
 A record appears complete and synced under its name (temporary name, fsync, rename, fsync of the folder),
@@ -13,24 +14,27 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import quote, unquote
 
 import msgspec
 from llmasos.drivers.base import KvStamp
-from llmasos.syscalls.errors import Corrupt, InvalidArgument, LLMasOSError, NoSuchFile, StorageFailed
+from llmasos.syscalls.errors import Corrupt, LLMasOSError, StorageFailed
 from llmasos.syscalls.types import FileInfo, FileKind, Sampling, SchedClass
 from msgspec import Struct
 
+from . import owners
 from .durable import sync_folder, write_file
-from .names import did_you_mean, is_part
+from .names import is_part
+from .runs import RunRow
 
 ROOT = "/sessions"
+NOUN = "snapshot"
 MAGIC = b"LLMASSN1"
 HASH = 32
+MOST_LINEAGE = 16
 MOST_BYTES = 32 << 20
 """Bytes of the biggest record that is read: a context of some million tokens."""
 
@@ -64,6 +68,17 @@ class Unfinished(Struct, frozen=True):
     max_tokens: int
 
 
+class SavedRun(Struct, frozen=True):
+    """A training run: its row, the folder in kv/ with what it had in work and that folder's bytes, and how
+    many of its steps were done."""
+
+    row: RunRow
+    folder: str
+    size: int
+    step: int
+    steps: int
+
+
 class Snapshot(Struct, frozen=True):
     """A process: `tokens` (packed u32) is its context, `model` and `digest` name its model, `dtype` is what
     was asked of its weights. `created` is seconds since the epoch. `lineage`: the snapshots it descends
@@ -81,6 +96,17 @@ class Snapshot(Struct, frozen=True):
     lineage: list[str]
     kv: Kv | None
     unfinished: Unfinished | None
+    run: SavedRun | None = None
+
+    @property
+    def parts(self) -> list[str]:
+        """What of kv/ belongs to it."""
+        return ([self.kv.file] if self.kv else []) + ([self.run.folder] if self.run else [])
+
+    @property
+    def size(self) -> int:
+        """Bytes of what belongs to it."""
+        return (self.kv.size if self.kv else 0) + (self.run.size if self.run else 0)
 
 
 _record = msgspec.msgpack.Decoder(Snapshot)
@@ -88,40 +114,22 @@ _record = msgspec.msgpack.Decoder(Snapshot)
 
 def parse_path(path: str) -> str | None:
     """The NAME of /sessions/NAME, "" for /sessions, None for what lies elsewhere. Raises InvalidArgument."""
-    trimmed = path.rstrip("/")
-    if trimmed == ROOT:
-        return ""
-    return checked(trimmed.removeprefix(ROOT + "/")) if trimmed.startswith(ROOT + "/") else None
-
-
-def checked(name: str) -> str:
-    """`name`, if a snapshot may be called so. Raises InvalidArgument."""
-    if not is_part(name):
-        raise InvalidArgument(
-            f"{name[:120]!r} is no name of a snapshot",
-            hint="letters, digits, '.', '_' and '-', beginning with a letter or a digit",
-            field="name",
-        )
-    return name
+    return owners.parse_path(path, ROOT, NOUN)
 
 
 class SessionFiles:
     """The snapshots below one folder, which is made (0700) if it is missing."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self._owners = owners.Owners(folder, ROOT, NOUN)
         self._kv = folder / "kv"
-        self._kv.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._kv.mkdir(mode=0o700, exist_ok=True)
 
     # -- looking --------------------------------------------------------------------------------------
 
     def ls(self, owner: str) -> list[FileInfo]:
         """The snapshots of an owner, by name."""
-        folder = self._of(owner)
-        names = (
-            sorted(path.name for path in folder.iterdir() if is_part(path.name)) if folder.is_dir() else []
-        )
-        return [self.stat(owner, name) for name in names]
+        return [self.stat(owner, name) for name in self._owners.names(owner)]
 
     def stat(self, owner: str, name: str) -> FileInfo:
         """One snapshot. A damaged one is shown with its problem. Raises NoSuchFile."""
@@ -135,37 +143,31 @@ class SessionFiles:
     def load(self, owner: str, name: str) -> Snapshot:
         """A snapshot, verified. Raises NoSuchFile (somebody else's is one that does not exist), Corrupt."""
         try:
-            return _read(self._of(owner) / checked(name))
+            return _read(self._owners.place(owner, name))
         except FileNotFoundError:
-            folder = self._of(owner)
-            near = did_you_mean(name, [p.name for p in folder.iterdir()] if folder.is_dir() else [])
-            raise NoSuchFile(
-                f"no snapshot {name}",
-                hint=f"did you mean {near}?" if near else "see `llsh ls /sessions`",
-                path=f"{ROOT}/{name}",
-            ) from None
+            raise self._owners.missing(owner, name) from None
 
     def kv_path(self, file: str) -> Path:
         return self._kv / file
 
     def usage(self) -> int:
         """Bytes of all snapshots of all owners."""
-        return sum(path.lstat().st_size for path in self._folder.rglob("*") if path.is_file())
+        return sum(path.lstat().st_size for path in self._owners.folder.rglob("*") if path.is_file())
 
     def used(self, path: str) -> int:
         """Bytes of the snapshots of an owner and those below it, as far as their records can be read."""
         total = 0
-        for record in self._records():
-            owner = unquote(record.parent.name.removeprefix("of-"))
-            if owner == path or owner.startswith(path + "/"):
-                kv = self._kv_of(record)
-                total += record.stat().st_size + (kv.size if kv else 0)
+        for folder in self._owners.below(path):
+            for record in folder.iterdir():
+                if is_part(record.name):
+                    found = self._known(record)
+                    total += record.stat().st_size + (found.size if found else 0)
         return total
 
     def check(self) -> list[str]:
         """Problems found, one a line: every record is read and hashed."""
         problems = []
-        for path in self._records():
+        for path in self._owners.files():
             where = f"sessions/{path.parent.name}/{path.name}"
             try:
                 found = _read(path)
@@ -176,6 +178,8 @@ class SessionFiles:
                 size = self.kv_path(found.kv.file)
                 if not size.exists() or size.stat().st_size != found.kv.size:
                     problems.append(f"{where}: its KV is missing or cut short; it will be recomputed")
+            if found.run and not self.kv_path(found.run.folder).is_dir():
+                problems.append(f"{where}: what its run had in work is missing")
         return problems
 
     # -- changing -------------------------------------------------------------------------------------
@@ -184,13 +188,11 @@ class SessionFiles:
         """Makes `name` this snapshot, whose KV is there; replaces what had the name before. Raises
         StorageFailed; the name then stands for what it did, or, if only the last sync failed, for this
         one."""
-        folder = self._of(owner)
-        before = self._kv_of(folder / name)
+        folder = self._owners.of(owner)
+        before = self._known(folder / name)
         unfinished = folder / f".{name}.tmp"
         try:
-            if not folder.is_dir():
-                folder.mkdir(mode=0o700)
-                sync_folder(self._folder)
+            self._owners.made(owner)
             write_file(unfinished, _packed(snapshot))
             os.replace(unfinished, folder / name)
             sync_folder(folder)
@@ -204,8 +206,8 @@ class SessionFiles:
     def remove(self, owner: str, name: str) -> None:
         """Removes a snapshot. Processes that were restored from it keep what they have. Raises NoSuchFile,
         StorageFailed."""
-        path = self._of(owner) / checked(name)
-        kv = self._kv_of(path)
+        path = self._owners.place(owner, name)
+        before = self._known(path)
         try:
             os.unlink(path)
             sync_folder(path.parent)
@@ -213,12 +215,16 @@ class SessionFiles:
             self.load(owner, name)  # raises what there is to say
         except OSError as problem:
             raise StorageFailed(f"snapshot {name}: {problem.strerror}") from None
-        self._drop(kv)
+        self._drop(before)
 
     def forget_kv(self, file: str) -> None:
-        """Removes a KV file that no record came to name."""
-        with suppress(OSError):  # what is left is swept at boot
-            os.unlink(self.kv_path(file))
+        """Removes KV, or what a run had in work, that no record came to name."""
+        path = self.kv_path(file)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):  # what is left is swept at boot
+                os.unlink(path)
 
     def borrow(self, kv: Kv, link: str) -> Path | None:
         """A second name for a KV file, which a process may use up; None when the file is not there."""
@@ -233,35 +239,28 @@ class SessionFiles:
         """Removes what no record names and what was not finished. While a record is damaged, nobody can tell
         which KV it needs, so all stays."""
         needed, damaged = set(), False
-        for path in self._folder.glob("of-*/.*.tmp"):
+        for path in self._owners.folder.glob("of-*/.*.tmp"):
             path.unlink(missing_ok=True)
-        for path in self._records():
+        for path in self._owners.files():
             try:
-                kv = _read(path).kv
-                needed |= {kv.file} if kv else set()
+                needed |= set(_read(path).parts)
             except Corrupt:
                 damaged = True
         for path in self._kv.iterdir():
-            if path.suffix != ".kv" or (path.name not in needed and not damaged):
-                path.unlink(missing_ok=True)
+            if path.suffix not in (".kv", ".run") or (path.name not in needed and not damaged):
+                self.forget_kv(path.name)
 
     # -- inside ---------------------------------------------------------------------------------------
 
-    def _of(self, owner: str) -> Path:
-        return self._folder / f"of-{quote(owner, safe='')}"
-
-    def _records(self) -> Iterator[Path]:
-        return (path for path in sorted(self._folder.glob("of-*/*")) if is_part(path.name))
-
-    def _kv_of(self, path: Path) -> Kv | None:
+    def _known(self, path: Path) -> Snapshot | None:
         try:
-            return _read(path).kv
+            return _read(path)
         except (FileNotFoundError, LLMasOSError):
             return None
 
-    def _drop(self, kv: Kv | None) -> None:
-        if kv is not None:
-            self.forget_kv(kv.file)
+    def _drop(self, snapshot: Snapshot | None) -> None:
+        for part in snapshot.parts if snapshot else []:
+            self.forget_kv(part)
 
 
 def info(name: str, snapshot: Snapshot) -> FileInfo:
@@ -274,7 +273,9 @@ def info(name: str, snapshot: Snapshot) -> FileInfo:
         "unfinished": snapshot.unfinished.max_tokens if snapshot.unfinished else 0,
         "lineage": " < ".join(reversed(snapshot.lineage)),
     }
-    size = len(snapshot.tokens) + (kv.size if kv else 0)
+    if snapshot.run is not None:
+        details |= {"step": snapshot.run.step, "steps": snapshot.run.steps}
+    size = len(snapshot.tokens) + snapshot.size
     return FileInfo(f"{ROOT}/{name}", FileKind.SESSION, size, modified=snapshot.created, details=details)
 
 

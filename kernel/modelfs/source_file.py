@@ -1,4 +1,4 @@
-"""`file:/path`: a folder as transformers saves it, or one GGUF file. Its files are copied."""
+"""`file:/path`: a folder as transformers or peft saves it, or one GGUF file. Its files are copied."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ def fetch(place: str, stage: Staging) -> Origin:
         if not stat.S_ISDIR(path.stat().st_mode):
             if path.suffix != ".gguf":
                 raise RefusedFile(f"{path.name} is no .gguf file", hint="give a folder or a .gguf file")
+            stage.choose([path.name], lambda name: _text(path.with_name(name)))
             _copy(path, GGUF, stage)
             return Origin(origin, "")
         names = [entry.name for entry in os.scandir(path) if not entry.is_dir()]
@@ -35,16 +36,12 @@ def fetch(place: str, stage: Staging) -> Origin:
 
 def _fetch_folder(path: Path, names: list[str], stage: Staging) -> str:
     layout.refuse_code(names)
-    if "config.json" in names:
-        layout.check_config(_text(path / "config.json"))
-    index = _text(path / layout.INDEX) if layout.INDEX in names else None
-    weights = layout.choose_weights(names, index)
-    for name in names:
-        if name in layout.TEXTS:
-            stage.add_text(name, _text(path / name))
-        elif layout.is_license(name):
-            stage.add_text("LICENSE", _text(path / name))
-    for name in weights:
+    chosen = stage.choose(names, lambda name: _text(path / name))
+    for name in chosen.texts:
+        stage.add_text(name, _text(path / name))
+    for name in filter(layout.is_license, names):
+        stage.add_text("LICENSE", _text(path / name))
+    for name in chosen.weights:
         _copy(path / name, GGUF if name.endswith(".gguf") else name, stage)
     card = _text(path / "README.md").decode(errors="replace") if "README.md" in names else ""
     return layout.license_of_card(card)

@@ -39,26 +39,23 @@ def fetch(place: str, stage: Staging) -> Origin:
     wanted = parse_repository(place)
     stage.progress.show("resolve", wanted.repo)
     disable_progress_bars()
-    listing = _ask(wanted, lambda: _list(wanted))
+    needed = layout.ADAPTER_CONFIG if stage.adapter else layout.CONFIG
+    listing = _ask(wanted, lambda: _list(wanted, wanted.file or needed))
     fetcher = _Fetcher(wanted, listing, stage)
     top = [name for name in listing.sizes if "/" not in name]
     if wanted.file:
         if not wanted.file.endswith(".gguf"):
             raise RefusedFile(f"{wanted.file} is no .gguf file", file=wanted.file)
-        weights = [wanted.file]
+        chosen = stage.choose([wanted.file], fetcher.text)
     else:
         layout.refuse_code(top)
-        if "config.json" in top:
-            layout.check_config(fetcher.text("config.json"))
-        index = fetcher.text(layout.INDEX) if layout.INDEX in top else None
-        weights = layout.choose_weights(top, index)
-    for name in top:
-        if layout.is_license(name):
-            stage.add_text("LICENSE", fetcher.text(name))
-        elif name in layout.TEXTS and not weights[0].endswith(".gguf"):
-            stage.add_text(name, fetcher.text(name))
-    stage.need(sum(listing.sizes.get(name, 0) for name in weights if not fetcher.is_cached(name)))
-    for name in weights:
+        chosen = stage.choose(top, fetcher.text)
+    for name in chosen.texts:
+        stage.add_text(name, fetcher.text(name))
+    for name in filter(layout.is_license, top):
+        stage.add_text("LICENSE", fetcher.text(name))
+    stage.need(sum(listing.sizes.get(name, 0) for name in chosen.weights if not fetcher.is_cached(name)))
+    for name in chosen.weights:
         stage.refer(GGUF if name.endswith(".gguf") else name, fetcher.file(name))
     license_ = listing.license or (
         layout.license_of_card(fetcher.text("README.md").decode(errors="replace"))
@@ -112,13 +109,14 @@ class _Fetcher:
         return max(sizes)
 
 
-def _list(wanted: Repository) -> _Listing:
+def _list(wanted: Repository, needed: str) -> _Listing:
+    """What there is; offline, what the cache holds, if it has the file `needed`."""
     try:
         about: Any = hub.HfApi().model_info(wanted.repo, revision=wanted.revision, files_metadata=True)
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
         raise
     except Exception as problem:  # offline, or the Hub cannot be reached: what does the cache hold?
-        if (cached := _cached(wanted)) is not None:
+        if (cached := _cached(wanted, needed)) is not None:
             return cached
         raise problem
     sizes = {file.rfilename: file.size or 0 for file in about.siblings}
@@ -126,9 +124,9 @@ def _list(wanted: Repository) -> _Listing:
     return _Listing(about.sha, sizes, license_ if isinstance(license_, str) else "")
 
 
-def _cached(wanted: Repository) -> _Listing | None:
+def _cached(wanted: Repository, needed: str) -> _Listing | None:
     """The revision as far as it lies in the cache."""
-    probe = hub.try_to_load_from_cache(wanted.repo, wanted.file or "config.json", revision=wanted.revision)
+    probe = hub.try_to_load_from_cache(wanted.repo, needed, revision=wanted.revision)
     if not isinstance(probe, str):
         return None
     snapshot = Path(probe).parent

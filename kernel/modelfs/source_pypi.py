@@ -143,18 +143,14 @@ def _unpack(archive: zipfile.ZipFile, stage: Staging) -> None:
         for info in members
         if str(PurePosixPath(info.filename).parent) == folder
     }
-    if "config.json" in inside:
-        layout.check_config(_text(archive, inside["config.json"]))
-    index = _text(archive, inside[layout.INDEX]) if layout.INDEX in inside else None
-    weights = layout.choose_weights(inside, index)
-    for name in inside:
-        if name in layout.TEXTS and not weights[0].endswith(".gguf"):
-            stage.add_text(name, _text(archive, inside[name]))
+    chosen = stage.choose(inside, lambda name: _text(archive, inside[name]))
+    for name in chosen.texts:
+        stage.add_text(name, _text(archive, inside[name]))
     for info in members:
         path = PurePosixPath(info.filename)
         if layout.is_license(path.name) and ".dist-info" in path.parts[0] and "LICENSE" not in stage.texts:
             stage.add_text("LICENSE", _text(archive, info))
-    for name in weights:
+    for name in chosen.weights:
         with archive.open(inside[name]) as source:
             stage.copy(GGUF if name.endswith(".gguf") else name, source, inside[name].file_size)
 

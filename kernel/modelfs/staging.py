@@ -11,16 +11,18 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from llmasos.syscalls.errors import Corrupt, RefusedFile
 
+from . import adapter_layout, layout
+from .manifest import ManifestFile
 from .names import is_part
 from .progress import Progress
-from .store import ManifestFile, ModelFS
+from .store import ModelFS
 
 MAX_TEXT = 128 * 1024 * 1024
 """Bytes of the biggest file that is read into memory: a tokenizer.json."""
@@ -44,14 +46,21 @@ class Weights:
 
 
 class Staging:
-    """The files of one import: `texts` in memory, `weights` on disk, by their names in the model."""
+    """The files of one import, of a model or an adapter: `texts` in memory, `weights` on disk, by their names
+    there."""
 
-    def __init__(self, store: ModelFS, folder: Path, progress: Progress) -> None:
+    def __init__(self, store: ModelFS, folder: Path, progress: Progress, adapter: bool) -> None:
+        self.adapter = adapter
         self.store = store
         self.folder = folder
         self.progress = progress
         self.texts: dict[str, bytes] = {}
         self.weights: dict[str, Weights] = {}
+
+    def choose(self, names: Iterable[str], read: Callable[[str], bytes]) -> layout.Chosen:
+        """Which files to take of a source's folder. Raises RefusedFile, UnsupportedModel, Corrupt."""
+        choose = adapter_layout.choose if self.adapter else layout.choose
+        return choose(names, read)
 
     def add_text(self, name: str, data: bytes) -> None:
         """A small file. Raises RefusedFile when it is too big for one."""
@@ -77,8 +86,8 @@ class Staging:
             raise Corrupt(f"{name} is not {size} bytes long as announced", file=name)
         self.weights[name] = Weights(path, "sha256:" + digest.hexdigest(), size, foreign=False)
 
-    def refer(self, name: str, path: Path) -> None:
-        """A weight file that stays where it is."""
+    def refer(self, name: str, path: Path, foreign: bool = True) -> None:
+        """A weight file that stays where it is; one that is not `foreign` was made in `folder`."""
         original = path.resolve(strict=True)
         size = original.stat().st_size
         digest = hashlib.sha256()
@@ -88,11 +97,16 @@ class Staging:
                 done += len(chunk)
                 digest.update(chunk)
                 self.progress.show("verify", name, done, size)
-        self.weights[_checked(name)] = Weights(original, "sha256:" + digest.hexdigest(), size, foreign=True)
+        self.weights[_checked(name)] = Weights(original, "sha256:" + digest.hexdigest(), size, foreign)
+
+    @property
+    def room(self) -> int:
+        """Bytes that an import may still take."""
+        return shutil.disk_usage(self.folder).free - SPARE
 
     def need(self, size: int) -> None:
         """Raises OSError (ENOSPC) when `size` bytes do not fit on the disk, before they are fetched."""
-        if shutil.disk_usage(self.folder).free < size + SPARE:
+        if self.room < size:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.folder))
 
     def store_all(self, texts: dict[str, bytes]) -> list[ManifestFile]:
@@ -109,10 +123,10 @@ class Staging:
 
 
 @contextmanager
-def staging(store: ModelFS, progress: Progress) -> Iterator[Staging]:
+def staging(store: ModelFS, progress: Progress, adapter: bool) -> Iterator[Staging]:
     """An empty Staging whose folder goes away at the end, whatever happens."""
     with tempfile.TemporaryDirectory(dir=store.tmp, prefix="import-", ignore_cleanup_errors=True) as folder:
-        yield Staging(store, Path(folder), progress)
+        yield Staging(store, Path(folder), progress, adapter)
 
 
 def _checked(name: str) -> str:

@@ -1,9 +1,12 @@
 """The model filesystem on disk, and the only code that writes to it.
 
     <home>/modelfs/blobs/sha256-<hex>           immutable files, each by the hash of its content
-    <home>/modelfs/manifests/<name>/<tag>.json  which blobs a model is made of
+    <home>/modelfs/manifests/<name>/<tag>.json  which blobs a model is made of;
+                                                an adapter: <tag>+<adapter>.json
     <home>/modelfs/derived/<hex>-<anything>     what drivers made of blobs; kept as long as the blob
     <home>/modelfs/sessions/                    snapshots of processes (session_files.py)
+    <home>/modelfs/datasets/                    what models are trained on (dataset_files.py)
+    <home>/modelfs/runs/<pid>/                  what training processes have in work (runs.py)
     <home>/modelfs/swap/                        contexts pushed out of memory; swept at boot (kernel/tiers.py)
     <home>/modelfs/tmp/                         what is not finished; wheels/ survives a failed import
     <home>/modelfs/imports.lock                 held shared by whoever adds blobs, exclusively by `gc`
@@ -11,6 +14,10 @@
 The disk is the truth and nothing is cached: an importer is another process that adds models at any time.
 A file appears under its final name only complete and synced (temporary name, fsync, rename, fsync of the
 folder), so a crash at any moment leaves at most unreferenced blobs and things in tmp/, which `gc` removes.
+
+An adapter names its base by the digest of the base's manifest, a copy of which is a blob. So it goes on
+working with the weights that it was made for when the base's name is removed or comes to mean another model;
+these stay until the last adapter of them is removed.
 
 Drivers write to derived/ alone, and only what can be made again. A file there begins with the first 32 hex
 digits of the SHA-256 of a weight file; its name ends in `.tmp` until it is complete.
@@ -27,25 +34,31 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 from llmasos.drivers.base import File
-from llmasos.syscalls.errors import Corrupt, InvalidArgument, NoSuchFile, NoSuchModel, Unavailable
+from llmasos.syscalls.errors import (
+    AlreadyExists,
+    Corrupt,
+    InvalidArgument,
+    NoSuchFile,
+    NoSuchModel,
+    Unavailable,
+)
 from llmasos.syscalls.types import FileInfo, FileKind
-from msgspec import Meta, Struct
 
 from . import catalogue
+from .dataset_files import DatasetFiles
 from .durable import sync_folder
+from .manifest import MAX_MANIFEST, Manifest, ManifestFile, decoded, digest_of
 from .names import ROOT, ModelName, ModelPath, did_you_mean, parse_name, parse_path
+from .runs import Runs
 from .session_files import SessionFiles
 
-SCHEMA = 1
 MAX_READ = 1024 * 1024
 JOURNAL_ROOM = 16 * 1024 * 1024
 """Bytes of disk that are left for what frees some: nothing that adds to the journal may take them."""
 
-MAX_MANIFEST = 4 * 1024 * 1024
 WHEELS_KEPT_S = 7 * 86400
 """A downloaded wheel whose import failed is kept this long, so that a rerun need not fetch it again."""
 
@@ -57,49 +70,14 @@ DERIVED_PREFIX = 32
 
 _CHUNK = 4 * 1024 * 1024
 
-Digest = Annotated[str, Meta(pattern=r"\Asha256:[0-9a-f]{64}\Z")]
-FileName = Annotated[str, Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z")]
-Size = Annotated[int, Meta(ge=0, le=2**53)]
+Sees = Callable[[str], bool]
+"""Whether somebody sees what a tenant owns (Subject.may_command). A model that is not seen is as one that
+does not exist."""
 
 
-class ManifestFile(Struct, frozen=True):
-    """A file of a model: its name, "sha256:…" and bytes."""
-
-    path: FileName
-    digest: Digest
-    size: Size
-
-
-class Manifest(Struct, frozen=True, omit_defaults=True):
-    """What a model is. `created` is seconds since the epoch.
-
-    `name` (with tag) and `digest` (of all but `created`) are filled in on reading and never written.
-    """
-
-    schema: int
-    source: str
-    architecture: str
-    parameters: Size
-    quantization: str
-    context_length: Size
-    license: str
-    created: float
-    files: Annotated[list[ManifestFile], Meta(max_length=4096)]
-    name: str = ""
-    digest: str = ""
-
-    @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(f.size for f in self.files)
-
-    @property
-    def digests(self) -> set[str]:
-        """The blobs that the model needs; what `gc` and `unlink` take as pinned."""
-        return {f.digest for f in self.files}
-
-
-_from_json = msgspec.json.Decoder(Manifest)
+def everything(owner: str) -> bool:
+    """How the kernel itself sees."""
+    return True
 
 
 def hash_file(path: Path) -> str:
@@ -121,6 +99,8 @@ class ModelFS:
         self.derived = self.folder / "derived"
         self.swap = self.folder / "swap"
         self.sessions = SessionFiles(self.folder / "sessions")
+        self.datasets = DatasetFiles(self.folder / "datasets")
+        self.runs = Runs(self.folder / "runs")
         self.tmp = self.folder / "tmp"
         self.wheels = self.tmp / "wheels"
         for folder in (
@@ -136,47 +116,63 @@ class ModelFS:
 
     # -- looking --------------------------------------------------------------------------------------
 
-    def resolve(self, name: str) -> Manifest:
-        """The manifest of `name[:tag]`. Raises InvalidArgument, NoSuchModel, Corrupt."""
+    def resolve(self, name: str, sees: Sees = everything) -> Manifest:
+        """The manifest of `name[:tag][+adapter]`. Raises InvalidArgument, NoSuchModel, Corrupt."""
         model = parse_name(name)
         try:
-            return self._load(model)
+            return self._load(model, sees)
         except FileNotFoundError:
-            raise self._no_such_model(model) from None
+            raise self._no_such_model(model, sees) from None
+
+    def base_of(self, manifest: Manifest) -> Manifest:
+        """The model that an adapter belongs to, whatever its name stands for by now. Raises Corrupt."""
+        try:
+            data = self.blob(manifest.base).read_bytes()
+        except FileNotFoundError:
+            data = b""
+        if digest_of(data) != manifest.base:
+            raise Corrupt(
+                f"the base of {manifest.name} is missing or damaged", hint="pull or train the adapter again"
+            )
+        base = parse_name(manifest.name).base
+        return msgspec.structs.replace(decoded(base, data), name=str(base), digest=manifest.base)
 
     def find(self, fits: Callable[[Manifest], bool]) -> Manifest | None:
-        """The first model that `fits`, whatever its name is. One that is damaged fits nothing."""
+        """The first model that `fits`, whatever its name is, if only an adapter's base. One that is damaged
+        fits nothing."""
         for model in self._models():
             with contextlib.suppress(Corrupt, FileNotFoundError):
                 if fits(manifest := self._load(model)):
                     return manifest
+                if manifest.base and fits(base := self.base_of(manifest)):
+                    return base
         return None
 
-    def ls(self, path: str) -> list[FileInfo]:
+    def ls(self, path: str, sees: Sees = everything) -> list[FileInfo]:
         """The entries of /, /models or /models/NAME:TAG. Raises NoSuchFile, NoSuchModel, InvalidArgument."""
         if path.rstrip("/") == "":
             return [FileInfo(ROOT, FileKind.FOLDER, 0)]
-        found = self._find(path)
+        found = self._find(path, sees)
         if found is None:
-            return [self._model_info(model) for model in self._models()]
+            return [self._model_info(model) for model in self._seen(sees)]
         where, manifest = found
         if where.file:
             return [self._file_info(where, manifest)]
         return [self._file_info(ModelPath(where.model, f.path), manifest) for f in manifest.files]
 
-    def stat(self, path: str) -> FileInfo:
+    def stat(self, path: str, sees: Sees = everything) -> FileInfo:
         """One entry. Raises NoSuchFile, NoSuchModel, InvalidArgument."""
-        found = self._find(path)
+        found = self._find(path, sees)
         if found is None:
             return FileInfo(ROOT, FileKind.FOLDER, 0)
         where, manifest = found
         return self._file_info(where, manifest) if where.file else self._model_info(where.model)
 
-    def read(self, path: str, offset: int, length: int) -> tuple[int, bytes]:
+    def read(self, path: str, offset: int, length: int, sees: Sees = everything) -> tuple[int, bytes]:
         """Size of a model's file, and its bytes from `offset`, at most `length` (at most 1 MiB) of them."""
         if offset < 0 or not 0 <= length <= MAX_READ:
             raise InvalidArgument(f"cannot read {length} bytes from {offset}", field="length")
-        found = self._find(path)
+        found = self._find(path, sees)
         if found is None or not found[0].file:
             raise NoSuchFile(f"{path[:120]} is a folder", hint=f"see `llsh ls {path[:120]}`", path=path[:120])
         where, manifest = found
@@ -190,7 +186,8 @@ class ModelFS:
             ) from None
 
     def driver_files(self, manifest: Manifest) -> dict[str, File]:
-        """What a driver loads: where each file lies and what it must hash to."""
+        """What a driver loads: where each file lies and what it must hash to. Of an adapter: its own files,
+        not its base's weights."""
         return {f.path: File(str(self.blob(f.digest)), f.digest, f.size) for f in manifest.files}
 
     def require_room(self) -> None:
@@ -213,28 +210,47 @@ class ModelFS:
                         total += entry.stat().st_size
         return total, count
 
+    def used(self, path: str) -> int:
+        """Bytes of the models of an owner and those below it, each file once; damaged models are not known to
+        be theirs."""
+        found: dict[str, int] = {}
+        for model in self._models():
+            with contextlib.suppress(Corrupt, FileNotFoundError):
+                manifest = self._load(model)
+                if manifest.owner == path or manifest.owner.startswith(path + "/"):
+                    found |= {file.digest: file.size for file in manifest.files}
+        return sum(found.values())
+
     def blob(self, digest: str) -> Path:
         """Where the blob "sha256:<hex>" lies."""
         return self.blobs / digest.replace(":", "-")
 
     # -- changing -------------------------------------------------------------------------------------
 
-    def link(self, source: str, target: str) -> FileInfo:
-        """Gives the model `source` the second name `target`, which is replaced if it exists."""
+    def link(self, source: str, target: str, sees: Sees = everything) -> FileInfo:
+        """Gives the model `source` the second name `target`, which is replaced if it exists. An adapter is
+        linked to another adapter's name of the same base. Raises InvalidArgument, NoSuchModel."""
         model = parse_name(target)
         with self.importing():  # or `gc` could take the blobs if `source` were unlinked just now
-            self.commit(model, self.resolve(source))
+            manifest = self.resolve(source, sees)
+            if manifest.base and parse_name(manifest.name).base != model.base:
+                raise InvalidArgument(
+                    f"{manifest.name} is an adapter", hint="name it BASE+NAME, of its base", field="target"
+                )
+            self.commit(model, manifest)
         return self._model_info(model)
 
-    def unlink(self, name: str, pinned: set[str]) -> int:
-        """Removes a model's name and the blobs that neither another name nor `pinned` (digests of blobs)
-        needs. Returns the bytes freed. Raises InvalidArgument, NoSuchModel."""
+    def unlink(self, name: str, pinned: set[str], sees: Sees = everything) -> int:
+        """Removes a model's name and the blobs that neither another name, an adapter, a training run nor
+        `pinned` (digests of blobs) needs. Returns the bytes freed. Raises InvalidArgument, NoSuchModel."""
         model = parse_name(name)
         path = self._manifest_path(model)
         try:
+            with contextlib.suppress(Corrupt):  # a damaged one is nobody's
+                self._load(model, sees)
             path.unlink()
-        except (FileNotFoundError, NotADirectoryError):
-            raise self._no_such_model(model) from None
+        except FileNotFoundError:
+            raise self._no_such_model(model, sees) from None
         sync_folder(path.parent)
         self._remove_empty(path.parent)
         return self.gc(pinned)
@@ -255,7 +271,9 @@ class ModelFS:
             try:
                 for model in self._models():
                     with contextlib.suppress(FileNotFoundError):
-                        needed |= self._load(model).digests
+                        needed |= self._needs(self._load(model))
+                for base in self.runs.bases():
+                    needed |= base.digests
             except Corrupt:
                 return freed
             for path in self.blobs.iterdir():
@@ -277,6 +295,10 @@ class ModelFS:
                 problems.append(f"{model}: {problem}")
                 continue
             needed |= manifest.digests
+            try:
+                needed |= self._needs(manifest)
+            except Corrupt as problem:
+                problems.append(f"{model}: {problem.message}")
             for file in manifest.files:
                 if file.digest not in checked:
                     checked[file.digest] = self._check_blob(file)
@@ -289,7 +311,7 @@ class ModelFS:
                 )
                 problems += [f"blob {name}: no model needs it" for name in orphans]
                 problems += [f"tmp/{path.name}: left over from an import" for path in self._leftovers()]
-        return problems + self.sessions.check()
+        return problems + self.sessions.check() + self.datasets.check()
 
     # -- for the importer -----------------------------------------------------------------------------
 
@@ -326,26 +348,34 @@ class ModelFS:
 
     def put_bytes(self, data: bytes) -> tuple[str, int]:
         """Stores a small file. Returns digest and size."""
-        digest = "sha256:" + hashlib.sha256(data).hexdigest()
+        digest = digest_of(data)
         self.put_blob(self._temporary(data), digest)
         return digest, len(data)
 
-    def commit(self, model: ModelName, manifest: Manifest) -> Manifest:
+    def commit(self, model: ModelName, manifest: Manifest, replace: bool = True) -> Manifest:
         """Makes `model` name `manifest`, all of whose blobs must be there; the last step of an import.
-        Returns the manifest with name and digest. Raises Corrupt when a blob is missing."""
-        for file in manifest.files:
-            if not self.blob(file.digest).exists():
-                raise Corrupt(f"{model}: {file.path} has no blob", hint="import it again")
-        data = msgspec.json.encode(msgspec.structs.replace(manifest, name="", digest=""))
-        temporary = self._temporary(data)
+        Returns the manifest with name and digest. What is committed again is left as it is.
+
+        Raises Corrupt when a blob is missing, InvalidArgument when an adapter's name is given to what is
+        none or the other way round, AlreadyExists when the name is taken, unless told to `replace`."""
+        if bool(model.adapter) != bool(manifest.base):
+            raise InvalidArgument(
+                f"{model.short} is {'no' if manifest.base else 'the'} name of an adapter",
+                hint="an adapter is called BASE+NAME, and nothing else is",
+                field="model",
+            )
+        for digest in sorted(manifest.digests):
+            if not self.blob(digest).exists():
+                raise Corrupt(f"{model}: the blob {digest} is missing", hint="import it again")
+        temporary = self._temporary(
+            msgspec.json.encode(msgspec.structs.replace(manifest, name="", digest=""))
+        )
         path = self._manifest_path(model)
-        while True:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            try:
-                temporary.replace(path)
-                break
-            except FileNotFoundError:  # `unlink` has removed the folder in between
-                continue
+        try:
+            while not self._named(temporary, model, manifest, replace):
+                continue  # `unlink` has removed the folder or the model in between
+        finally:
+            temporary.unlink(missing_ok=True)
         folder = path.parent
         while folder != self.folder:
             sync_folder(folder)
@@ -372,64 +402,89 @@ class ModelFS:
             os.fsync(fd)
         return Path(name)
 
+    def _named(self, file: Path, model: ModelName, manifest: Manifest, replace: bool) -> bool:
+        """Gives a manifest's file its name, if the way there does not vanish meanwhile."""
+        path = self._manifest_path(model)
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                if replace:
+                    file.replace(path)
+                else:
+                    os.link(file, path)
+                return True
+            except FileExistsError:
+                if self._load(model).digest == digest_of(manifest.content):
+                    return True
+                raise AlreadyExists(
+                    f"there is a model {model.short}",
+                    hint=f"choose another name, or remove it: llsh rm {model.short}",
+                ) from None
+        return False
+
+    def _needs(self, manifest: Manifest) -> set[str]:
+        """The blobs of a model and, if it is an adapter, of its base. Raises Corrupt."""
+        return manifest.digests | (self.base_of(manifest).digests if manifest.base else set())
+
     def _manifest_path(self, model: ModelName) -> Path:
-        return self.manifests / model.name / f"{model.tag}.json"
+        return self.manifests / model.name / f"{model.variant}.json"
 
     def _models(self) -> list[ModelName]:
         found = []
         for path in sorted(self.manifests.rglob("*.json")):
             if path.is_file():
-                found.append(ModelName(str(path.parent.relative_to(self.manifests)), path.stem))
+                tag, _, adapter = path.stem.partition("+")
+                found.append(ModelName(str(path.parent.relative_to(self.manifests)), tag, adapter))
         return found
 
-    def _load(self, model: ModelName) -> Manifest:
+    def _seen(self, sees: Sees) -> list[ModelName]:
+        """The models that are not hidden, damaged ones among them."""
+        found = []
+        for model in self._models():
+            with contextlib.suppress(FileNotFoundError):
+                with contextlib.suppress(Corrupt):
+                    self._load(model, sees)
+                found.append(model)
+        return found
+
+    def _load(self, model: ModelName, sees: Sees = everything) -> Manifest:
+        """Raises FileNotFoundError (hidden ones, too), Corrupt."""
         path = self._manifest_path(model)
         try:
             with path.open("rb") as file:
                 data = file.read(MAX_MANIFEST + 1)
         except (NotADirectoryError, IsADirectoryError):
             raise FileNotFoundError(path) from None
-        try:
-            manifest = _from_json.decode(data)
-        except msgspec.DecodeError as problem:
-            raise Corrupt(
-                f"the manifest of {model} is damaged: {problem}", hint=f"fetch it again: llsh pull {model}"
-            ) from None
-        if manifest.schema != SCHEMA:
-            raise Corrupt(
-                f"the manifest of {model} has schema {manifest.schema}, not {SCHEMA}", hint="update LLMasOS"
-            )
-        # When it was pulled is not part of what it is: pulled again, a model has the same digest.
-        content = msgspec.json.encode(msgspec.structs.replace(manifest, created=0.0, name="", digest=""))
-        digest = "sha256:" + hashlib.sha256(content).hexdigest()
-        return msgspec.structs.replace(manifest, name=str(model), digest=digest)
+        manifest = decoded(model, data)
+        if manifest.owner and not sees(manifest.owner):
+            raise FileNotFoundError(path)
+        return msgspec.structs.replace(manifest, name=str(model), digest=digest_of(manifest.content))
 
-    def _no_such_model(self, model: ModelName) -> NoSuchModel:
+    def _no_such_model(self, model: ModelName, sees: Sees) -> NoSuchModel:
         known = catalogue.load()
-        shown = model.name if model.tag == "latest" else str(model)
         if known.sources(model):
-            hint = f"fetch it first: llsh pull {shown}"
+            hint = f"fetch it first: llsh pull {model.short}"
         else:
-            here = self._models()
-            near = did_you_mean(shown, [*(m.name for m in here), *map(str, here), *known.models])
+            here = self._seen(sees)
+            near = did_you_mean(model.short, [*(m.short for m in here), *map(str, here), *known.models])
             hint = (
                 f"did you mean {near}?"
                 if near
                 else "see `llsh list` for what is here, `llsh pull` brings more"
             )
-        return NoSuchModel(f"no model {shown}", hint=hint, model=str(model))
+        return NoSuchModel(f"no model {model.short}", hint=hint, model=str(model))
 
-    def _find(self, path: str) -> tuple[ModelPath, Manifest] | None:
+    def _find(self, path: str, sees: Sees) -> tuple[ModelPath, Manifest] | None:
         """The first meaning of `path` that exists; None for /models."""
         meanings = parse_path(path)
         if not meanings:
             return None
         for meaning in meanings:
             try:
-                return meaning, self._load(meaning.model)
+                return meaning, self._load(meaning.model, sees)
             except FileNotFoundError:
                 continue
-        raise self._no_such_model(meanings[0].model)
+        raise self._no_such_model(meanings[0].model, sees)
 
     def _entry(self, where: ModelPath, manifest: Manifest) -> ManifestFile:
         for file in manifest.files:
@@ -452,7 +507,7 @@ class ModelFS:
         try:
             manifest = self._load(model)
         except FileNotFoundError:
-            raise self._no_such_model(model) from None
+            raise self._no_such_model(model, everything) from None
         except Corrupt as problem:
             return FileInfo(model.path, FileKind.MODEL, 0, details={"problem": problem.message[:200]})
         details: dict[str, str | int | float] = {
@@ -463,6 +518,13 @@ class ModelFS:
             "license": manifest.license,
             "source": manifest.source,
         }
+        if manifest.base:
+            details["base"] = parse_name(manifest.name).base.short
+        if manifest.owner:
+            details["owner"] = manifest.owner
+        if manifest.lineage:
+            found = msgspec.to_builtins(manifest.lineage)
+            details |= {f"lineage.{name}": value for name, value in found.items() if value is not None}
         return FileInfo(
             model.path, FileKind.MODEL, manifest.size, manifest.digest, float(manifest.created), details
         )

@@ -14,9 +14,11 @@ import pytest
 import torch
 import transformers
 from llmasos.drivers import base, null
+from llmasos.drivers.launcher import Local
 from llmasos.drivers.native.executor import NativeDriver
 from llmasos.drivers.simulated import SimulatedDriver
 from llmasos.drivers.torch.executor import TorchDriver
+from llmasos.drivers.torch.group import GroupDriver
 from llmasos.syscalls import types as t
 
 torch.set_num_threads(1)
@@ -151,6 +153,7 @@ class Seq:
     blocks: list[int]
     sampling: t.Sampling
     computed: int = 0
+    adapter: int = 0
     limit: int = 10_000
     pending: list[base.SeqOpen] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)
@@ -167,11 +170,13 @@ class Kernel:
         self._tickets = iter(range(1, 100_000))
         self._closes: list[int] = []
 
-    def open(self, tokens: list[int], *, prompt_length: int | None = None, **sampling: Any) -> Seq:
+    def open(
+        self, tokens: list[int], *, prompt_length: int | None = None, adapter: int = 0, **sampling: Any
+    ) -> Seq:
         sampling.setdefault("seed", 0)
         blocks = [self.free.pop() for _ in range(-(-len(tokens) // 16))]
         length = len(tokens) if prompt_length is None else prompt_length
-        seq = Seq(next(self._ids), list(tokens), length, blocks, t.Sampling(**sampling))
+        seq = Seq(next(self._ids), list(tokens), length, blocks, t.Sampling(**sampling), adapter=adapter)
         self._announce(seq)
         return seq
 
@@ -185,6 +190,7 @@ class Kernel:
                 seq.limit,
                 list(seq.blocks),
                 seq.sampling,
+                seq.adapter,
             )
         ]
 
@@ -299,7 +305,27 @@ def _null_greedy(tokens: list[int], count: int) -> list[int]:
     return out[len(tokens) :]
 
 
-@pytest.fixture(params=["null", "simulated", "native", "torch", "cuda"])
+@pytest.fixture(scope="module")
+def group_of() -> Iterator[Callable[[int], GroupDriver]]:
+    """The group of so many ranks on the CPU; one is there at a time."""
+    groups: dict[int, GroupDriver] = {}
+
+    def end() -> None:
+        for size in list(groups):
+            groups.pop(size).close()
+
+    def make(size: int) -> GroupDriver:
+        if size not in groups:
+            end()
+            command = ["llmasos.drivers.worker", "--device", f"cpu*{size}", "--bus", "none"]
+            groups[size] = GroupDriver("cpu", Local().join(size, command))
+        return groups[size]
+
+    yield make
+    end()
+
+
+@pytest.fixture(params=["null", "simulated", "native", "torch", "cuda", "group"])
 def subject(request: pytest.FixtureRequest, tiny: Callable[[str], Tiny]) -> Iterator[Subject]:
     model = tiny("llama")
     if request.param in ("null", "simulated"):
@@ -308,9 +334,12 @@ def subject(request: pytest.FixtureRequest, tiny: Callable[[str], Tiny]) -> Iter
     else:
         if request.param == "cuda" and not torch.cuda.is_available():
             pytest.skip("no CUDA device")
-        if request.param == "native":
+        if request.param == "group":
+            driver = request.getfixturevalue("group_of")(2)
+        elif request.param == "native":
             driver = NativeDriver(lambda level, text: None)
         else:
             driver = TorchDriver("cpu" if request.param == "torch" else "cuda")
         yield Subject(start(driver, model.files), model.greedy)
-    driver.close()
+    if request.param != "group":  # which takes seconds to start
+        driver.close()

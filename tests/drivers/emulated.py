@@ -25,7 +25,8 @@ RECORD, REPLAY = os.environ.get("LLMASOS_RECORD", ""), os.environ.get("LLMASOS_R
 
 def helpers() -> Any:
     """conftest.py of this folder, without torch."""
-    for name in ("torch", "transformers", "llmasos.drivers.torch", "llmasos.drivers.torch.executor"):
+    ours = [f"llmasos.drivers.torch{name}" for name in ("", ".executor", ".group")]
+    for name in ("torch", "transformers", *ours):
         sys.modules.setdefault(name, MagicMock())
     sys.path.insert(0, str(Path(__file__).parent))
     return importlib.import_module("conftest")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from llmasos.drivers.torch.executor import TorchDriver
 from llmasos.syscalls import errors
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .conftest import file_of
+from .conftest import Tiny, file_of
 
 FAMILIES = ["gpt2", "llama", "llama-tied", "mistral", "qwen2", "qwen3", "smollm3"]
 VOCAB = 97
@@ -80,13 +81,8 @@ def test_bfloat16_is_close(family: str, tiny: Callable[..., Any], kernel_of: Cal
     found = torch.tensor([beam.logprob for beam in sorted(out.beams, key=lambda beam: beam.token)])
     expected = model.logits(tokens)[-1].log_softmax(-1)
     # The divergence that transformers' own bfloat16 has from its float32 is the yardstick.
-    with torch.inference_mode():
-        model.reference.bfloat16()
-        own = model.logits(tokens)[-1].log_softmax(-1)
-        model.reference.float()
-        model.reference.load_state_dict(
-            transformers.AutoModelForCausalLM.from_pretrained(model.folder, dtype=torch.float32).state_dict()
-        )
+    rounded = Tiny(model.folder, copy.deepcopy(model.reference).bfloat16())
+    own = rounded.logits(tokens)[-1].log_softmax(-1)
 
     def divergence(other: torch.Tensor) -> float:
         return float((expected.exp() * (expected - other)).sum())

@@ -18,6 +18,7 @@ import pytest
 from llmasos.drivers import base, null
 from llmasos.syscalls import errors, wire
 from llmasos.syscalls import types as t
+from msgspec.structs import replace
 
 from .conftest import Tiny, file_of
 
@@ -131,6 +132,28 @@ def test_what_fails_is_answered_and_the_worker_goes_on(bus_to: Callable[[str], B
     bus.send(base.Unload(8))
     bus.send(step(4, [1, 2], handle=8))
     assert "handle 8" in bus.receive().error["message"]
+
+
+def test_adapters_come_and_go_over_the_bus(bus_to: Callable[[str], Bus]) -> None:
+    bus = bus_to("null")
+    bus.receive()
+    bus.send(base.Load(base.LoadSpec(1, {}, "", 0.5)))
+    bus.receive()
+    files = {"adapter_config.json": base.File("", "sha256:1", 10)}
+    bus.send(base.LoadAdapter(5, 1, 3, files))
+    moved = bus.receive()
+    assert (moved.ticket, moved.bytes) == (5, 10)
+    adapted = step(6, [3, 1, 4])
+    adapted.batch.opens[0] = replace(adapted.batch.opens[0], adapter=3)
+    bus.send(adapted)
+    token = null.next_token([3, 1, 4], mark=null.adapter_mark(files))
+    assert bus.receive().result.outputs[0].tokens == [token]
+    bus.send(base.UnloadAdapter(1, 3))
+    bus.send(replace(adapted, batch=replace(adapted.batch, ticket=7)))
+    assert "adapter 3 is not loaded" in bus.receive().result.outputs[0].error
+    bus.send(base.LoadAdapter(8, 2, 3, files))
+    failed = bus.receive()
+    assert (failed.ticket, failed.handle) == (8, 2)
 
 
 def test_a_bug_in_a_driver_names_its_type_and_no_text(bus_to: Callable[[str], Bus]) -> None:

@@ -39,10 +39,17 @@ def one_round() -> Iterator[None]:
 class World:
     """A kernel, its clients and its workers; `now` is the clock."""
 
-    def __init__(self, home: Path, devices: tuple[str, ...] = ("null",), **settings: object) -> None:
+    def __init__(
+        self,
+        home: Path,
+        devices: tuple[str, ...] = ("null",),
+        rows: dict[str, bytes] | None = None,
+        **settings: object,
+    ) -> None:
         self.now = 0.0
         self.store = ModelFS(home)
-        self.kernel = Kernel(Config(**settings), self.store, list(devices), lambda: self.now, seed=1)  # type: ignore[arg-type]
+        config = Config(**settings)  # type: ignore[arg-type]
+        self.kernel = Kernel(config, self.store, list(devices), lambda: self.now, seed=1, rows=rows)
         self.drivers: dict[int, NullDriver] = {}
         self.inbox: dict[bytes, list[wire.FromKernel]] = {}
         self.killed: list[int] = []
@@ -54,6 +61,7 @@ class World:
         self.sent: list[base.Batch] = []
         self.loaded: dict[int, dict[int, base.Loaded]] = {}  # by worker and handle
         self.moves: list[base.Export | base.Import | base.Relay] = []
+        self.adapters: list[base.LoadAdapter | base.UnloadAdapter] = []
         self.fail_moves = False
         self.refuse_load: errors.LLMasOSError | None = None
 
@@ -119,6 +127,9 @@ class World:
                     self.kernel.worker_message(worker, base.Failed(spec.handle, 0, errors.to_wire(problem)))
             case base.Unload(handle):
                 driver.unload(handle)
+            case base.LoadAdapter() | base.UnloadAdapter():
+                self.adapters.append(message)
+                self.load_adapter(worker, message)
             case base.Export() | base.Import() | base.Relay():
                 self.moves.append(message)
                 if self.holds_steps:
@@ -131,6 +142,18 @@ class World:
                     self.held.append((worker, message))
                 else:
                     self.kernel.worker_message(worker, base.StepDone(driver.collect(driver.submit(batch))))
+
+    def load_adapter(self, worker: int, message: base.LoadAdapter | base.UnloadAdapter) -> None:
+        driver = self.drivers[worker]
+        if isinstance(message, base.UnloadAdapter):
+            driver.unload_adapter(message.handle, message.adapter)
+            return
+        try:
+            size = driver.load_adapter(message.handle, message.adapter, message.files)
+            self.kernel.worker_message(worker, base.Moved(message.ticket, size, 0.1))
+        except errors.LLMasOSError as problem:
+            failed = base.Failed(message.handle, message.ticket, errors.to_wire(problem))
+            self.kernel.worker_message(worker, failed)
 
     def move(self, worker: int, message: base.Export | base.Import | base.Relay) -> None:
         """Carries out an order about KV files, or fails it."""

@@ -208,19 +208,21 @@ def test_dmesg_follows_within_its_credits(world: World) -> None:
 
 def test_two_pulls_of_one_model_are_one_import_and_the_last_to_leave_stops_it(world: World) -> None:
     first, second = world.send(table.Pull("new")), world.send(table.Pull("new"))
-    (job,) = world.kernel.imports.to_start
-    world.kernel.import_progress(job.id, t.PullEvent("download", "x", 1, 2))
+    programs = world.kernel.programs
+    (importer,) = programs.to_start
+    programs.line(importer.number, {"phase": "download", "file": "x", "done": 1, "total": 2})
     world.kernel.message(b"\0a", ROOT, wire.encode_cancel(first))
     world.turn()
     assert world.error(first) is errors.PullFailed
-    assert world.kernel.imports.to_stop == []
+    assert programs.to_stop == []
     world.model("new")
-    world.kernel.import_ended(job.id, None)
+    programs.line(importer.number, {"ok": {}})
+    programs.over(importer.number)
     world.turn()
     assert world.result(second).body["path"] == "/models/new:latest"
     third = world.send(table.Pull("newer"))
     world.kernel.message(b"\0a", ROOT, wire.encode_cancel(third))
-    assert len(world.kernel.imports.to_stop) == 1
+    assert len(programs.to_stop) == 1
 
 
 def test_detached_processes_outlive_their_client_and_others_do_not(world: World) -> None:
@@ -294,7 +296,7 @@ def test_timeouts_that_were_not_needed_leave_nothing(world: World) -> None:
 def test_a_flood_of_pulls_is_refused(world: World) -> None:
     ids = [world.send(table.Pull(f"m{n}")) for n in range(6)]
     world.turn()
-    assert len(world.kernel.imports.to_start) == 4
+    assert len(world.kernel.programs.to_start) == 4
     assert [world.error(id_) for id_ in ids[4:]] == [errors.QueueFull, errors.QueueFull]
 
 

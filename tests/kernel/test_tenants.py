@@ -66,7 +66,7 @@ def test_files_of_the_daemon_are_not_everybodys(world: World, source: str) -> No
     world.turn()
     assert world.error(refused, b"\0m") is errors.PermissionDenied
     assert not world.answers(taken)
-    assert [job.source for job in world.kernel.imports.to_start] == [source]
+    assert [program.arguments[-1] for program in world.kernel.programs.to_start] == [source]
 
 
 def test_priority_is_a_right_of_its_own(world: World) -> None:

@@ -142,3 +142,31 @@ def test_a_repository_that_is_not_there(importer: Importer, environment: dict[st
     code, lines = importer("no/such", **environment)
     assert (code, lines[-1]["error"]["code"]) == (1, PullFailed.code)
     assert "there is no hf:no/such" in lines[-1]["error"]["message"]
+
+
+def test_an_adapter_is_pulled_of_a_repository(
+    store: ModelFS, importer: Importer, hub: Hub, environment: dict[str, str], folder: Path, tmp_path: Path
+) -> None:
+    assert importer("tiny", str(folder))[0] == 0
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (folder / "config.json").unlink()
+    name = "base_model.model.model.embed_tokens"
+    halves = {f"{name}.lora_A.weight": np.ones((2, 24_000), np.float32)}
+    halves |= {f"{name}.lora_B.weight": np.ones((258, 2), np.float32)}
+    save_file(halves, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+    (folder / "checkpoint.pt").write_bytes(b"a pickle beside")
+    for revision, offline in (("", {}), (f"@{COMMIT}", {"HF_HUB_OFFLINE": "1"})):
+        code, lines = importer("tiny+x", f"hf:tiny-org/tiny{revision}", **environment, **offline)
+        assert lines[-1].get("error") is None
+        assert code == 0
+        manifest = store.resolve("tiny+x")
+        assert manifest.source == f"hf:tiny-org/tiny@{COMMIT}"
+        shared = {"generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+        own = {"adapter_config.json", "adapter_model.safetensors"}
+        assert {file.path for file in manifest.files} == own | shared
+    assert not any("tokenizer" in path or path.endswith(".pt") for _, path, _ in hub.asked)
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    code, lines = importer("tiny+y", "hf:tiny-org/tiny", **environment)
+    assert (code, lines[-1]["error"]["code"]) == (1, RefusedFile.code)
+    assert not any(path.endswith(".bin") for _, path, _ in hub.asked)

@@ -13,22 +13,27 @@ from llmasos.kernel.modelfs.names import did_you_mean, parse_name, parse_path
 from llmasos.kernel.modelfs.store import ModelFS
 from llmasos.syscalls.errors import InvalidArgument, NotFound
 
-PIECES = [*"abAB01._-/:\\ \n\0~*é", "..", "/../", "/models/", ".json", "latest"]
+PIECES = [*"abAB01._-/:+\\ \n\0~*é", "..", "/../", "/models/", ".json", "latest"]
 HOSTILE = st.lists(st.sampled_from(PIECES), max_size=12).map("".join) | st.text(max_size=40)
 
 
 @pytest.mark.parametrize(
-    ("text", "name", "tag"),
+    ("text", "name", "tag", "adapter"),
     [
-        ("smollm2", "smollm2", "latest"),
-        ("smollm2:q4", "smollm2", "q4"),
-        ("HuggingFaceTB/SmolLM2-135M:v1.0", "HuggingFaceTB/SmolLM2-135M", "v1.0"),
-        ("a/b/c", "a/b/c", "latest"),
+        ("smollm2", "smollm2", "latest", ""),
+        ("smollm2:q4", "smollm2", "q4", ""),
+        ("HuggingFaceTB/SmolLM2-135M:v1.0", "HuggingFaceTB/SmolLM2-135M", "v1.0", ""),
+        ("a/b/c", "a/b/c", "latest", ""),
+        ("smollm2+my-adapter", "smollm2", "latest", "my-adapter"),
+        ("a/b:c+d.json", "a/b", "c", "d.json"),
     ],
 )
-def test_names_have_a_tag_and_up_to_three_parts(text: str, name: str, tag: str) -> None:
-    assert parse_name(text) == (name, tag)
-    assert parse_name(str(parse_name(text))) == (name, tag)
+def test_names_have_a_tag_and_up_to_three_parts(text: str, name: str, tag: str, adapter: str) -> None:
+    model = parse_name(text)
+    assert model == (name, tag, adapter)
+    assert parse_name(str(model)) == model == parse_name(model.short)
+    assert model.short == text
+    assert model.base == (name, tag, "")
 
 
 NO_NAMES = ["a\n", "a\0", "ü", "a/b/c/d", "a" * 97, "a:" + "b" * 97, "a.json", "a/b.json/c", "a\\b", "~"]
@@ -48,6 +53,14 @@ NO_NAMES += [
     "a:b:c",
     "a:b/c",
     "a b",
+    "+",
+    "a+",
+    "+b",
+    "a+b+c",
+    "a+b:c",
+    "a+b/c",
+    "a+.b",
+    "a:+b",
 ]
 
 
@@ -73,7 +86,7 @@ def test_a_name_never_leaves_the_folder() -> None:
         except InvalidArgument:
             continue
         valid += 1
-        path = Path("/root/manifests") / model.name / f"{model.tag}.json"
+        path = Path("/root/manifests") / model.name / f"{model.variant}.json"
         assert path.is_relative_to("/root/manifests")
         assert not any(part.startswith(".") for part in path.parts)
         assert text.isascii()
@@ -108,8 +121,10 @@ def test_the_store_opens_nothing_outside(tmp_path_factory: pytest.TempPathFactor
 
 
 def test_a_path_without_a_tag_can_mean_a_model_or_a_file() -> None:
-    assert parse_path("/models/a/b") == [(("a/b", "latest"), ""), (("a", "latest"), "b")]
-    assert parse_path("/models/a/b:c/config.json") == [(("a/b", "c"), "config.json")]
+    assert parse_path("/models/a/b") == [(("a/b", "latest", ""), ""), (("a", "latest", ""), "b")]
+    assert parse_path("/models/a/b:c/config.json") == [(("a/b", "c", ""), "config.json")]
+    assert parse_path("/models/a+b/config.json") == [(("a", "latest", "b"), "config.json")]
+    assert parse_path("/models/a:b+c") == [(("a", "b", "c"), "")]
     assert parse_path("/models/") == []
 
 

@@ -58,6 +58,7 @@ def model_path(name: str) -> str:
 
 
 def full_name(name: str) -> str:
-    """`name:tag`; the tag is `latest` unless given."""
-    name = name.removeprefix("/models/")
-    return name if ":" in name else f"{name}:latest"
+    """`name:tag`, or `name:tag+adapter`; the tag is `latest` unless given."""
+    from ..models import full_name as full
+
+    return full(name.removeprefix("/models/"))

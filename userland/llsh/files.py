@@ -24,7 +24,7 @@ def ls(
         str,
         typer.Argument(
             metavar="PATH",
-            help="/, /models, /models/NAME:TAG, /sessions or /proc.",
+            help="/, /models, /models/NAME:TAG, /sessions, /datasets or /proc.",
             autocompletion=completion.paths,
         ),
     ] = "/",

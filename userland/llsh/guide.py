@@ -12,6 +12,7 @@ SECTIONS: dict[str, list[str]] = {
     "Talk": ["run", "chat"],
     "Processes": ["ps", "top", "kill", "stop", "cont", "nice", "fork", "spawn", "wait", "jobs", "fg"],
     "Snapshots": ["snapshot", "restore", "migrate"],
+    "Training": ["train", "plot", "merge"],
     "Models": ["pull", "list", "show", "rm", "cp"],
     "Files": ["ls", "cat", "df"],
     "Machine": ["lsdev", "dmesg", "flight", "audit", "key", "quota", "whoami", "shutdown"],

@@ -29,6 +29,7 @@ from . import (
     snapshots,
     system,
     top,
+    train,
 )
 from .shell import Shell, shell_of
 
@@ -57,7 +58,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for group in (run, chat, processes, snapshots, top, background, models, files, system, audit, key, quota):
+for group in (
+    run,
+    chat,
+    processes,
+    snapshots,
+    top,
+    background,
+    train,
+    models,
+    files,
+    system,
+    audit,
+    key,
+    quota,
+):
     app.add_typer(group.app)
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 SESSIONS = "/sessions/"
+DATASETS = "/datasets/"
 TEMPLATE = "chat_template.jinja"
 
 
@@ -42,6 +43,7 @@ def installed(shell: Shell, client: Client, model: str) -> str:
         "llsh pull HuggingFaceTB/SmolLM2-360M-Instruct",
         "llsh pull mine ./model.gguf",
         "llsh pull tiny hf:owner/repo@revision",
+        "llsh pull smollm2+mine ./adapter",
     )
 )
 def pull(
@@ -149,13 +151,13 @@ def rm(
         list[str],
         typer.Argument(
             metavar="MODEL",
-            help="Models of `llsh list`, or /sessions/NAME.",
+            help="Models of `llsh list`, /sessions/NAME or /datasets/NAME.",
             autocompletion=completion.models,
         ),
     ],
     json: Json = False,
 ) -> None:
-    """Remove models, or snapshots of processes.
+    """Remove models, data sets, or snapshots of processes.
 
     Data that another name still uses stays. A process that runs keeps what it has loaded.
     """
@@ -168,8 +170,9 @@ def rm(
             if model.startswith(SESSIONS):
                 client.call(table.Discard(model.removeprefix(SESSIONS)))
             else:
-                client.call(table.Unlink(full_name(model)))
-            removed.append(model if model.startswith(SESSIONS) else full_name(model))
+                client.call(table.Remove(model if model.startswith(DATASETS) else model_path(model)))
+            own = model.startswith((SESSIONS, DATASETS))
+            removed.append(model if own else full_name(model))
             if not json:
                 shell.terminal.line(f"removed {model}")
         except errors.LLMasOSError as problem:
@@ -181,15 +184,23 @@ def rm(
         raise typer.Exit(1)
 
 
-@app.command(epilog=examples("llsh cp smollm2 mine:before-tuning"))
+@app.command(epilog=examples("llsh cp smollm2 mine:before-tuning", "llsh cp facts.jsonl /datasets/"))
 def cp(
     context: typer.Context,
     source: Installed,
-    target: Annotated[str, typer.Argument(metavar="DST", help="The second name.")],
+    target: Annotated[str, typer.Argument(metavar="DST", help="The second name, or /datasets/[NAME].")],
     json: Json = False,
 ) -> None:
-    """Give a model a second name; no data is copied."""
+    """Give a model a second name, which copies no data; or make a local file a data set."""
     shell = shell_of(context)
+    if target.startswith(DATASETS):
+        from ..training import send_dataset
+
+        client = shell.started()
+        name = send_dataset(client, source, target.removeprefix(DATASETS))
+        info = client.call(table.Stat(DATASETS + name))
+        shell.emit(info, json, f"{info.path}: {quantity.size(info.size)}")
+        return
     info = shell.client().call(table.Link(full_name(source), full_name(target)))
     shell.emit(info, json, f"{source} is also {_name(info)}")
 
@@ -203,7 +214,7 @@ def listing(entries: Iterable[t.FileInfo]) -> Table:
             Column("NAME", least=16),
         ]
     )
-    plain = (t.FileKind.FILE, t.FileKind.SESSION)
+    plain = (t.FileKind.FILE, t.FileKind.SESSION, t.FileKind.DATASET)
     for entry in sorted(entries, key=lambda entry: (entry.kind in plain, entry.path)):
         slash = "" if entry.kind in plain else "/"
         table_.add(

@@ -40,8 +40,10 @@ def snapshot(context: typer.Context, process: Pid, name: Name, json: Json = Fals
     """
     shell = shell_of(context)
     info = shell.client().call(table.Snapshot(pid(shell, process), name))
-    tokens = info.details.get("tokens", 0)
-    shell.emit(info, json, f"{info.path}: {tokens} tokens, {quantity.size(info.size)}")
+    told = f"{info.details.get('tokens', 0)} tokens"
+    if "steps" in info.details:
+        told = f"step {info.details.get('step')} of {info.details['steps']}"
+    shell.emit(info, json, f"{info.path}: {told}, {quantity.size(info.size)}")
 
 
 @app.command(

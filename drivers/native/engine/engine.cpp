@@ -22,6 +22,12 @@ struct Item {
     int first, count, chunk;
 };
 
+// Rows adapted[first] … that have the same adapter.
+struct AdaptedTile {
+    const llk_lora *adapter;
+    int first, count;
+};
+
 static constexpr int PRIVATE_ROWS = 2;  // so few rows are prepared by every thread for itself: no barrier
 static constexpr size_t PARTIAL_FLOATS = 1 << 22;
 
@@ -29,7 +35,7 @@ struct Engine {
     llk_pool *pool;
     const llk_model *model;
     llk_step *step;
-    int rows, piece_count, split_count, item_count;
+    int rows, piece_count, split_count, item_count, adapted_tiles;
     // workspace
     float *x, *qkv, *attended, *inner, *cosines, *sines, *logits;
     Rows shared;
@@ -39,6 +45,10 @@ struct Engine {
     int32_t *order;  // of the split rows, those with equal beginnings side by side
     Item *items;
     float *partials;
+    const llk_lora **adapters;  // of every row of the batch
+    int32_t *adapted;           // rows that have one, those of an adapter side by side
+    AdaptedTile *tiles;
+    float *reduced;
     std::atomic<int32_t> *left;  // [split rows][KV heads] chunks that are still to come
     uint8_t *thread_space;
     size_t thread_bytes;
@@ -134,6 +144,10 @@ static size_t lay_out(Engine &e, const llk_model &m, uint8_t *at, int max_rows, 
     e.items = carver.take<Item>((size_t)most_partials(m));
     e.partials = carver.take<float>(PARTIAL_FLOATS);
     e.left = carver.take<std::atomic<int32_t>>((size_t)max_rows * m.kv_heads);
+    e.adapters = carver.take<const llk_lora *>((size_t)max_rows);
+    e.adapted = carver.take<int32_t>((size_t)max_rows);
+    e.tiles = carver.take<AdaptedTile>((size_t)max_rows);
+    e.reduced = carver.take<float>((size_t)max_rows * LLK_MOST_RANKS);
     e.thread_bytes = private_bytes(m);
     e.thread_space = carver.take<uint8_t>(e.thread_bytes * (size_t)threads);
     return carver.used;
@@ -161,9 +175,46 @@ struct Source {
     const float *row(int i) const { return from + (size_t)(rows ? rows[i] : i) * stride; }
 };
 
+// Multiplies the rows that have adapters with this thread's share of their A.
+static void reduce_rows(Engine &e, int thread, const Source &source, const Norm &by, const Additions &more, int cols) {
+    const llk_model &m = *e.model;
+    int all = 0, begin, end;
+    for (int t = 0; t < e.adapted_tiles; t++) all += e.tiles[t].adapter[more.which].ranks / RANKS;
+    share(all, 1, thread, e.pool->threads, begin, end);
+    int unit = 0;
+    for (int t = 0; t < e.adapted_tiles && unit < end; t++) {
+        const AdaptedTile &tile = e.tiles[t];
+        const llk_lora &lora = tile.adapter[more.which];
+        const int units = lora.ranks / RANKS, first = imax(begin - unit, 0), last = imin(end - unit, units);
+        unit += units;
+        if (first >= last) continue;
+        const float *x[REDUCED_ROWS];
+        float *to[REDUCED_ROWS];
+        RowNorm norms[REDUCED_ROWS];
+        for (int i = 0; i < tile.count; i++) {
+            const int row = e.adapted[tile.first + i];
+            x[i] = source.row(row);
+            norms[i] = by.weight ? norm_of(m.norm, x[i], m.hidden, m.hidden_padded, m.epsilon) : RowNorm{0, 1};
+            to[i] = e.reduced + (size_t)row * LLK_MOST_RANKS + first * RANKS;
+        }
+        for (int u = first; u < last; u++) {
+            for (int done = 0; done < tile.count;)
+                done += with_width(imin(tile.count - done, REDUCED_ROWS), [&](auto width) {
+                    constexpr int M = decltype(width)::value <= REDUCED_ROWS ? decltype(width)::value : 1;
+                    with_lora_type(lora, [&](auto type) {
+                        const auto a = (const decltype(type) *)lora.a + (size_t)u * RANKS * cols;
+                        reduce<M>(a, lora.scale + u * RANKS, cols, x + done, by, norms + done, to + done);
+                    });
+                });
+            for (int i = 0; i < tile.count; i++) to[i] += RANKS;
+        }
+    }
+}
+
 // Prepares `count` rows, behind a norm if it has a weight, for a product with `matrix`. The threads share the
-// columns, not the rows, which lie interleaved; so each finds the norms of the rows that it needs for itself.
-static Rows prepare(Engine &e, Private &mine, int thread, const llk_matrix &matrix, const Source &source, int count, const Norm &by) {
+// columns, not the rows, which lie interleaved; so each finds the norms of the rows that it needs for itself. `more`: what
+// adapters need for the same product is made too, unless it is NULL.
+static Rows prepare(Engine &e, Private &mine, int thread, const llk_matrix &matrix, const Source &source, int count, const Norm &by, const Additions *more) {
     const llk_model &m = *e.model;
     const bool alone = count <= PRIVATE_ROWS;
     Rows to = alone ? mine.rows : e.shared;
@@ -185,7 +236,8 @@ static Rows prepare(Engine &e, Private &mine, int thread, const llk_matrix &matr
         }
         item += group_end - group;
     }
-    if (!alone) e.pool->barrier();
+    if (more) reduce_rows(e, thread, source, by, *more, matrix.cols);
+    if (!alone || more) e.pool->barrier();
     return to;
 }
 
@@ -395,8 +447,11 @@ static void layer_step(Engine &e, Private &mine, int thread, int index) {
     const llk_layer &y = m.layer[index];
     const Source x = {e.x, m.hidden_padded, nullptr}, attended = {e.attended, out_columns(m), nullptr};
     const Source inner = {e.inner, m.inner, nullptr};
-    const auto product = [&](const llk_matrix &matrix, const Source &source, const Norm &norm, const Output &out) {
-        multiply_shared(e, thread, matrix, prepare(e, mine, thread, matrix, source, e.rows, norm), e.rows, out);
+    Additions more = {e.adapters, e.reduced, index * 4};
+    const auto product = [&](const llk_matrix &matrix, const Source &source, const Norm &norm, Output out) {
+        if (e.adapted_tiles) out.more = &more;
+        multiply_shared(e, thread, matrix, prepare(e, mine, thread, matrix, source, e.rows, norm, out.more), e.rows, out);
+        more.which++;
     };
     const Output residual = {e.x, m.hidden_padded, STORE_ADD, 0};
     product(y.qkv, x, {y.norm1, y.norm1_bias}, {e.qkv, qkv_columns(m), STORE_PLAIN, 0});
@@ -411,7 +466,7 @@ static void layer_step(Engine &e, Private &mine, int thread, int index) {
 static void head(Engine &e, Private &mine, int thread, const int32_t *rows, int count, float *logits) {
     const llk_model &m = *e.model;
     const Source x = {e.x, m.hidden_padded, rows};
-    const Rows ready = prepare(e, mine, thread, m.head, x, count, {m.final_norm, m.final_norm_bias});
+    const Rows ready = prepare(e, mine, thread, m.head, x, count, {m.final_norm, m.final_norm_bias}, nullptr);
     multiply_shared(e, thread, m.head, ready, count, {logits, padded_vocab(m), STORE_PLAIN, 0});
 }
 
@@ -520,6 +575,22 @@ static bool share_a_chunk(const llk_step &step) {
     return false;
 }
 
+// Puts the rows that share an adapter side by side.
+static void group_adapted(Engine &e) {
+    int count = 0;
+    for (int row = 0; row < e.rows; row++) {
+        e.adapters[row] = e.step->runs[e.row_run[row]].adapter;
+        if (e.adapters[row]) e.adapted[count++] = row;
+    }
+    std::sort(e.adapted, e.adapted + count, [&](int a, int b) { return e.adapters[a] != e.adapters[b] ? e.adapters[a] < e.adapters[b] : a < b; });
+    e.adapted_tiles = 0;
+    for (int i = 0; i < count; i++) {
+        AdaptedTile *last = e.adapted_tiles ? &e.tiles[e.adapted_tiles - 1] : nullptr;
+        if (last && last->adapter == e.adapters[e.adapted[i]] && last->count < REDUCED_ROWS) last->count++;
+        else e.tiles[e.adapted_tiles++] = {e.adapters[e.adapted[i]], i, 1};
+    }
+}
+
 // Decides how each row is attended to: generating ones chunk by chunk where that pays, for it gives every thread
 // something to do, or reads a common beginning once; the others in pieces.
 static int lay_out_rows(Engine &e, int32_t *wanted) {
@@ -553,6 +624,7 @@ static int lay_out_rows(Engine &e, int32_t *wanted) {
         row += run.count;
     }
     make_items(e);
+    group_adapted(e);
     return picks;
 }
 

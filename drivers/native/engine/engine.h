@@ -19,6 +19,12 @@
 //              16+4j..16+4j+3; then 16 fp16 scales d, 16 fp16 minima m.  weight = d * nibble + m
 //              (GGUF's Q4_1 as it is; Q4_0 has m = -8 d)
 // Every matrix begins at a multiple of 64 bytes.
+//
+// Adapters. A LoRA adapter adds B (scale * A x) to the products of some matrices, in float32 and without rounding x.
+// Its numbers are float32, bfloat16 or int8 (LLK_Q8), with one scale a rank:
+//   A          [ranks / 4][cols / 16][4][16], zero where it is padded
+//   B          for each block of 16 rows of the matrix, for each rank that the block has: 16 numbers, one a row.
+//              Matrices of one input that are packed as one have ranks of their own, side by side in A.
 #pragma once
 #include <stdint.h>
 
@@ -27,7 +33,8 @@
 extern "C" {
 #endif
 
-#define LLK_ABI 1
+#define LLK_ABI 2
+#define LLK_MOST_RANKS 768  // of a llk_lora
 
 enum { LLK_F32 = 0, LLK_BF16 = 1, LLK_Q8 = 2, LLK_Q4 = 3 };                // weight formats
 enum { LLK_KV_F32 = 0, LLK_KV_BF16 = 1, LLK_KV_INT8 = 2 };                 // formats of the KV cache
@@ -69,10 +76,21 @@ typedef struct {
     uint8_t *kv;                      // [blocks][layers][kv_heads][tile]; see llk_tile_bytes
 } llk_model;
 
+// What an adapter adds to one matrix; nothing if `ranks` is 0.
+typedef struct {
+    const void *a, *b;
+    const int32_t *place;  // [rows / 16 + 1] the vectors of B that belong to block i are place[i] … place[i + 1] - 1
+    const int32_t *first;  // [rows / 16] the rank that the first of them belongs to
+    const float *scale;    // [ranks]
+    int32_t ranks;         // of A, padded to 4
+    int32_t format;        // LLK_F32, LLK_BF16 or LLK_Q8
+} llk_lora;
+
 // A run: `count` consecutive positions of one sequence, from `start`. The last `wanted` rows get logits.
 typedef struct {
     const uint32_t *tokens;  // the token at `start` and those after it
     const int32_t *blocks;   // the sequence's block table
+    const llk_lora *adapter; // [layers][4]: of qkv, out, up, down; NULL: none
     int32_t start, count, wanted, reserved;
 } llk_run;
 

@@ -375,6 +375,70 @@ static inline void product_pair(const uint8_t *w0, const uint8_t *w1, const Rows
     }
 }
 
+// A tile of `reduce`: ranks of A, and rows that share an adapter.
+static constexpr int RANKS = 4, REDUCED_ROWS = TILE_ROWS >= 16 ? 4 : 1;
+
+static inline vf lora_load(const float *p) { return vf_load(p); }
+static inline vf lora_load(const uint16_t *p) { return vf_load_bf16(p); }
+static inline vf lora_load(const int8_t *p) { return vf_load_int8(p); }
+
+// Calls f with a number of the type that an adapter consists of.
+template <typename F> static inline auto with_lora_type(const llk_lora &lora, F &&f) {
+    switch (lora.format) {
+    case LLK_F32: return f(float());
+    case LLK_BF16: return f(uint16_t());
+    default: return f(int8_t());
+    }
+}
+
+// to[m][0 … RANKS-1] = scale * A x for row m of M, behind its norm if `by` has a weight; `a` is four ranks of A.
+template <int M, typename T>
+static inline void reduce(const T *a, const float *scale, int cols, const float *const *x, const Norm &by, const RowNorm *norms, float *const *to) {
+    vf acc[M][RANKS];
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int k = 0; k < RANKS; k++) acc[m][k] = vf_zero();
+    for (int i = 0; i < cols; i += 16, a += 16 * RANKS) {
+        vf row[M];
+        UNROLL for (int m = 0; m < M; m++) row[m] = by.weight ? normed(x[m], by, norms[m], i) : vf_load(x[m] + i);
+        UNROLL for (int j = 0; j < (int)sizeof(T); j++) fetch((const uint8_t *)a + 4096 + 64 * j);
+        UNROLL for (int k = 0; k < RANKS; k++) {
+            const vf weight = lora_load(a + 16 * k);
+            UNROLL for (int m = 0; m < M; m++) acc[m][k] = vf_fma(weight, row[m], acc[m][k]);
+        }
+    }
+    UNROLL for (int m = 0; m < M; m++) UNROLL for (int k = 0; k < RANKS; k++) to[m][k] = scale[k] * vf_sum(acc[m][k]);
+}
+
+// What adapters add to a product: `reduced` [rows][LLK_MOST_RANKS] is A x, `adapters` [rows] are NULL for rows without
+// one; `which` is the place of the matrix in them.
+struct Additions {
+    const llk_lora *const *adapters;
+    const float *reduced;
+    int which;
+};
+
+// value + B reduced for the `count` ranks of a block. The rows of a batch may each read another adapter, more streams
+// than the processor foresees: what is needed some blocks later is fetched (a hundredth to a thirtieth of a step).
+static constexpr int AHEAD = 4;
+template <typename T> static inline vf expand(const T *b, const float *reduced, int count, vf value) {
+    for (int k = 0; k < count; k++) {
+        if (k * sizeof(T) % 4 == 0) fetch(b + 16 * (k + AHEAD * count));
+        value = vf_fma(lora_load(b + 16 * k), vf_set(reduced[k]), value);
+    }
+    return value;
+}
+
+// Out of line: rows without adapters, and the registers of their products, are not to feel it.
+__attribute__((noinline)) static vf add_lora(const Additions &more, int row, int block, vf value) {
+    if (!more.adapters[row]) return value;
+    const llk_lora &lora = more.adapters[row][more.which];
+    if (!lora.ranks) return value;
+    const int place = lora.place[block], count = lora.place[block + 1] - place;
+    const float *reduced = more.reduced + (size_t)row * LLK_MOST_RANKS + lora.first[block];
+    return with_lora_type(lora, [&](auto type) {
+        return expand((const decltype(type) *)lora.b + 16 * (size_t)place, reduced, count, value);
+    });
+}
+
 enum Store { STORE_PLAIN, STORE_ADD, STORE_ACTIVATED, STORE_GATED };
 
 struct Output {
@@ -382,11 +446,13 @@ struct Output {
     int stride;
     Store how;
     int activation;
+    const Additions *more = nullptr;
 };
 
 static inline void store_row(const llk_matrix &matrix, const Output &out, int row, int block, vf value) {
     float *to = out.to + (size_t)row * out.stride + block * 16;
     if (matrix.bias) value = vf_add(value, vf_load(matrix.bias + block * 16));
+    if (out.more) value = add_lora(*out.more, row, block, value);
     if (out.how == STORE_ADD) value = vf_add(value, vf_load(to));
     if (out.how == STORE_ACTIVATED) value = activate(out.activation, value);
     vf_store(to, value);
@@ -401,6 +467,10 @@ static inline void store_pair(const llk_matrix &matrix, const Output &out, int r
     if (matrix.bias) {
         first = vf_add(first, vf_load(matrix.bias + block * 16));
         second = vf_add(second, vf_load(matrix.bias + block * 16 + 16));
+    }
+    if (out.more) {
+        first = add_lora(*out.more, row, block, first);
+        second = add_lora(*out.more, row, block + 1, second);
     }
     vf_store(out.to + (size_t)row * out.stride + block / 2 * 16, vf_mul(activate(out.activation, first), second));
 }

@@ -69,6 +69,10 @@ static inline __m256 widen_bf16(const uint16_t *p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }
 static inline vf vf_load_bf16(const uint16_t *p) { return {widen_bf16(p), widen_bf16(p + 8)}; }
+static inline __m256 widen_int8(const int8_t *p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)p)));
+}
+static inline vf vf_load_int8(const int8_t *p) { return {widen_int8(p), widen_int8(p + 8)}; }
 static inline __m256i round_bf16(__m256 v) {  // to nearest even; a NaN stays one
     __m256i u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
     __m256i r = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(_mm256_set1_epi32(0x7fff), odd)), 16);

@@ -74,6 +74,12 @@ static inline vf vf_load_bf16(const uint16_t *p) {
     const auto four = [](const uint16_t *from) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(from), 16)); };
     return {four(p), four(p + 4), four(p + 8), four(p + 12)};
 }
+static inline vf vf_load_int8(const int8_t *p) {
+    const int8x16_t bytes = vld1q_s8(p);
+    const int16x8_t low = vmovl_s8(vget_low_s8(bytes)), high = vmovl_s8(vget_high_s8(bytes));
+    const auto four = [](int16x4_t v) { return vcvtq_f32_s32(vmovl_s16(v)); };
+    return {four(vget_low_s16(low)), four(vget_high_s16(low)), four(vget_low_s16(high)), four(vget_high_s16(high))};
+}
 static inline uint16x4_t round_bf16(float32x4_t v) {  // to nearest even; a NaN stays one
     const uint32x4_t u = vreinterpretq_u32_f32(v), odd = vandq_u32(vshrq_n_u32(u, 16), vdupq_n_u32(1));
     const uint32x4_t rounded = vaddq_u32(u, vaddq_u32(odd, vdupq_n_u32(0x7fff)));

@@ -86,6 +86,10 @@ static inline vf vf_load_f16(const uint16_t *p) {
 static inline vf vf_load_bf16(const uint16_t *p) {
     return each([](four_halves h) { return (floats)(__builtin_convertvector(h, words) << 16); }, load_four<four_halves>(p));
 }
+static inline vf vf_load_int8(const int8_t *p) {
+    typedef int8_t four_bytes __attribute__((vector_size(4)));
+    return each([](four_bytes v) { return __builtin_convertvector(v, floats); }, load_four<four_bytes>(p));
+}
 static inline void vf_store_bf16(uint16_t *p, vf v) {
     const auto narrow = each([](floats x) {  // a NaN stays one
         words u = (words)x, nan = (words)(x != x), r = (u + 0x7fff + ((u >> 16) & 1)) >> 16;

@@ -10,6 +10,7 @@ from llmasos.syscalls import errors
 
 from ..attention import StepRows
 from ..config import Config, Shape
+from ..ranks import Ranks
 from ..weights import Checkpoint
 
 # `model_type` of config.json -> module of this folder. Imported only when a model asks for it.
@@ -46,10 +47,25 @@ class Family(Protocol):
         ...
 
     def build(
-        self, config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, *formats: str
+        self, config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     ) -> Model:
-        """A family of ours takes one of quantised.FORMATS too. Raises Corrupt or UnsupportedModel before it
-        reads the first tensor."""
+        """Raises Corrupt or UnsupportedModel before it reads the first tensor."""
+        ...
+
+
+class OwnFamily(Protocol):
+    """A family of ours."""
+
+    def build(
+        self,
+        config: Config,
+        checkpoint: Checkpoint,
+        device: torch.device,
+        dtype: torch.dtype,
+        format_: str,
+        ranks: Ranks | None,
+    ) -> Model:
+        """The part of one of `ranks`, if there are any; matrices in one of quantised.FORMATS, if any."""
         ...
 
 
@@ -71,15 +87,25 @@ def family_of(config: Config) -> Family:
 
 
 def build(
-    config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, format_: str
+    config: Config,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    format_: str,
+    ranks: Ranks | None = None,
 ) -> Model:
-    """A model that computes in `dtype`, its matrices in one of quantised.FORMATS, if any. Raises Corrupt or
-    UnsupportedModel."""
+    """A model that computes in `dtype`, its matrices in one of quantised.FORMATS, if any; this rank's part of
+    it, if there are `ranks`. Raises Corrupt or UnsupportedModel."""
     family = family_of(config)
-    if not format_:
-        return family.build(config, checkpoint, device, dtype)
-    if not is_ours(config):
+    if is_ours(config):
+        return cast(OwnFamily, family).build(config, checkpoint, device, dtype, format_, ranks)
+    if format_:
         raise errors.UnsupportedModel(
             f"transformers' code does not compute with weights in {format_}", hint="leave dtype empty"
         )
-    return family.build(config, checkpoint, device, dtype, format_)
+    if ranks is not None:
+        raise errors.UnsupportedModel(
+            f"a group of devices computes the families {', '.join(FAMILIES)} only",
+            hint="choose a single device",
+        )
+    return family.build(config, checkpoint, device, dtype)

@@ -12,9 +12,9 @@ from ...families.decoder import Decoder, Layer
 from ...families.gpt2 import describe, shape_of
 from ..attention import StepRows
 from ..config import ACTIVATIONS, Config
-from ..linear import Linear
 from ..loader import Loader
-from ..quantised import QuantisedLinear
+from ..ranks import Ranks
+from ..shards import Matrix, Part, Shard
 from ..weights import Checkpoint
 
 __all__ = ["build", "shape_of"]
@@ -31,7 +31,7 @@ class _Norm:
         return functional.layer_norm(x, (x.shape[-1],), self._weight, self._bias, self._epsilon)
 
 
-def _linear(load: Loader, name: str) -> Linear | QuantisedLinear:
+def _linear(load: Loader, name: str) -> Matrix:
     def turn(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.t() if tensor.dim() == 2 else tensor
 
@@ -48,13 +48,19 @@ class _Layer:
         self._out = _linear(load, layer.out)
         self._up = _linear(load, *layer.up)
         self._down = _linear(load, layer.down)
+        self._sum = load.sum
 
     def __call__(self, x: torch.Tensor, plan: StepRows) -> torch.Tensor:
         """x [T, hidden] -> [T, hidden]."""
-        shape = self._shape
-        rows = self._qkv(self._attention_norm(x)).view(len(x), 3 * shape.heads, shape.head_dim)
-        x = x + self._out(plan.attend_heads(self._index, rows, self._scale))
-        return x + self._down(self._activation(self._up(self._mlp_norm(x))))
+        shape, index = self._shape, self._index
+        normed = self._attention_norm(x)
+        rows = plan.adapt((index, "qkv"), normed, self._qkv(normed))
+        rows = rows.view(len(x), 3 * shape.heads, shape.head_dim)
+        found = plan.attend_heads(index, rows, self._scale)
+        x = x + self._sum(plan.adapt((index, "out"), found, self._out(found)))
+        normed = self._mlp_norm(x)
+        inner = self._activation(plan.adapt((index, "up"), normed, self._up(normed)))
+        return x + self._sum(plan.adapt((index, "down"), inner, self._down(inner)))
 
 
 class Gpt2Model:
@@ -63,6 +69,7 @@ class Gpt2Model:
     def __init__(self, decoder: Decoder, load: Loader) -> None:
         self.shape = decoder.shape
         self.windows = {0}
+        self._embed = load.lookup()
         self._embedding = load.tensor(f"{decoder.embedding}.weight")
         self._positions = load.tensor(f"{decoder.positions}.weight")
         self._layers = [_Layer(decoder, load, layer, i) for i, layer in enumerate(decoder.layers)]
@@ -71,7 +78,7 @@ class Gpt2Model:
         self.weights_bytes = load.nbytes
 
     def forward(self, plan: StepRows) -> torch.Tensor:
-        x = functional.embedding(plan.tokens, self._embedding)
+        x = self._embed(plan.tokens, self._embedding)
         x = x + functional.embedding(plan.positions, self._positions)
         for layer in self._layers:
             x = layer(x, plan)
@@ -82,8 +89,16 @@ class Gpt2Model:
 
 
 def build(
-    config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, format_: str = ""
+    config: Config,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    format_: str = "",
+    ranks: Ranks | None = None,
 ) -> Gpt2Model:
     decoder = describe(config)
     decoder.expect(checkpoint)
-    return Gpt2Model(decoder, Loader(checkpoint, device, dtype, format_))
+    if ranks is None:
+        return Gpt2Model(decoder, Loader(checkpoint, device, dtype, format_))
+    part = Part(Shard(decoder, ranks), checkpoint)
+    return Gpt2Model(part.decoder, Loader(part, device, dtype, format_))

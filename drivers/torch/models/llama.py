@@ -4,18 +4,18 @@ Face transformers."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-from torch.nn import functional
 
 from ...families.decoder import Decoder, Layer
 from ...families.llama import describe, shape_of
 from ..attention import StepRows
 from ..config import ACTIVATIONS, Activation, Config, Shape
-from ..loader import Edit, Loader
+from ..loader import Loader
 from ..ops import Ops, Turn
-from ..rope import Rotary, interleave
+from ..ranks import Ranks
+from ..rope import Rotary, interleave, interleaved
+from ..shards import Part, Shard
 from ..weights import Checkpoint
 
 __all__ = ["build", "shape_of"]
@@ -37,20 +37,19 @@ class _Layer:
     def __init__(self, settings: _Settings, load: Loader, layer: Layer, index: int) -> None:
         self._settings, self._index = settings, index
         self._turned, self._window, self._scale = layer.rotated, layer.window, layer.scale
-        q, k, v = layer.qkv
-        counts = {q: settings.shape.heads, k: settings.shape.kv_heads}
-        edit: dict[str, Edit] = {part: partial(interleave, heads=n) for part, n in counts.items()}
-        self._qkv = load.linear(q, k, v, edit=edit if layer.rotated else None)
+        self._qkv = load.linear(*layer.qkv, edit=interleaved(layer, settings.shape))
         self._out = load.linear(layer.out)
         self._gate_up = load.linear(*layer.up)
         self._down = load.linear(layer.down)
+        self._sum = load.sum
         self._attention_norm = load.tensor(f"{layer.norm1}.weight")
         self._mlp_norm = load.tensor(f"{layer.norm2}.weight")
         self._head_norm: torch.Tensor | None = None
         if layer.head_norms:
             pair = [load.tensor(f"{name}.weight") for name in layer.head_norms]
             pair = [interleave(norm, 1) for norm in pair] if layer.rotated else pair
-            wide = [norm.expand(n, -1) for norm, n in zip(pair, counts.values(), strict=True)]
+            counts = settings.shape.heads, settings.shape.kv_heads
+            wide = [norm.expand(n, -1) for norm, n in zip(pair, counts, strict=True)]
             self._head_norm = torch.cat(wide)
 
     def __call__(
@@ -58,12 +57,16 @@ class _Layer:
     ) -> torch.Tensor:
         """x [T, hidden], to which `delta` has still to be added; adds in place, returns the next delta."""
         settings, shape, ops = self._settings, self._settings.shape, self._settings.ops
-        rows = self._qkv(ops.add_norm(x, delta, self._attention_norm, settings.epsilon))
+        index = self._index
+        normed = ops.add_norm(x, delta, self._attention_norm, settings.epsilon)
+        rows = plan.adapt((index, "qkv"), normed, self._qkv(normed))
         rows = rows.view(len(x), shape.heads + 2 * shape.kv_heads, shape.head_dim)
         turn = Turn(turns if self._turned else None, self._head_norm, settings.epsilon)
-        found = plan.attend_heads(self._index, rows, self._scale, self._window, turn)
-        normed = ops.add_norm(x, self._out(found), self._mlp_norm, settings.epsilon)
-        return self._down(ops.gate(self._gate_up(normed), settings.activation))
+        found = plan.attend_heads(index, rows, self._scale, self._window, turn)
+        delta = self._sum(plan.adapt((index, "out"), found, self._out(found)))
+        normed = ops.add_norm(x, delta, self._mlp_norm, settings.epsilon)
+        inner = ops.gate(plan.adapt((index, "up"), normed, self._gate_up(normed)), settings.activation)
+        return self._sum(plan.adapt((index, "down"), inner, self._down(inner)))
 
 
 class LlamaModel:
@@ -75,6 +78,7 @@ class LlamaModel:
         self.windows = {layer.window for layer in decoder.layers}
         self._settings = _Settings(self.shape, decoder.epsilon, ACTIVATIONS[decoder.activation], load.ops)
         self._rotary = Rotary(decoder.rotation, load.device)
+        self._embed = load.lookup()
         self._embedding = load.tensor(f"{decoder.embedding}.weight")
         self._layers = [_Layer(self._settings, load, layer, i) for i, layer in enumerate(decoder.layers)]
         self._final_norm = load.tensor(f"{decoder.final_norm}.weight")
@@ -82,7 +86,7 @@ class LlamaModel:
         self.weights_bytes = load.nbytes
 
     def forward(self, plan: StepRows) -> torch.Tensor:
-        x = functional.embedding(plan.tokens, self._embedding)
+        x = self._embed(plan.tokens, self._embedding)
         turns = self._rotary.turns(plan.positions)
         delta: torch.Tensor | None = None
         for layer in self._layers:
@@ -94,8 +98,16 @@ class LlamaModel:
 
 
 def build(
-    config: Config, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, format_: str = ""
+    config: Config,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    dtype: torch.dtype,
+    format_: str = "",
+    ranks: Ranks | None = None,
 ) -> LlamaModel:
     decoder = describe(config)
     decoder.expect(checkpoint)
-    return LlamaModel(decoder, Loader(checkpoint, device, dtype, format_))
+    if ranks is None:
+        return LlamaModel(decoder, Loader(checkpoint, device, dtype, format_))
+    part = Part(Shard(decoder, ranks), checkpoint)
+    return LlamaModel(part.decoder, Loader(part, device, dtype, format_))

@@ -65,8 +65,9 @@ class _Stored:
         return self._checkpoint.tensor(self._name, torch.float32)
 
 
-def _load(code: Code, survey: Survey, checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """transformers' model with the checkpoint's weights. Raises Corrupt, UnsupportedModel."""
+def load(code: Code, survey: Survey, checkpoint: Checkpoint, dtype: torch.dtype, implementation: str) -> Any:
+    """transformers' model with the checkpoint's weights, which attends by the `implementation` named. Raises
+    Corrupt, UnsupportedModel."""
     if survey.parameters > checkpoint.numel:
         raise errors.Corrupt(
             f"its config asks for {survey.parameters} weights, the model has {checkpoint.numel}",
@@ -79,7 +80,7 @@ def _load(code: Code, survey: Survey, checkpoint: Checkpoint, dtype: torch.dtype
             config=code.config,
             state_dict=stored,
             dtype=dtype,
-            attn_implementation=code.implementation,
+            attn_implementation=implementation,
             local_files_only=True,
             ignore_mismatched_sizes=True,  # they are in the report
             output_loading_info=True,
@@ -289,7 +290,7 @@ def build(
 ) -> TransformersModel:
     code = code_of(config)
     survey = survey_of(code)
-    loaded = _load(code, survey, checkpoint, dtype)
+    loaded = load(code, survey, checkpoint, dtype, code.implementation)
     random = torch.Generator().manual_seed(1)
     sequences = [
         torch.randint(survey.shape.vocab_size, (length,), generator=random).tolist() for length in (21, 9)
