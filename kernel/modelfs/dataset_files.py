@@ -21,6 +21,7 @@ from llmasos.syscalls.types import FileInfo, FileKind
 
 from . import owners
 from .durable import sync_folder
+from .manifest import hash_file
 from .names import is_part
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ MOST_UNFINISHED = 16
 """Files that one owner may be writing at a time."""
 
 _FLUSH = 8 << 20
-_CHUNK = 4 << 20
 _PREFIX = ".sha256-"
 
 
@@ -123,7 +123,7 @@ class DatasetFiles:
             where = f"datasets/{link.parent.name}/{link.name}"
             path = _data(link)
             try:
-                if path is None or _hashed(path) != _digest(path):
+                if path is None or hash_file(path) != _digest(path):
                     problems.append(f"{where}: its content is not what its digest says")
             except OSError as problem:
                 problems.append(f"{where}: {problem.strerror}")
@@ -255,11 +255,3 @@ def _drop_unnamed(data: Path) -> None:
     """Removes data that no other name of the owner stands for. Raises OSError."""
     if all(_data(path) != data for path in data.parent.iterdir()):
         data.unlink(missing_ok=True)
-
-
-def _hashed(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return "sha256:" + digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Annotated
 
 import msgspec
@@ -89,6 +90,12 @@ _from_json = msgspec.json.Decoder(Manifest)
 def digest_of(data: bytes) -> str:
     """ "sha256:…" of bytes."""
     return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """ "sha256:…" of a file's content."""
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def decoded(model: object, data: bytes) -> Manifest:

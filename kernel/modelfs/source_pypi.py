@@ -21,9 +21,9 @@ from pathlib import Path, PurePosixPath
 from llmasos.syscalls.errors import Corrupt, PullFailed, RefusedFile
 
 from . import catalogue, layout
+from .manifest import hash_file
 from .origin import GGUF, Origin, parse_wheel
 from .staging import MAX_TEXT, Staging
-from .store import hash_file
 
 MAX_MEMBERS = 100_000
 MAX_UNPACKED = 1 << 40

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
 import shutil
 import tempfile
@@ -50,7 +49,7 @@ from llmasos.syscalls.types import FileInfo, FileKind
 from . import catalogue
 from .dataset_files import DatasetFiles
 from .durable import sync_folder
-from .manifest import MAX_MANIFEST, Manifest, ManifestFile, decoded, digest_of
+from .manifest import MAX_MANIFEST, Manifest, ManifestFile, decoded, digest_of, hash_file
 from .names import ROOT, ModelName, ModelPath, did_you_mean, parse_name, parse_path
 from .runs import Runs
 from .session_files import SessionFiles
@@ -68,8 +67,6 @@ UNFINISHED_KEPT_S = 3600
 DERIVED_PREFIX = 32
 """Hex digits of a blob's digest that the names of what was derived from it begin with."""
 
-_CHUNK = 4 * 1024 * 1024
-
 Sees = Callable[[str], bool]
 """Whether somebody sees what a tenant owns (Subject.may_command). A model that is not seen is as one that
 does not exist."""
@@ -78,15 +75,6 @@ does not exist."""
 def everything(owner: str) -> bool:
     """How the kernel itself sees."""
     return True
-
-
-def hash_file(path: Path) -> str:
-    """ "sha256:…" of a file's content."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return "sha256:" + digest.hexdigest()
 
 
 class ModelFS:

@@ -22,10 +22,10 @@ import transformers
 from gguf import GGMLQuantizationType, quants
 from llmasos.kernel.modelfs import source_merge
 from llmasos.kernel.modelfs.importer import pull
-from llmasos.kernel.modelfs.manifest import Lineage
+from llmasos.kernel.modelfs.manifest import Lineage, Manifest, hash_file
 from llmasos.kernel.modelfs.names import parse_name
 from llmasos.kernel.modelfs.progress import Progress
-from llmasos.kernel.modelfs.store import Manifest, ModelFS, hash_file
+from llmasos.kernel.modelfs.store import ModelFS
 from llmasos.syscalls.errors import (
     AlreadyExists,
     Corrupt,
