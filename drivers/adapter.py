@@ -140,7 +140,7 @@ def _matching(patterns: list[tuple[re.Pattern[str], Any]], module: str, default:
 def _refused(name: str, value: Any) -> errors.UnsupportedModel:
     return errors.UnsupportedModel(
         f"adapter option {name!r} is {str(value)[:64]!r}, which no driver computes",
-        hint="plain LoRA of the layers' matrices is served: merge the adapter into its model",
+        hint="plain LoRA of the layers' matrices is served: merge the adapter with peft",
         option=name[:64],
     )
 
@@ -165,7 +165,7 @@ def _tensors(file: File, sizes: dict[str, tuple[int, int]], prefix: str) -> dict
         if match is None or module not in sizes or tensor["dtype"] not in PLAIN or len(tensor["shape"]) != 2:
             raise errors.UnsupportedModel(
                 f"the adapter's tensor {name[:128]!r} ({tensor['dtype']}, {tensor['shape']}) is not computed",
-                hint="plain LoRA of the layers' matrices is served: merge the adapter into its model",
+                hint="plain LoRA of the layers' matrices is served: merge the adapter with peft",
                 tensor=name[:128],
             )
         rows = np.frombuffer(tensor["data"], np.uint8).reshape(tensor["shape"][0], -1)

@@ -3,12 +3,15 @@ name what they do not compute."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import msgspec
 import peft
@@ -188,7 +191,9 @@ def test_merging_rounds_as_torch_does(
         assert stored == "F32" or (merged[name] == wanted).float().mean() > 0.99
 
 
-def test_no_merged_model_has_values_that_are_none(tiny: Callable[[str], Tiny], tmp_path: Path) -> None:
+def test_a_merged_model_without_numbers_or_room_is_not_made(
+    tiny: Callable[[str], Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     adapter = make_adapter(tiny("llama"), tmp_path / "adapter")
     tensors = load_file(adapter.folder / reader.WEIGHTS)
     tensors[next(name for name in tensors if "lora_B" in name)].fill_(3e38)
@@ -199,6 +204,11 @@ def test_no_merged_model_has_values_that_are_none(tiny: Callable[[str], Tiny], t
         merge.merge(spec, lambda done, total: None)
     with pytest.raises(errors.StorageFailed, match="there is room for 7"):
         merge.merge(msgspec.structs.replace(spec, room=7), lambda done, total: None)
+    (tmp_path / "full").mkdir()
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, "posix_fallocate", Mock(side_effect=full))
+    with pytest.raises(errors.StorageFailed, match="No space left"):
+        merge.merge(msgspec.structs.replace(spec, folder=str(tmp_path / "full")), lambda done, total: None)
 
 
 def scored(kernel: Kernel, seqs: list[Seq], count: int, chunk: int) -> list[list[Any]]:

@@ -21,8 +21,9 @@ import torch
 import transformers
 from gguf import GGMLQuantizationType, quants
 from llmasos.kernel.modelfs import source_merge
+from llmasos.kernel.modelfs.adapter_layout import WEIGHTS
 from llmasos.kernel.modelfs.importer import pull
-from llmasos.kernel.modelfs.manifest import Lineage, Manifest, hash_file
+from llmasos.kernel.modelfs.manifest import Lineage, Manifest, ManifestFile, hash_file
 from llmasos.kernel.modelfs.names import parse_name
 from llmasos.kernel.modelfs.progress import Progress
 from llmasos.kernel.modelfs.store import ModelFS
@@ -125,13 +126,13 @@ def test_an_adapter_of_peft_is_pulled(store: ModelFS, bring: Bring, adapter: Pat
     assert (found.name, found.digest, found.files) == (base.name, base.digest, base.files)
     assert (manifest.base, manifest.architecture, manifest.owner) == (base.digest, "llama", "")
     files = store.driver_files(manifest)
-    own = {"adapter_config.json", "adapter_model.safetensors", "LICENSE"}
+    own = {"adapter_config.json", WEIGHTS, "LICENSE"}
     assert set(files) == own | TOKENIZER
     for name in own:
         assert Path(files[name].path).read_bytes() == (adapter / name).read_bytes()
     for name in TOKENIZER:
         assert files[name] == store.driver_files(base)[name]
-    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors = load_file(adapter / WEIGHTS)
     assert manifest.parameters == sum(tensor.size for tensor in tensors.values())
     assert store.stat("/models/tiny+x").details["base"] == "tiny"
     assert bring(adapter, "tiny+x").digest == manifest.digest
@@ -163,7 +164,7 @@ def test_an_adapter_needs_its_base_and_a_source(store: ModelFS, bring: Bring, ad
 
 def edited(folder: Path, **tensors: Any) -> None:
     """Changes tensors of an adapter; None removes one."""
-    path = folder / "adapter_model.safetensors"
+    path = folder / WEIGHTS
     found = {**load_file(path), **tensors}
     save_file({name: tensor for name, tensor in found.items() if tensor is not None}, path)
 
@@ -180,9 +181,9 @@ REFUSALS: dict[str, tuple[type[LLMasOSError], str, Callable[[Path], object]]] = 
     "a pickle": (
         RefusedFile,
         "adapter_model.bin",
-        lambda f: (f / "adapter_model.safetensors").rename(f / "adapter_model.bin"),
+        lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"),
     ),
-    "no weights": (RefusedFile, "has no", lambda f: (f / "adapter_model.safetensors").unlink()),
+    "no weights": (RefusedFile, "has no", lambda f: (f / WEIGHTS).unlink()),
     "no config": (RefusedFile, "holds no adapter", lambda f: (f / "adapter_config.json").unlink()),
     "code": (RefusedFile, "holds code: lora.py", lambda f: (f / "lora.py").write_text("print(1)")),
     "no JSON": (Corrupt, "no JSON", lambda f: (f / "adapter_config.json").write_text("{")),
@@ -192,10 +193,7 @@ REFUSALS: dict[str, tuple[type[LLMasOSError], str, Callable[[Path], object]]] = 
         "does not have",
         lambda f: edited(
             f,
-            **{
-                n.replace("layers.1", "layers.9"): t
-                for n, t in load_file(f / "adapter_model.safetensors").items()
-            },
+            **{n.replace("layers.1", "layers.9"): t for n, t in load_file(f / WEIGHTS).items()},
         ),
     ),
     "another model's shapes": (
@@ -222,9 +220,7 @@ REFUSALS: dict[str, tuple[type[LLMasOSError], str, Callable[[Path], object]]] = 
     "a cut file": (
         Corrupt,
         "the file at",
-        lambda f: (f / "adapter_model.safetensors").write_bytes(
-            (f / "adapter_model.safetensors").read_bytes()[:-8]
-        ),
+        lambda f: (f / WEIGHTS).write_bytes((f / WEIGHTS).read_bytes()[:-8]),
     ),
 }
 
@@ -291,7 +287,7 @@ def test_a_run_is_committed_with_its_lineage(store: ModelFS, importer: Importer,
     )
     assert manifest.base == store.resolve("tiny").digest
     files = store.driver_files(manifest)
-    assert set(files) == {"adapter_config.json", "adapter_model.safetensors", "metrics.jsonl"} | TOKENIZER
+    assert set(files) == {"adapter_config.json", WEIGHTS, "metrics.jsonl"} | TOKENIZER
     assert store.fsck() == []
     with pytest.raises(NoSuchModel):
         store.resolve("tiny+mine", lambda owner: owner == "bob")
@@ -317,7 +313,7 @@ def test_a_taken_name_is_not_replaced(
 
 def test_an_unfinished_run_is_not_committed(store: ModelFS, importer: Importer, run_result: Path) -> None:
     source = made_run(store, run_result)
-    (store.runs.folder(7) / "result" / "adapter_model.safetensors").unlink()
+    (store.runs.folder(7) / "result" / WEIGHTS).unlink()
     code, lines = importer("tiny+mine", source)
     assert (code, lines[-1]["error"]["code"]) == (1, Corrupt.code)
     (store.runs.folder(7) / "lineage.json").unlink()
@@ -419,46 +415,61 @@ def test_a_merged_model_is_what_peft_merges(
     assert store.fsck() == []
 
 
-def quantised(store: ModelFS, folder: Path) -> None:
-    """Commits tiny anew, its matrices as Q8_0 blocks in a file that tensors.json describes."""
+def quantised(store: ModelFS) -> dict[str, Any]:
+    """Commits tiny anew as GGUF files hold models: matrices as Q8_0 blocks, the rows of q and k of a llama in
+    another order, a GPT-2's matrices turned. Returns the values by the tensors' names."""
     plain = store.resolve("tiny")
     index = json.loads(store.read("/models/tiny/tensors.json", 0, 1 << 20)[1])["tensors"]
-    weights = Path(store.driver_files(plain)["model.safetensors"].path)
-    data = b""
-    for entry in index.values():
-        values = np.fromfile(weights, np.float32, entry["nbytes"] // 4, offset=entry["offset"])
-        kind = "Q8_0" if len(entry["shape"]) == 2 else "F32"
-        stored = quants.quantize(values.reshape(entry["shape"]), GGMLQuantizationType[kind]).tobytes()
-        entry |= {"file": "model.gguf", "type": kind, "offset": len(data), "nbytes": len(stored)}
+    weights = load_file(store.driver_files(plain)["model.safetensors"].path)
+    data, numbers = b"", {}
+    for name, entry in index.items():
+        values = weights[name]
+        if turned := ".h." in name and values.ndim == 2:
+            values = np.ascontiguousarray(values.T)
+        kind = "Q8_0" if values.ndim == 2 else "F32"
+        quant = GGMLQuantizationType[kind]
+        dequantised = quants.dequantize(quants.quantize(values, quant), quant)
+        numbers[name] = dequantised.T if turned else dequantised
+        heads = {"q_proj": 4, "k_proj": 2}.get(name.split(".")[-2], 0)
+        if heads:
+            halves = values.reshape(heads, 2, len(values) // heads // 2, -1)
+            values = halves.swapaxes(1, 2).reshape(values.shape)
+        stored = quants.quantize(values, quant).tobytes()
+        entry |= {"file": "model.gguf", "type": kind, "shape": values.shape, "offset": len(data)}
+        entry |= {"nbytes": len(stored), "heads": heads, "transpose": turned}
         data += stored
     files = [file for file in plain.files if file.path not in ("model.safetensors", "tensors.json")]
     for name, content in (("model.gguf", data), ("tensors.json", json.dumps({"tensors": index}).encode())):
-        files.append(type(files[0])(name, *store.put_bytes(content)))
-    store.commit(
-        parse_name("tiny"),
-        Manifest(
-            1, "test", "llama", plain.parameters, "Q8_0", 64, "", 0.0, sorted(files, key=lambda f: f.path)
-        ),
-    )
+        files.append(ManifestFile(name, *store.put_bytes(content)))
+    made = Manifest(1, "test", plain.architecture, plain.parameters, "Q8_0", 64, "", 0.0, files)
+    store.commit(parse_name("tiny"), made)
+    return numbers
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_quantised_model_is_merged_into_its_numbers(
-    store: ModelFS, bring: Bring, tiny: Path, adapter: Path, tmp_path: Path
+    family: str, store: ModelFS, bring: Bring, folder: Path, tmp_path: Path
 ) -> None:
-    quantised(store, tiny)
-    bring(adapter, "tiny+x")
-    manifest = bring("merge:tiny+x", "merged")
-    assert manifest.quantization == "F32"
-    merged = load_file(laid_out(store, "merged", tmp_path / "out") / "model.safetensors")
-    before = load_file(tiny / "model.safetensors")
-    name = "model.layers.1.mlp.down_proj"
-    added = load_file(adapter / "adapter_model.safetensors")
-    a, b = (added[f"base_model.model.{name}.lora_{half}.weight"] for half in "AB")
-    blocks = quants.quantize(before[f"{name}.weight"], GGMLQuantizationType.Q8_0)
-    numbers = quants.dequantize(blocks, GGMLQuantizationType.Q8_0)
-    np.testing.assert_allclose(merged[f"{name}.weight"], numbers + 2 * b @ a, rtol=1e-5, atol=1e-6)
-    assert merged["model.norm.weight"].tobytes() == before["model.norm.weight"].tobytes()
-    transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    bring(make_base(folder, family))
+    numbers = quantised(store)
+    make_adapter(folder, tmp_path / "adapter")
+    bring(tmp_path / "adapter", "tiny+x")
+    assert bring("merge:tiny+x", "merged").quantization == "F32"
+    there = laid_out(store, "merged", tmp_path / "out")
+    merged, added = load_file(there / "model.safetensors"), load_file(tmp_path / "adapter" / WEIGHTS)
+    assert merged.keys() == numbers.keys()
+    changed = 0
+    for name, values in numbers.items():
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        if f"{module}.lora_A.weight" not in added:
+            assert merged[name].tobytes() == np.ascontiguousarray(values).tobytes()
+            continue
+        addition = 2 * added[f"{module}.lora_B.weight"] @ added[f"{module}.lora_A.weight"]
+        wanted = values + (addition.T if family == "gpt2" else addition)
+        np.testing.assert_allclose(merged[name], wanted, rtol=1e-5, atol=1e-6)
+        changed += 1
+    assert changed == (14 if family == "llama" else 8)
+    assert transformers.AutoModelForCausalLM.from_pretrained(there).dtype == torch.float32
 
 
 def test_what_cannot_be_merged_is_refused(store: ModelFS, bring: Bring, adapter: Path) -> None:
