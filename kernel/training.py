@@ -64,6 +64,10 @@ PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 """Between the death of a program and the next one, doubling."""
 
+MOST_DEATHS = 6
+"""A run whose programs die so often in a row, without a checkpoint between, has failed. More than `crash_limit`,
+for a machine that is short of memory kills trainers first, and hours of work hang on them."""
+
 MOST_COMMITS = 60
 """So often a result is tried to be committed, once in LONGEST_PAUSE_S."""
 
@@ -470,7 +474,7 @@ def _failed(kernel: Kernel, process: Process, run: Run, problem: errors.LLMasOSE
         return
     run.deaths += 1
     kernel.log.warn(f"process {process.pid}: {problem}")
-    if isinstance(problem, errors.DeviceFault) and run.deaths < kernel.config.crash_limit:
+    if isinstance(problem, errors.DeviceFault) and run.deaths < MOST_DEATHS:
         run.due = kernel.now() + min(LONGEST_PAUSE_S, PAUSE_S * 2**run.deaths)
         kernel.at(run.due, lambda: None)
         return
@@ -544,7 +548,7 @@ def heard(kernel: Kernel, process: Process, message: base.FromWorker) -> None:
             kernel.ledger.process(process)
         case base.Failed():
             problem = errors.from_wire(dict(message.error))
-            run.deaths = kernel.config.crash_limit  # it said why, and would again
+            run.deaths = MOST_DEATHS  # it said why, and would again
             _failed(kernel, process, run, problem)
         case base.Note():
             kernel.log.write(message.level, message.text)

@@ -14,7 +14,7 @@ from llmasos.kernel.effects import KillWorker, ToWorker
 from llmasos.kernel.modelfs.names import parse_name
 from llmasos.kernel.programs import Program
 from llmasos.kernel.tenants import Subject
-from llmasos.kernel.training import FROZEN_S
+from llmasos.kernel.training import FROZEN_S, MOST_DEATHS
 from llmasos.syscalls import errors, table, training, wire
 from llmasos.syscalls import types as t
 from msgspec.structs import replace
@@ -229,7 +229,7 @@ def test_a_trainer_that_dies_again_and_again_fails_its_run_with_a_typed_error(wo
     pid = world.train()
     world.prepared(pid)
     follower = world.send(table.Follow(pid))
-    for _ in range(world.kernel.config.crash_limit):
+    for _ in range(MOST_DEATHS):
         connection, trainer = world.attached()
         world.trainer_dies(connection, trainer)
         world.passes(20)
