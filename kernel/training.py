@@ -65,8 +65,8 @@ LONGEST_PAUSE_S = 10.0
 """Between the death of a program and the next one, doubling."""
 
 MOST_DEATHS = 6
-"""A run whose programs die so often in a row, without a checkpoint between, has failed. More than `crash_limit`,
-for a machine that is short of memory kills trainers first, and hours of work hang on them."""
+"""A run whose programs die so often in a row, without a checkpoint between, has failed. More often than
+`crash_limit`, for a machine that is short of memory kills trainers first, and hours of work hang on them."""
 
 MOST_COMMITS = 60
 """So often a result is tried to be committed, once in LONGEST_PAUSE_S."""

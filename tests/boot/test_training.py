@@ -3,6 +3,7 @@ its files; a trainer that is killed learns the same; bad data, interrupts, signa
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 from llmasos.userland import training
 from llmasos.userland.client import Client
+from llmasos.userland.llsh.main import dispatch
+from llmasos.userland.llsh.shell import Shell
+from llmasos.userland.llsh.terminal import Terminal
 
 from .test_real import TINY_CONFIGS, answers, check_greedy, infers
 from .tiny import counting, write_tiny
@@ -204,3 +208,26 @@ def test_what_is_there_is_not_sent_again_and_what_cannot_be_is_refused_at_once(
         llm.train("nothing-of-that-name", progress=False)
     with pytest.raises(errors.InvalidArgument, match="learning_rat"):
         llm.train(data, "no", progress=False, learning_rat=1)
+
+
+def test_the_shell_trains_shows_and_draws(daemon: Any, data: Path, tmp_path: Path) -> None:
+    def llsh(*words: str) -> str:
+        out, err = io.StringIO(), io.StringIO()
+        with daemon.client() as client:
+            code = dispatch(list(words), Shell(Terminal(out, err), kernel=client, stdin=io.StringIO()))
+        assert code == 0, err.getvalue()
+        return out.getvalue()
+
+    options = ("--max-steps", "6", "--max-length", "64", "--lr", "1e-2", "--rank", "4")
+    told = llsh("train", "tiny", str(data), "--name", "shell", *options)
+    assert told.startswith("tiny+shell: 6 steps")
+    assert "tiny:latest+shell" in llsh("list")
+    assert "loss" in llsh("plot", "tiny+shell")
+    assert llsh("plot", "tiny+shell", "--json").count('"phase":"train"') == 6
+    picture = tmp_path / "curve.svg"
+    llsh("plot", "tiny+shell", "--out", str(picture))
+    assert b"<svg" in picture.read_bytes()
+    pid = llsh("train", "tiny", str(data), "--name", "later", *options, "--detach").strip()
+    assert llsh("train", "--follow", pid).startswith("tiny+later: 6 steps")
+    llsh("merge", "tiny+shell", "plain")
+    assert "tiny:latest+shell" not in llsh("rm", "tiny+shell", "tiny+later", "plain") + llsh("list")

@@ -10,7 +10,7 @@ PATIENCE_S = 0.5
 
 def models(incomplete: str) -> list[str]:
     """Installed models that begin with `incomplete`, without the tag `latest`."""
-    names = [path.removeprefix("/models/").removesuffix(":latest") for path in _ls("/models")]
+    names = [path.removeprefix("/models/").replace(":latest", "", 1) for path in _ls("/models")]
     return [name for name in names if name.startswith(incomplete)]
 
 

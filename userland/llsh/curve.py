@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _DOTS = ((0x01, 0x08), (0x02, 0x10), (0x04, 0x20), (0x40, 0x80))
-_MARGIN = 10
+_MARGIN = 12
 
 Points = Sequence[tuple[float, float]]
 

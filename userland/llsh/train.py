@@ -98,7 +98,13 @@ def train(
         bool, typer.Option("--detach", "-d", help="Print the pid and leave; it goes on by itself.")
     ] = False,
     follow: Annotated[
-        str, typer.Option("--follow", metavar="PID", help="Show a run that was started before.")
+        str,
+        typer.Option(
+            "--follow",
+            metavar="PID",
+            help="Show a run that was started before.",
+            autocompletion=completion.pids,
+        ),
     ] = "",
     json: Json = False,
 ) -> None:
@@ -142,8 +148,8 @@ def train(
     client = shell.started()
     from ..models import ensure_model
 
-    base = ensure_model(client, model, progress=shell.terminal.err.isatty())
     dataset = _sent(shell, client, data)
+    base = ensure_model(client, model, progress=shell.terminal.err.isatty())
     run = runs.start(
         client,
         base,
@@ -232,7 +238,7 @@ def _sent(shell: Shell, client: Client, data: str) -> str:
     """The name of a data set: of a local file that is sent, or of one that is there."""
     from ..training import bar_for, send_dataset
 
-    if not os.path.exists(os.path.expanduser(data)):
+    if not os.path.isfile(os.path.expanduser(data)):
         name = data.removeprefix("/datasets/")
         try:
             client.call(table.Stat(f"/datasets/{name}"))
@@ -258,7 +264,12 @@ def _show(shell: Shell, run: TrainingRun, json: bool) -> None:
             terminal.document(event)
         terminal.document(run.wait())
         return
-    made = follow(run, TrainBar(_short(run.model)) if terminal.err.isatty() else None)
+    try:
+        made = follow(run, TrainBar(_short(run.model)) if terminal.err.isatty() else None)
+    except KeyboardInterrupt:
+        if run.detached:
+            terminal.say(f"(it goes on; `llsh train --follow {run.pid}` shows it again)")
+        raise
     loss = f", loss {made.loss:.4f}" if made.loss is not None else ""
     eval_loss = f", eval loss {made.eval_loss:.4f}" if made.eval_loss is not None else ""
     early = ", stopped early" if made.stopped_early else ""
@@ -301,8 +312,12 @@ def _draw(out: Path, title: str, losses: list[tuple[int, float]], evals: list[tu
     axes.set(xlabel="step", ylabel="loss", title=title)
     axes.legend()
     figure.tight_layout()
-    figure.savefig(out)
-    pyplot.close(figure)
+    try:
+        figure.savefig(out)
+    except OSError as problem:
+        raise errors.InvalidArgument(f"{out}: {problem.strerror}", field="out") from None
+    finally:
+        pyplot.close(figure)
 
 
 def _short(model: str) -> str:
