@@ -273,7 +273,9 @@ def _explained(problem: Exception) -> errors.LLMasOSError:
     import torch
 
     text = str(problem)
-    memory = ("allocate memory", "not enough memory", "out of memory")
+    # The last two are what oneDNN says when it gets none.
+    memory = ["allocate memory", "not enough memory", "out of memory"]
+    memory += ["could not create a primitive", "could not create a memory"]
     if isinstance(problem, (MemoryError, torch.OutOfMemoryError)) or any(part in text for part in memory):
         return errors.NeverFits(
             "memory ran out while training",
