@@ -7,6 +7,7 @@ raises becomes the request's one final answer; a bug becomes KernelFault with an
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from typing import TYPE_CHECKING, assert_never, cast
 
 import msgspec
@@ -197,14 +198,11 @@ def _dispatch(
             return table.ReadReply(size=size, data=data)
         case table.Write():
             return _write(kernel, subject, call)
-        case table.Remove():
-            _remove(kernel, subject, call.path)
-            return table.Done()
         case table.Link():
             _may_replace(kernel, subject, call.target)
             return kernel.store.link(call.source, call.target, subject.may_command)
         case table.Unlink():
-            kernel.store.unlink(call.model, kernel.pinned())
+            _unlink(kernel, subject, call.path)
             return table.Done()
         case table.Pull():
             _refuse_new_work(kernel)
@@ -316,18 +314,24 @@ def _write(kernel: Kernel, subject: Subject, call: table.Write) -> table.WriteRe
     return table.WriteReply(size)
 
 
-def _remove(kernel: Kernel, subject: Subject, path: str) -> None:
-    """Removes what is the caller's own."""
+def _unlink(kernel: Kernel, subject: Subject, path: str) -> None:
+    """Removes what is the caller's own; of what is everybody's it is an administrator's act."""
     if name := dataset_files.parse_path(path):
         kernel.store.datasets.remove(subject.path, name)
         return
-    model = parse_path(path)
-    manifest = kernel.store.resolve(str(model[0].model), subject.may_command) if model else None
-    if manifest is None or not (manifest.owner and subject.may_command(manifest.owner)):
-        subject.require(t.Capability.ADMIN, f"removing {path}")
-    if manifest is None:
-        raise errors.InvalidArgument("a data set or a model is removed", field="path")
-    kernel.store.unlink(manifest.name, kernel.pinned())
+    meanings = parse_path(path)
+    if not meanings or meanings[0].file:
+        raise errors.InvalidArgument(
+            "a model or a data set is removed: /models/NAME, /datasets/NAME", field="path"
+        )
+    model = str(meanings[0].model)
+    owner = ""  # of a damaged one, too
+    with suppress(errors.Corrupt):
+        owner = kernel.store.resolve(model, subject.may_command).owner
+    if not owner:
+        subject.require(t.Capability.ADMIN, f"removing {model}")
+        kernel.audit.before("unlink", subject.path, model=model)
+    kernel.store.unlink(model, kernel.pinned(), subject.may_command)
 
 
 def _refuse_new_work(kernel: Kernel) -> None:

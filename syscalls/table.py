@@ -442,16 +442,6 @@ class Write(Call, frozen=True):
     last: bool = False
 
 
-class Remove(Call, frozen=True):
-    """Removes a data set of the caller, or a model that training made for it. Raises NoSuchFile,
-    NoSuchModel."""
-
-    name = "remove"
-    needs = t.Capability.TRAIN
-    Reply = Done
-    path: t.Path_
-
-
 class Link(Call, frozen=True):
     """Gives a model a second name; no data is copied. Replaces `target` if it exists."""
 
@@ -463,12 +453,14 @@ class Link(Call, frozen=True):
 
 
 class Unlink(Call, frozen=True):
-    """Removes a model's name and the blobs that no other name needs."""
+    """Removes /models/NAME, with the blobs that no other name needs, or the caller's /datasets/NAME. What
+    training made for somebody he removes himself, other models an administrator. Raises NoSuchModel,
+    NoSuchFile."""
 
     name = "unlink"
-    needs = t.Capability.ADMIN
+    needs = t.Capability.TRAIN
     Reply = Done
-    model: t.Text
+    path: t.Path_
 
 
 class Pull(Call, frozen=True):
@@ -635,7 +627,6 @@ Syscall = Union[
     Stat,
     Read,
     Write,
-    Remove,
     Link,
     Unlink,
     Pull,

@@ -269,7 +269,7 @@ class Session:
                 del self._pending[answer.id]
                 error = _error(answer)
                 again = pending.asked > 1 and isinstance(pending.call, table.Unlink)
-                if again and isinstance(error, errors.NoSuchModel):
+                if again and isinstance(error, errors.NoSuchModel | errors.NoSuchFile):
                     # The name went the first time, but the kernel died before that was in its journal.
                     return Replied(answer.id, table.Done())
                 return Failed(answer.id, error)

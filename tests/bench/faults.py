@@ -75,7 +75,7 @@ def deeds(model: str, client: Any, lap: int, whose: str) -> Iterator[tuple[str, 
     name = f"{whose}-{lap}"
     client.call(table.Link(model, name))
     yield "file", client.call(table.Stat(f"/models/{name}")).size > 0
-    client.call(table.Unlink(name))
+    client.call(table.Unlink(f"/models/{name}"))
     yield "left", [row.pid for row in client.ps() if row.name == whose]
 
 

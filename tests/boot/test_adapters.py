@@ -55,7 +55,7 @@ def test_a_pulled_adapter_and_the_merged_model_say_what_peft_says(adapted: Any) 
         merged = client.call(table.Pull("merged", "merge:tiny+x"), timeout_s=60)
         assert merged.details["lineage.adapter"] == info.digest
         assert answers(client, infers(prompts, "merged", 16)) == said != plain
-        client.call(table.Unlink("tiny+x"))
+        client.call(table.Unlink("/models/tiny+x"))
         assert answers(client, infers(prompts, "merged", 16)) == said
         assert answers(client, infers(prompts, "tiny", 16)) == plain
     for prompt, answer in zip(prompts, said, strict=True):

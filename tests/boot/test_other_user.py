@@ -45,7 +45,7 @@ with Client(address, timeout_s=3) as client:
         "ls": table.Ls(f"/proc/{pid}"), "snapshot": table.Snapshot(pid, "mine"),
         "session": table.Stat("/sessions/secret"),
         "restore": table.Restore("secret"), "sessions": table.Ls("/sessions"),
-        "unlink": table.Unlink("tiny"), "dmesg": table.Dmesg(), "audit": table.ReadAudit(),
+        "unlink": table.Unlink("/models/tiny"), "dmesg": table.Dmesg(), "audit": table.ReadAudit(),
         "keys": table.Keys(), "shutdown": table.Shutdown(), "pull": table.Pull("other"),
     }.items():
         attempt(name, call)

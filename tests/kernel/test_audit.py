@@ -28,10 +28,10 @@ def test_the_log_tells_who_did_what(world: World) -> None:
     foreign = world.send(table.SpawnModel(model="tiny"), b"\0m", subject=MALLORY)
     world.turn(3)
     pid = world.result(foreign, b"\0m").body["pid"]
-    world.send(table.Unlink("tiny"), b"\0m", subject=MALLORY)
+    world.send(table.Unlink("/models/tiny"), b"\0m", subject=MALLORY)
     world.send(table.Kill(pid, Signal.KILL))
     world.send(table.Link("tiny", "second"))
-    world.send(table.Unlink("second"))
+    world.send(table.Unlink("/models/second"))
     world.turn(2)
     told = [(r.event, r.subject, r.facts) for r in records(world)]
     assert [(event, who) for event, who, _ in told] == [
@@ -40,7 +40,7 @@ def test_the_log_tells_who_did_what(world: World) -> None:
         ("unlink", "root"),
     ]
     assert told[1][2] == {"pid": str(pid), "owner": "mallory", "signal": "KILL"}
-    assert told[2][2] == {"model": "second"}
+    assert told[2][2] == {"model": "second:latest"}
 
 
 def test_with_a_full_disk_only_administration_waits(world: World) -> None:
@@ -48,13 +48,13 @@ def test_with_a_full_disk_only_administration_waits(world: World) -> None:
     world.attach()
     good, world.kernel.audit = world.kernel.audit, Audit(Path("/dev/full"))
     world.send(table.Shutdown(), b"\0m", subject=MALLORY)
-    refused = world.send(table.Unlink("tiny"))
+    refused = world.send(table.Unlink("/models/tiny"))
     served = world.send(infer([1, 2], model="tiny", max_tokens=2))
     world.turn(6)
     assert world.error(refused) is errors.Unavailable
     assert world.result(served).body["generated_tokens"] == 2
     world.kernel.audit = good
-    world.send(table.Unlink("tiny"))
+    world.send(table.Unlink("/models/tiny"))
     world.turn(2)
     assert [r.event for r in records(world)] == ["unlink"]
 

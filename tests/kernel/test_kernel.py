@@ -184,7 +184,7 @@ def test_a_subtenant_cannot_raise_itself_over_others(world: World) -> None:
         for call in (
             table.SpawnModel(model="tiny", nice=-1),
             table.SpawnModel(model="tiny", sched_class=t.SchedClass.REALTIME),
-            table.Unlink("tiny"),
+            table.Unlink("/models/tiny"),
             table.Dmesg(),
         )
     ]

@@ -347,6 +347,22 @@ def test_models_that_were_made_count_as_their_owners_disk(world: Runs) -> None:
     assert world.error(refused) is world.error(written) is errors.QuotaExceeded
 
 
+def test_what_is_ones_own_is_removed_and_what_is_everybodys_is_an_administrators(world: Runs) -> None:
+    world.dataset(session=b"\0b", subject=BOB)
+    refused = world.send(table.Unlink("/models/tiny"), b"\0b", subject=BOB)
+    file = world.send(table.Unlink("/models/tiny:latest/config.json"))
+    world.reply(world.send(table.Unlink("/datasets/facts"), b"\0b", subject=BOB), b"\0b")
+    gone = world.send(table.Unlink("/datasets/facts"), b"\0b", subject=BOB)
+    world.flush()
+    assert world.error(refused, b"\0b") is errors.PermissionDenied
+    assert world.error(file) is errors.InvalidArgument
+    assert world.error(gone, b"\0b") is errors.NoSuchFile
+    world.store._manifest_path(parse_name("tiny")).write_text("damaged")
+    world.reply(world.send(table.Unlink("/models/tiny")))
+    world.flush()
+    assert b'"unlink"' in world.kernel.audit.read(0, 1 << 20)[1]
+
+
 def test_who_may_not_train_is_told(world: Runs) -> None:
     rights = frozenset({t.Capability.CONNECT, t.Capability.INFER, t.Capability.PROCESS})
     guest = Subject("guest", 3, 1, False, rights)

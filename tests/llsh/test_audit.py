@@ -7,9 +7,9 @@ from llmasos.syscalls import table
 
 def test_the_log_is_shown_and_proved(llsh, client, tmp_path):
     client.call(table.Link("tiny", "second"))
-    client.call(table.Unlink("second"))
+    client.call(table.Unlink("/models/second"))
     assert "unlink" in llsh("audit", "show")
-    assert "model='second'" in llsh("audit", "show")
+    assert "model='second:latest'" in llsh("audit", "show")
     proof = llsh.json("audit", "verify")
     assert proof["records"] >= 1
     assert proof["head"] in llsh("audit", "verify")

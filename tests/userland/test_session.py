@@ -168,10 +168,10 @@ def test_a_cancel_is_not_lost_in_a_break(session: Session) -> None:
 
 def test_a_name_that_was_removed_before_the_break_is_removed(session: Session) -> None:
     gone = errors.NoSuchModel("no model m")
-    first = session.request(table.Unlink("m"))
+    first = session.request(table.Unlink("/models/m"))
     (event,) = session.receive(wire.encode_error(first, gone))
     assert isinstance(event, Failed)
-    again = session.request(table.Unlink("m"))
+    again = session.request(table.Unlink("/models/m"))
     session.outgoing()
     session.offline()
     greet(session, "b2")

@@ -170,7 +170,7 @@ def rm(
             if model.startswith(SESSIONS):
                 client.call(table.Discard(model.removeprefix(SESSIONS)))
             else:
-                client.call(table.Remove(model if model.startswith(DATASETS) else model_path(model)))
+                client.call(table.Unlink(model if model.startswith(DATASETS) else model_path(model)))
             own = model.startswith((SESSIONS, DATASETS))
             removed.append(model if own else full_name(model))
             if not json:
