@@ -11,7 +11,6 @@ its sequences must be opened anew."""
 from __future__ import annotations
 
 import argparse
-import ctypes
 import faulthandler
 import importlib
 import os
@@ -21,12 +20,12 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, cast
+from typing import cast
 
 import msgspec
 from llmasos.syscalls import errors, wire
 
-from . import base, kv_file
+from . import base, host, kv_file
 from .launcher import Place, launcher
 
 # Device name before the colon -> (module, class). Imported only when chosen: null needs no torch.
@@ -43,8 +42,6 @@ KERNEL_TIMEOUT_S = 60.0
 RETRY_S = 0.02
 
 MOST_RANKS = 64
-
-_PR_SET_PDEATHSIG = 1
 
 Note = Callable[[str, str], None]
 
@@ -191,14 +188,6 @@ def _place(problem: BaseException) -> str:
     return f" at {os.path.basename(frame.tb_frame.f_code.co_filename)}:{frame.tb_lineno}" if frame else ""
 
 
-def _die_with_parent(parent: int) -> bool:
-    """False: `parent` (0: whoever it is) was dead already."""
-    if sys.platform == "linux":
-        libc: Any = ctypes.CDLL(None)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    return parent in (0, os.getppid())
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="llmasos.drivers.worker", description=__doc__)
     parser.add_argument(
@@ -209,7 +198,7 @@ def main() -> int:
     parser.add_argument("--rank", type=int, default=0, help="of a group: which one this is")
     parser.add_argument("--rendezvous", default="", help="of a group: where its ranks meet")
     arguments = parser.parse_args()
-    if not _die_with_parent(arguments.parent):
+    if not host.die_with_parent(arguments.parent):
         return 0
     faulthandler.enable()  # a worker that hangs is sent SIGABRT, and says where it was
     # Ctrl-C on the terminal is for the kernel, which then closes the bus.

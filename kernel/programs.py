@@ -18,8 +18,9 @@ Ended = Callable[[dict[str, Any] | errors.LLMasOSError], None]
 
 @dataclass(slots=True, eq=False)
 class Program:
-    """One that runs, or is about to. `arguments` follow `python -m`. `ended` is told what its last line said,
-    once. `abrupt`: it has nothing to tidy up, so it need not be asked to end."""
+    """One that runs, or is about to. `arguments` follow `python -m`; the I/O shell adds `--parent PID`, the
+    kernel's: a program that has another parent is an orphan, and ends. `ended` is told what its last line
+    said, once. `abrupt`: it has nothing to tidy up, so it need not be asked to end."""
 
     number: int
     arguments: list[str]

@@ -69,7 +69,7 @@ class Running:
 
     def __init__(self, program: Program) -> None:
         self.program = program
-        command = [sys.executable, "-m", *program.arguments]
+        command = [sys.executable, "-m", *program.arguments, "--parent", str(os.getpid())]
         self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         self.fd = self.process.stdout.fileno()

@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -375,7 +373,7 @@ def _prepare(kernel: Kernel, process: Process, run: Run) -> None:
     arguments = [PREPARER, "--data", str(runs.dataset(process.pid)), "--out", str(runs.data(process.pid))]
     paths = {name: file.path for name, file in files.items()}
     arguments += ["--digest", run.digest, "--files", json.dumps(paths)]
-    arguments += ["--recipe", msgspec.json.encode(run.recipe).decode(), "--parent", str(os.getpid())]
+    arguments += ["--recipe", msgspec.json.encode(run.recipe).decode()]
 
     def said(line: dict[str, Any]) -> None:
         with suppress(msgspec.ValidationError):
@@ -395,7 +393,7 @@ def _prepare(kernel: Kernel, process: Process, run: Run) -> None:
 
 def _train(kernel: Kernel, process: Process, run: Run) -> None:
     run.number = next(kernel.numbers)
-    arguments = [TRAINER, "--run", str(run.number), "--bus", str(kernel.bus), "--parent", str(os.getpid())]
+    arguments = [TRAINER, "--run", str(run.number), "--bus", str(kernel.bus)]
 
     def ended(outcome: dict[str, Any] | errors.LLMasOSError) -> None:
         run.exited = True
@@ -423,7 +421,6 @@ def _commit(kernel: Kernel, process: Process, run: Run) -> None:
         run=run.id,
         dataset=run.digest,
         recipe=msgspec.json.encode(run.recipe).decode(),
-        version=metadata.version("llmasos"),
         steps=made.steps,
         tokens=made.tokens,
         seconds=made.seconds,

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from ..torch.ranks import Ranks
     from .gate import Gate
 
-_PR_SET_PDEATHSIG = 1
 _IOPRIO_SET = {"x86_64": 251, "aarch64": 30}  # the system call's number
 _IOPRIO_IDLE = 3 << 13
 _OOM_FIRST = b"1000"
@@ -60,12 +59,11 @@ def step_back(parent: int) -> bool:
         os.nice(19)
     if sys.platform == "linux":
         libc: Any = ctypes.CDLL(None)
-        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if number := _IOPRIO_SET.get(os.uname().machine):
             libc.syscall(number, 1, 0, _IOPRIO_IDLE)
         with suppress(OSError):
             Path("/proc/self/oom_score_adj").write_bytes(_OOM_FIRST)
-    return parent in (0, os.getppid())
+    return host.die_with_parent(parent)
 
 
 class Bus:

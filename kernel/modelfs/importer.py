@@ -178,16 +178,16 @@ def _check_fits(stage: Staging, base: Manifest) -> None:
     )
 
 
-def limit_self() -> None:
-    """What a hostile file can cost is bounded: memory, open files, no core dump, low priority."""
+def limit_self(memory: int = MEMORY) -> None:
+    """What a hostile file can cost is bounded: bytes of memory, open files, no core dump, low priority."""
     for kind, value in (
-        (resource.RLIMIT_AS, MEMORY),
+        (resource.RLIMIT_AS, memory),
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_NOFILE, OPEN_FILES),
     ):
         _, hard = resource.getrlimit(kind)
-        bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (bound, hard))
+        bound = min((n for n in (value, hard) if n != resource.RLIM_INFINITY), default=hard)
+        resource.setrlimit(kind, (bound, bound))
     os.nice(NICE)
     source_pypi.die_with_parent()
 
@@ -220,10 +220,14 @@ def main() -> int:
     parser.add_argument("--home", type=Path, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--source", default="")
+    parser.add_argument("--parent", type=int, default=0, help="end when this is not the parent process")
     parser.add_argument("--owner", default="")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _end)
-    limit_self()
+    if arguments.parent not in (0, os.getppid()):
+        return 1
+    # A merge reads no stranger's file, and the program that it starts maps all weights.
+    limit_self(resource.RLIM_INFINITY if arguments.source.startswith("merge:") else MEMORY)
     progress = Progress()
     try:
         store, model = ModelFS(arguments.home), parse_name(arguments.model)

@@ -3,7 +3,6 @@ program of theirs writes the weights."""
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from importlib import metadata
@@ -56,7 +55,7 @@ def _run(spec: MergeSpec, progress: Progress) -> None:
         [sys.executable, "-m", PROGRAM],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        preexec_fn=_prepare,
+        preexec_fn=die_with_parent,
     ) as merger:
         assert merger.stdin is not None
         assert merger.stdout is not None
@@ -77,10 +76,3 @@ def _follow(said: IO[bytes], progress: Progress) -> None:
             return
         progress.show("merge", WEIGHTS, told["done"], told["total"])
     raise PullFailed("the merging died", hint="see the daemon's log")
-
-
-def _prepare() -> None:
-    """It maps all weights, which have been checked: the importer's bound of addresses is not for it."""
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
-    die_with_parent()

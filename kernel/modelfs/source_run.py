@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
+
+from msgspec.structs import replace
 
 from . import adapter_layout, layout
 from .manifest import SCHEMA, Manifest
@@ -22,7 +25,8 @@ _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", 
 
 def commit(store: ModelFS, model: ModelName, folder: Path, progress: Progress) -> Manifest:
     """Gives the result of a run its name. Raises AlreadyExists, Corrupt, UnsupportedModel, OSError."""
-    run, lineage = run_of(folder), lineage_of(folder)
+    run = run_of(folder)
+    lineage = replace(lineage_of(folder), version=metadata.version("llmasos"))
     with store.importing(), staging(store, progress, bool(model.adapter)) as stage:
         _collect(folder, stage)
         weights = {name: found.path for name, found in stage.weights.items()}

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -283,7 +284,12 @@ def test_a_run_is_committed_with_its_lineage(store: ModelFS, importer: Importer,
     assert lines[-1]["ok"] == {"model": "tiny:latest+mine", "digest": manifest.digest, "size": manifest.size}
     assert (manifest.owner, manifest.source) == ("alice", "train:run-7")
     assert manifest.lineage == Lineage(
-        store.resolve("tiny").digest, "run-7", dataset="sha256:d", steps=1, loss=0.5
+        store.resolve("tiny").digest,
+        "run-7",
+        dataset="sha256:d",
+        version=metadata.version("llmasos"),
+        steps=1,
+        loss=0.5,
     )
     assert manifest.base == store.resolve("tiny").digest
     files = store.driver_files(manifest)
