@@ -166,9 +166,7 @@ class Device:
     pools: list[Pool] = field(default_factory=list)
     loading: Pool | None = None
     flights: deque[Flight] = field(default_factory=deque)
-    orders: dict[int, Answered] = field(
-        default_factory=dict
-    )  # what is no step and not answered yet, by ticket
+    orders: dict[int, Answered] = field(default_factory=dict)  # that are no steps, by ticket, unanswered
     transfer: Transfer = field(default_factory=Transfer)
     ahead_at: float = math.inf
     alarm: Callable[[], None] = lambda: None  # calls off the timer that waits for it

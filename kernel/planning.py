@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llmasos.drivers import base
 
-from . import residency, scheduler, swapping, training, watchdog
+from . import grants, residency, scheduler, swapping, watchdog
 from .claims import Claims
 from .devices import Device, Flight, Part, Pool, build
 from .effects import ToWorker
@@ -45,7 +45,7 @@ ESTIMATED_CHUNK = 64
 
 def advance(kernel: Kernel, device: Device) -> None:
     """Loads what is wanted, or plans and sends steps as long as the device is to have one more."""
-    if not training.yields(kernel, device) or device.worker is None or device.loading:
+    if not grants.yields(kernel, device) or device.worker is None or device.loading:
         return
     for pool in device.pools:
         if not pool.ready and (pool.awaited or pool.processes):
@@ -58,7 +58,7 @@ def advance(kernel: Kernel, device: Device) -> None:
             return
         if chosen is None:
             if not device.flights and device.granted is None and len(device.runs):
-                training.grant(kernel, device)
+                grants.grant(kernel, device)
             return
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .adapters import Adapter
     from .devices import Pool
     from .infer import Infer
-    from .training import Run
+    from .run import Run
 
 INIT = 1
 """The pid that orphans belong to."""

@@ -1,34 +1,27 @@
-"""Training runs: what works for them, when they compute, what they tell, how they end.
+"""The life of a training run: what works for it from its beginning to its end.
 
 A run is a process with its own folder in the model filesystem. First a program prepares its data set, then a
-trainer (drivers/trainer) computes, then an importer commits what the trainer made. Which of them is due
-follows from what is there, so a run goes on wherever it was when anything dies: trainer, kernel or machine.
-
-A trainer computes while it holds its device's grant, which it gets when it is its process's turn, by the
-order that steps are given in; it is called in as soon as somebody is to go first. It runs at the lowest
-priority of the operating system, so steps need not wait for it to have stopped. What it computed is charged
-as steps are.
+trainer (drivers/trainer) computes while it has a grant (grants.py), then an importer commits what the trainer
+made. Which of them is due follows from what is there, so a run goes on wherever it was when anything dies:
+trainer, kernel or machine.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from llmasos.drivers import base
-from llmasos.syscalls import errors, table, wire
-from llmasos.syscalls.training import Method, Recipe, TrainEvent, TrainResult
+from llmasos.syscalls import errors, table
+from llmasos.syscalls.training import Method, TrainEvent
 from llmasos.syscalls.types import Capability, FileInfo
 from msgspec.structs import replace
 
-from . import residency, scheduler
-from .devices import Device, Pool
+from . import following, grants, residency
+from .devices import Pool
 from .effects import KillWorker, ToWorker
 from .files import room_on_disk
 from .imports import IMPORTER
@@ -38,25 +31,15 @@ from .modelfs.names import parse_name
 from .modelfs.runs import RunRow, run_of
 from .modelfs.session_files import SavedRun, Snapshot
 from .process import CLASS_RANK, Exit, Process
-from .programs import Program
-from .sessions import Request, Session
-from .shares import tenant_of
+from .run import PREPARER, TRAINER, Run
+from .sessions import Session
 from .tenants import Subject
 
 if TYPE_CHECKING:
     from .loop import Kernel
 
-PREPARER = "llmasos.userland.dataset"
-TRAINER = "llmasos.drivers.trainer"
-
-LOOK_S = 0.1
-"""So often what a run computes is charged, and somebody of its own class may go first."""
-
 STOPPED_S = 30.0
 """A run that is stopped for so long gives up its memory."""
-
-FROZEN_S = 120.0
-"""A trainer that was called in has stopped by then, however little of the processors is left to it."""
 
 PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
@@ -71,82 +54,6 @@ MOST_COMMITS = 60
 
 MOST_METRICS = 64 << 20
 """Bytes of a run's metrics that are read after a restart."""
-
-MOST_EVENTS = 4096
-"""The last so many events of a run are kept for those who follow it."""
-
-
-@dataclass(slots=True, eq=False)
-class Run:
-    """What a process trains: `dataset` with its `digest`. `program` is what works for it now; a trainer
-    attaches as `connection` and is `ready` when it waits for grants. `deaths` are programs in a row that
-    brought it no further."""
-
-    id: str
-    dataset: str
-    digest: str
-    target: str
-    recipe: Recipe
-    result: TrainResult | None = None
-    problem: errors.LLMasOSError | None = None
-    program: Program | None = None
-    number: int = 0  # by which its trainer says whose it is
-    connection: int | None = None
-    ready: bool = False
-    prepared: bool = False
-    exited: bool = False  # the trainer's process, but something that it said may not have been heard
-    leaving: bool = False
-    stopping: bool = False
-    tidied: bool = False
-    deaths: int = 0
-    due: float = 0.0
-    stopped_at: float | None = None
-    grant: int = 0
-    aged: bool = False  # the grant was given because its class had waited for too long
-    called_in: bool = False
-    called_at: float = 0.0
-    granted_at: float = 0.0
-    charged_at: float = 0.0
-    look_at: float = 0.0  # when the kernel looks again whether it has to yield
-    step: int = 0
-    steps: int = 0
-    tokens: int = 0
-    pace: float = 0.0
-    events: deque[TrainEvent] = field(default_factory=lambda: deque(maxlen=MOST_EVENTS))
-    dropped: int = 0  # events before those that are kept
-    followers: list[Follower] = field(default_factory=list)
-
-    @property
-    def trains(self) -> bool:
-        """Whether it has a trainer."""
-        return self.program is not None and self.program.arguments[0] == TRAINER
-
-    @property
-    def waits(self) -> bool:
-        """For a grant."""
-        return self.ready and not self.grant
-
-    @property
-    def waiting_for(self) -> str:
-        """What keeps it from being ready."""
-        if self.program is None:
-            return "its turn to be loaded" if self.result is None else "its model to be committed"
-        module = self.program.arguments[0]
-        return {PREPARER: "its data set", TRAINER: "its trainer"}.get(module, "its model to be committed")
-
-    def row(self) -> RunRow:
-        problem = errors.to_wire(self.problem) if self.problem else None
-        return RunRow(self.id, self.dataset, self.digest, self.target, self.recipe, self.result, problem)
-
-
-@dataclass(slots=True, eq=False)
-class Follower:
-    """A `follow` that is being served; `next` is the number of the event that comes next."""
-
-    request: Request
-    next: int
-    credits: int
-    seq: int = 0
 
 
 # Beginning
@@ -273,7 +180,7 @@ def _recall(kernel: Kernel, process: Process, run: Run) -> None:
     _, metrics = kernel.store.runs.metrics(process.pid, 0, MOST_METRICS)
     for line in metrics.splitlines():
         with suppress(msgspec.DecodeError):
-            _remember(run, msgspec.json.decode(line, type=TrainEvent))
+            run.remember(msgspec.json.decode(line, type=TrainEvent))
 
 
 def pool_of(kernel: Kernel, pid: int, device_name: str) -> Pool:
@@ -377,7 +284,7 @@ def _prepare(kernel: Kernel, process: Process, run: Run) -> None:
 
     def said(line: dict[str, Any]) -> None:
         with suppress(msgspec.ValidationError):
-            _tell(kernel, process, run, msgspec.convert(line, TrainEvent))
+            following.tell(kernel, process, run, msgspec.convert(line, TrainEvent))
 
     def ended(outcome: dict[str, Any] | errors.LLMasOSError) -> None:
         run.program = None
@@ -490,7 +397,7 @@ def _tidy_up(kernel: Kernel, process: Process, run: Run) -> None:
     if not run.tidied or gone:
         run.tidied = True
         for follower in list(run.followers):
-            _serve(kernel, process, run, follower)
+            following.serve(kernel, process, run, follower)
         kernel.store.runs.trim(process.pid)
     if gone:
         kernel.store.runs.remove(process.pid)
@@ -532,14 +439,14 @@ def heard(kernel: Kernel, process: Process, message: base.FromWorker) -> None:
     match message:
         case base.TrainReady():
             run.ready, run.steps = True, message.steps
-            _forget_after(run, message.step)
+            run.forget_after(message.step)
             process.pool.queue.touch(process)
         case base.Granted() if message.ticket == run.grant:
-            _landed(kernel, process, run)
+            grants.landed(kernel, process, run)
         case base.Trained(event):
             if event.phase == "save":
                 run.deaths = 0
-            _tell(kernel, process, run, event)
+            following.tell(kernel, process, run, event)
         case base.TrainDone(result):
             run.result, run.ready = replace(result, model=run.target), False
             kernel.ledger.process(process)
@@ -559,164 +466,8 @@ def gone(kernel: Kernel, process: Process) -> None:
     assert run is not None
     run.connection, run.ready = None, False
     if run.grant:
-        _landed(kernel, process, run)
+        grants.landed(kernel, process, run)
     if run.program is not None and not run.exited:
         kernel.programs.stop(run.program)
     process.pool.queue.touch(process)
     _trainer_over(kernel, process, run)
-
-
-# Grants
-
-
-def grant(kernel: Kernel, device: Device) -> None:
-    """Lets the run whose turn it is compute."""
-    aging_s = kernel.config.aging_s
-    head = device.runs.head(aging_s)
-    process = next(device.runs.take(aging_s, lambda _: 0.0), None)
-    run = process.run if process else None
-    if process is not None and run is not None and run.connection is not None:
-        run.grant, run.called_in = next(kernel.numbers), False
-        run.aged = head is not None and not head[0]
-        run.granted_at = run.charged_at = kernel.now()
-        process.flights, device.granted = 1, process
-        kernel.effects.append(ToWorker(run.connection, base.Grant(run.grant)))
-        _look_again(kernel, run, kernel.now() + LOOK_S)
-    device.runs.settle()
-
-
-def yields(kernel: Kernel, device: Device) -> bool:
-    """Whether steps may be sent: nobody computes by a grant, or who does is called in now, because it is
-    somebody else's turn."""
-    process = device.granted
-    if process is None or process.run is None:
-        return True
-    run, now = process.run, kernel.now()
-    if run.called_in:
-        if now >= run.called_at + FROZEN_S and run.program is not None:
-            kernel.log.warn(f"process {process.pid}: its trainer does not stop computing and is killed")
-            kernel.programs.stop(run.program)
-        return True
-    if process.exit is not None or process.stopped or run.leaving or _is_wanted(kernel, device, process, run):
-        run.called_in, run.called_at = True, now
-        kernel.at(now + FROZEN_S, lambda: None)
-        if run.connection is not None:
-            kernel.effects.append(ToWorker(run.connection, base.CallIn(run.grant)))
-        return True
-    if now - run.charged_at >= LOOK_S:
-        _charge(kernel, process, run)
-    _look_again(kernel, run, run.charged_at + LOOK_S)
-    return False
-
-
-def _is_wanted(kernel: Kernel, device: Device, process: Process, run: Run) -> bool:
-    """Whether the device is to do something else first: at once for a stronger class, after a step's time for
-    who else is to go first."""
-    if any(not pool.ready and (pool.awaited or pool.processes) for pool in device.pools):
-        return True
-    queues = [device.runs, *(pool.queue for pool in device.pools if pool.ready)]
-    heads = [head for queue in queues if len(queue) and (head := queue.head(kernel.config.aging_s))]
-    if not heads:
-        return False
-    first, rank = min(heads), CLASS_RANK[process.sched_class]
-    held = kernel.now() - run.granted_at >= kernel.config.step_ms / 1000
-    if first[1] < rank:
-        return held or not run.aged
-    if not held:
-        _look_again(kernel, run, run.granted_at + kernel.config.step_ms / 1000)
-        return False
-    _charge(kernel, process, run)
-    counter = device.shares.counter(rank, tenant_of(process.owner))
-    return first < (True, rank, counter, process.pid)
-
-
-def _look_again(kernel: Kernel, run: Run, when: float) -> None:
-    if run.look_at <= kernel.now() or when < run.look_at:
-        run.look_at = when
-        kernel.at(when, lambda: None)
-
-
-def _charge(kernel: Kernel, process: Process, run: Run) -> None:
-    now = kernel.now()
-    scheduler.charge(process, now - run.charged_at, now)
-    process.pool.queue.shares.chosen(CLASS_RANK[process.sched_class], tenant_of(process.owner))
-    run.charged_at = now
-
-
-def _landed(kernel: Kernel, process: Process, run: Run) -> None:
-    _charge(kernel, process, run)
-    run.grant, process.flights = 0, 0
-    device = kernel.devices[process.pool.device_name]
-    device.granted = None
-    process.pool.queue.touch(process)
-
-
-# Events
-
-
-def follow(kernel: Kernel, process: Process, request: Request, after: int, credits_: int) -> None:
-    """Streams the events of a run. Raises InvalidArgument."""
-    run = process.run
-    if run is None:
-        raise errors.InvalidArgument(f"process {process.pid} does not train", field="pid")
-    follower = Follower(request, after, credits_)
-    run.followers.append(follower)
-
-    def cancel() -> None:
-        if follower in run.followers:
-            run.followers.remove(follower)
-            kernel.sessions.reply(request, table.Done())
-
-    def credit(n: int) -> None:
-        follower.credits = min(follower.credits + n, wire.MAX_CREDITS)
-        _serve(kernel, process, run, follower)
-
-    kernel.sessions.on_cancel(request, cancel)
-    kernel.sessions.on_credit(request, credit)
-    _serve(kernel, process, run, follower)
-
-
-def _serve(kernel: Kernel, process: Process, run: Run, follower: Follower) -> None:
-    """Sends what a follower has room for; the final answer follows the last event."""
-    if follower not in run.followers:
-        return
-    known = run.dropped + len(run.events)
-    follower.next = min(max(follower.next, run.dropped), known)
-    first = follower.next - run.dropped
-    for event in itertools.islice(run.events, first, first + follower.credits):
-        kernel.sessions.item(follower.request, follower.seq, event)
-        follower.seq += 1
-        follower.credits -= 1
-        follower.next += 1
-    over = process.exit is not None or process not in process.pool.processes
-    if over and follower.next == known:
-        run.followers.remove(follower)
-        if run.problem is not None:
-            kernel.sessions.fail(follower.request, run.problem)
-        else:
-            kernel.sessions.reply(follower.request, table.Done())
-
-
-def _tell(kernel: Kernel, process: Process, run: Run, event: TrainEvent) -> None:
-    _remember(run, event)
-    for follower in list(run.followers):
-        _serve(kernel, process, run, follower)
-
-
-def _remember(run: Run, event: TrainEvent) -> None:
-    run.dropped += len(run.events) == MOST_EVENTS
-    run.events.append(event)
-    if event.phase == "train":
-        run.step, run.steps, run.tokens, run.pace = (
-            event.step,
-            event.steps,
-            event.tokens,
-            event.tokens_per_s,
-        )
-
-
-def _forget_after(run: Run, step: int) -> None:
-    """The trainer goes on behind `step`: what came after it has not been."""
-    while run.events and run.events[-1].phase != "prepare" and run.events[-1].step > step:
-        run.events.pop()
-    run.step = step

@@ -14,7 +14,7 @@ import msgspec
 from llmasos.syscalls import errors, table, wire
 from llmasos.syscalls import types as t
 
-from . import adapters, faults, files, migration, planning, residency, resume, snapshots, training
+from . import adapters, faults, files, following, migration, planning, residency, resume, snapshots, training
 from .beams import BeamSearch
 from .infer import Infer
 from .modelfs import dataset_files
@@ -157,7 +157,7 @@ def _dispatch(
             _refuse_new_work(kernel)
             return training.start(kernel, session, call)
         case table.Follow():
-            training.follow(kernel, processes.find(call.pid, subject), request, call.after, credits_)
+            following.follow(kernel, processes.find(call.pid, subject), request, call.after, credits_)
             return None
         case table.Kill():
             process = processes.find(call.pid, subject)

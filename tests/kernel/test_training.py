@@ -11,10 +11,11 @@ import msgspec
 import pytest
 from llmasos.drivers import base
 from llmasos.kernel.effects import KillWorker, ToWorker
+from llmasos.kernel.grants import FROZEN_S
 from llmasos.kernel.modelfs.names import parse_name
 from llmasos.kernel.programs import Program
 from llmasos.kernel.tenants import Subject
-from llmasos.kernel.training import FROZEN_S, MOST_DEATHS
+from llmasos.kernel.training import MOST_DEATHS
 from llmasos.syscalls import errors, table, training, wire
 from llmasos.syscalls import types as t
 from msgspec.structs import replace
