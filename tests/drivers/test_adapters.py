@@ -8,7 +8,6 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -40,26 +39,12 @@ def prompt(length: int, seed: int = 1) -> list[int]:
     return random.Random(seed).choices(range(VOCAB), k=length)
 
 
-@dataclass(frozen=True)
-class Adapter:
+class Adapter(Tiny):
     """One that peft wrote; `reference` is peft's model with it."""
-
-    folder: Path
-    reference: Any
 
     @property
     def files(self) -> dict[str, base.File]:
         return {name: file for name, file in files_of(self.folder).items() if name.startswith("adapter_")}
-
-    def logits(self, tokens: list[int]) -> torch.Tensor:
-        with torch.inference_mode():
-            return self.reference(torch.tensor([tokens])).logits[0].float()
-
-    def greedy(self, tokens: list[int], count: int) -> list[int]:
-        out = list(tokens)
-        for _ in range(count):
-            out.append(int(self.logits(out)[-1].argmax()))
-        return out[len(tokens) :]
 
 
 def make_adapter(model: Tiny, folder: Path, seed: int = 1, **config: Any) -> Adapter:
