@@ -76,7 +76,13 @@ def send_dataset(client: Client, path: str | Path, name: str = "", show: Show | 
             while True:
                 data = source.read(CHUNK)
                 last = len(data) < CHUNK
-                client.call(table.Write(f"/datasets/{name}", done, data, last))
+                try:
+                    client.call(table.Write(f"/datasets/{name}", done, data, last))
+                except errors.InvalidArgument as problem:
+                    if not done or problem.details.get("size") != 0:
+                        raise
+                    done = source.seek(0)  # the kernel was started again and knows nothing unfinished
+                    continue
                 done += len(data)
                 if show is not None:
                     show(done, size)

@@ -231,3 +231,19 @@ def test_the_shell_trains_shows_and_draws(daemon: Any, data: Path, tmp_path: Pat
     assert llsh("train", "--follow", pid).startswith("tiny+later: 6 steps")
     llsh("merge", "tiny+shell", "plain")
     assert "tiny:latest+shell" not in llsh("rm", "tiny+shell", "tiny+later", "plain") + llsh("list")
+
+
+def test_a_data_set_arrives_whole_though_the_kernel_is_killed_on_the_way(daemon: Any, tmp_path: Path) -> None:
+    path = tmp_path / "big.txt"
+    path.write_bytes(bytes(97 + n % 26 for n in range(3 * training.CHUNK + 7)))
+    killed: list[int] = []
+
+    def show(done: int, size: int) -> None:
+        if not killed and done == 2 * training.CHUNK:
+            killed.append(daemon.kernel().pid)
+            daemon.kernel().kill()
+
+    with daemon.client() as client:
+        assert training.send_dataset(client, path, show=show) == "big.txt"
+        assert killed
+        assert client.read_file("/datasets/big.txt") == path.read_bytes()
