@@ -365,12 +365,13 @@ class Leave(Struct, frozen=True, tag="leave"):
 
 
 class TrainReady(Struct, frozen=True, tag="train-ready"):
-    """All is loaded and the first grant may come. `step` of `steps` are done (by an earlier trainer).
-    `memory` is bytes of tensors."""
+    """All is loaded and the first grant may come. `step` of `steps` are done (by an earlier trainer), and
+    the evaluation of `eval_step`. `memory` is bytes of tensors."""
 
     step: int
     steps: int
     memory: int
+    eval_step: int = 0
 
 
 class Granted(Struct, frozen=True, tag="granted"):

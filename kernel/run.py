@@ -89,9 +89,10 @@ class Run:
             self.step, self.steps = event.step, event.steps
             self.tokens, self.pace = event.tokens, event.tokens_per_s
 
-    def forget_after(self, step: int) -> None:
-        """Its trainer goes on behind `step`: what came after it has not been."""
-        while self.events and self.events[-1].phase != "prepare" and self.events[-1].step > step:
+    def forget_after(self, step: int, eval_step: int) -> None:
+        """Its trainer goes on behind `step` and the evaluation of `eval_step`: what came after has not
+        been."""
+        while self.events and not self.events[-1].is_behind(step, eval_step):
             self.events.pop()
         self.step = step
 

@@ -439,7 +439,7 @@ def heard(kernel: Kernel, process: Process, message: base.FromWorker) -> None:
     match message:
         case base.TrainReady():
             run.ready, run.steps = True, message.steps
-            run.forget_after(message.step)
+            run.forget_after(message.step, message.eval_step)
             process.pool.queue.touch(process)
         case base.Granted() if message.ticket == run.grant:
             grants.landed(kernel, process, run)

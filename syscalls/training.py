@@ -154,6 +154,13 @@ class TrainEvent(Wire, frozen=True):
     eta_s: float = 0.0
     time: float = 0.0
 
+    def is_behind(self, step: int, eval_step: int) -> bool:
+        """Whether a run that goes on after `step`, with the evaluation of `eval_step` as its last one, will
+        not come here again."""
+        if self.phase == "prepare":
+            return True
+        return self.step <= eval_step if self.phase == "eval" else self.step <= step
+
 
 class TrainResult(Wire, frozen=True):
     """What a run made: `model` is the name that `infer` takes, `digest` its manifest's. `stopped_early`: by

@@ -248,7 +248,7 @@ def _train(
     bus.send(
         base.Note("info", f"trainer of {spec.name} loaded in {took:.1f} s, step {run.step} of {run.steps}")
     )
-    bus.send(base.TrainReady(run.step, run.steps, run.memory))
+    bus.send(base.TrainReady(run.step, run.steps, run.memory, run.eval_step))
     try:
         result = run.train()
     except Left:

@@ -1,6 +1,7 @@
 """The events of a run: appended to metrics.jsonl, and to TensorBoard where it is installed.
 
-A trainer that goes on from a checkpoint drops what was told of later steps: they are computed again."""
+A trainer that goes on from a checkpoint drops what was told of later steps and evaluations: they are computed
+again."""
 
 from __future__ import annotations
 
@@ -23,13 +24,14 @@ _SCALARS = {
 
 
 class Metrics:
-    """Writes a run's events, which begin after `step`. Raises StorageFailed."""
+    """Writes the events of a run that goes on after `step`, with the evaluation of `eval_step` as its last
+    one. Raises StorageFailed."""
 
-    def __init__(self, folder: Path, step: int) -> None:
+    def __init__(self, folder: Path, step: int, eval_step: int) -> None:
         self._path = folder / "metrics.jsonl"
         with storing(folder):
             self._file = self._path.open("ab")
-            self._file.truncate(_length_until(self._path, step))
+            self._file.truncate(_length_until(self._path, step, eval_step))
         self._board = _tensorboard(folder / "tensorboard", step)
 
     def add(self, event: TrainEvent) -> None:
@@ -55,8 +57,8 @@ class Metrics:
             self._board.close()
 
 
-def _length_until(path: Path, step: int) -> int:
-    """Bytes of the whole lines that tell of steps up to `step`."""
+def _length_until(path: Path, step: int, eval_step: int) -> int:
+    """Bytes of the whole lines before the first that will be told again."""
     length = 0
     with path.open("rb") as file:
         for line in file:
@@ -64,7 +66,7 @@ def _length_until(path: Path, step: int) -> int:
                 event = msgspec.json.decode(line, type=TrainEvent)
             except msgspec.DecodeError:
                 break  # not finished
-            if not line.endswith(b"\n") or (event.phase != "prepare" and event.step > step):
+            if not line.endswith(b"\n") or not event.is_behind(step, eval_step):
                 break
             length += len(line)
     return length

@@ -65,7 +65,7 @@ class Run:
         self._before = self._progress.seconds  # computed by earlier trainers
         self._begun = self._progress
         self._saved = self._progress
-        self._metrics = Metrics(self._folder, self._progress.step) if crew.leads else None
+        self._metrics = Metrics(self._folder, self.step, self.eval_step) if crew.leads else None
 
     def _prepare(self, bf16: bool) -> tuple[Built, Batches]:
         """What a rank does without the others."""
@@ -90,6 +90,11 @@ class Run:
     @property
     def step(self) -> int:
         return self._progress.step
+
+    @property
+    def eval_step(self) -> int:
+        """The step after which the validation split was measured last."""
+        return self._progress.eval_step
 
     @property
     def steps(self) -> int:

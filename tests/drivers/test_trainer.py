@@ -552,6 +552,29 @@ def test_killed_or_sent_away_at_any_moment_it_learns_the_same(
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_an_evaluation_that_no_checkpoint_knows_is_not_told_twice(
+    spec: Callable[..., base.TrainSpec], tmp_path: Path
+) -> None:
+    """The checkpoint of step 12 is written before the evaluation after step 12."""
+    asked = spec("gpt2", DROPPING)
+    undisturbed = msgspec.structs.replace(asked, folder=str(tmp_path / "undisturbed"))
+    Path(undisturbed.folder).mkdir()
+    train(undisturbed)
+
+    def dies(event: TrainEvent) -> None:
+        if event.phase == "eval" and event.step == 12:
+            raise InterruptedError
+
+    gate = Gate()
+    gate.open()
+    with pytest.raises(InterruptedError):
+        Run(asked, gate, dies).train()
+    _, _, again = train(asked)
+    assert (again.step, again.eval_step) == (16, 16)
+    assert told_of(tmp_path) == told_of(Path(undisturbed.folder))
+
+
 def told_of(folder: Path) -> list[tuple[Any, ...]]:
     return [
         (event.phase, event.step, event.loss, event.grad_norm, event.learning_rate, event.eval_loss)

@@ -214,6 +214,7 @@ def test_a_trainer_that_dies_is_started_again_and_what_was_lost_is_told_again(wo
     for step in (1, 2):
         world.event(connection, step)
     world.event(connection, 2, "save")
+    world.event(connection, 2, "eval")
     world.event(connection, 3)
     world.trainer_dies(connection, trainer)
     assert world.reply(world.send(table.StatProcess(pid)))["state"] == "new"
