@@ -1,4 +1,5 @@
-"""Who may do what. Identity comes from the socket (the peer's uid, or a CURVE key), never from a message.
+"""Who may do what. Identity comes from the socket (the peer's uid, or a CURVE key), never from a message,
+unless an administrator says on whose behalf it speaks.
 
 A subject is a path: `user`, or `user/label` for a session that narrowed itself. A subject sees and
 commands what lies at or below it. Rights are denied unless held: the daemon's own user and root hold all,
@@ -10,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmasos.syscalls import errors
-from llmasos.syscalls.types import Capability, SchedClass
+from llmasos.syscalls.types import Capability, Rights, SchedClass
 
 LABEL_RIGHTS = frozenset(
     {
@@ -48,6 +49,15 @@ class Subject:
             return self
         rights = LABEL_RIGHTS if self.admin else LABEL_RIGHTS & self.rights
         return Subject(f"{self.path}/{label}", self.uid, self.pid, False, rights, self.key)
+
+    def assumed(self, tenant: str, rights: Rights) -> Subject:
+        """The tenant that an administrator's local session becomes. Raises PermissionDenied for others."""
+        if not self.admin:
+            raise errors.PermissionDenied(
+                f"{self.path} cannot become {tenant}", hint="the daemon's own user can", tenant=tenant
+            )
+        held = frozenset({Capability.CONNECT, *rights}) - {Capability.ADMIN}
+        return Subject(tenant, self.uid, self.pid, False, held)
 
     def holds(self, right: Capability) -> bool:
         return self.admin or right in self.rights

@@ -249,6 +249,9 @@ def _hello(kernel: Kernel, session: Session, call: table.Hello) -> table.HelloRe
         )
     if session.subject.key:
         kernel.audit.note("login", session.subject.path, key=session.subject.key)
+    if call.tenant is not None:
+        kernel.audit.note("become", session.subject.path, tenant=call.tenant)
+        session.subject = session.subject.assumed(call.tenant, call.rights)
     session.greeted = True
     session.subject = session.subject.narrowed(call.label)
     if call.token:

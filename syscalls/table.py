@@ -22,7 +22,7 @@ from msgspec import Meta
 from . import training
 from . import types as t
 
-VERSION = 4
+VERSION = 5
 
 
 class Call(t.Wire, frozen=True):
@@ -50,6 +50,9 @@ class HelloReply(t.Wire, frozen=True):
 class Hello(Call, frozen=True):
     """Opens a session. `label` narrows the session to a sub-tenant of the caller (`uid-name/label`).
 
+    An administrator's local session becomes that of another `tenant`, with at most these `rights`, as setuid
+    does: for servers that know from elsewhere whom they serve. Raises PermissionDenied for others.
+
     `token`, drawn by the client, says that it is the same client over another connection: what it started and
     what it was answered is still its own, also after the kernel was restarted. Empty: it never returns.
     """
@@ -61,6 +64,8 @@ class Hello(Call, frozen=True):
     table_hash: t.Text
     label: Annotated[str, Meta(max_length=64, pattern=r"^([a-z0-9][a-z0-9._-]*)?\Z")] = ""
     token: Annotated[str, Meta(pattern=r"^([0-9a-f]{32})?$")] = ""
+    tenant: t.Tenant | None = None
+    rights: t.Rights = t.TENANT_RIGHTS
 
 
 class WhoamiReply(t.Wire, frozen=True):

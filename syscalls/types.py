@@ -58,6 +58,12 @@ class Capability(enum.StrEnum):
     ADMIN = "admin"  # everything, others' processes included
 
 
+Rights = Annotated[tuple[Capability, ...], Meta(max_length=16)]
+
+TENANT_RIGHTS: Rights = (Capability.SEE, Capability.INFER, Capability.PROCESS)
+"""What a tenant holds of whom nothing else was said."""
+
+
 class SchedClass(enum.StrEnum):
     """Scheduling classes, strongest first."""
 
@@ -212,11 +218,7 @@ class KeyInfo(Wire, frozen=True):
 
     tenant: Tenant
     public: PublicKey
-    rights: Annotated[tuple[Capability, ...], Meta(max_length=16)] = (
-        Capability.SEE,
-        Capability.INFER,
-        Capability.PROCESS,
-    )
+    rights: Rights = TENANT_RIGHTS
 
 
 class Quota(Wire, frozen=True):

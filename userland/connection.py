@@ -24,6 +24,7 @@ import msgspec
 import zmq
 from llmasos.syscalls import address as addresses
 from llmasos.syscalls import errors, table, wire
+from llmasos.syscalls import types as t
 from zmq.utils.monitor import parse_monitor_message
 
 from . import keys
@@ -97,12 +98,19 @@ class Connection:
     does not know our key) or VersionMismatch. Raises NoSuchFile, NoSuchKey without the keys that tcp needs.
     """
 
-    def __init__(self, address: str | None, label: str, timeout_s: float) -> None:
+    def __init__(
+        self,
+        address: str | None,
+        label: str,
+        timeout_s: float,
+        tenant: str | None = None,
+        rights: t.Rights = t.TENANT_RIGHTS,
+    ) -> None:
         self.address = address or addresses.socket_address()
         self._credentials = keys.credentials(self.address)
         self.timeout_s = timeout_s
         self.greeted: concurrent.futures.Future[table.HelloReply] = concurrent.futures.Future()
-        self._session = Session(label, secrets.token_hex(16))
+        self._session = Session(label, secrets.token_hex(16), tenant, rights)
         self._commands: collections.deque[Ticket | _Grant | _Cancel | _Stop] = collections.deque()
         self._tickets: dict[int, Ticket] = {}
         self._read_end, self._write_end = os.pipe()

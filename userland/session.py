@@ -137,6 +137,8 @@ class Session:
 
     label: str = ""
     token: str = ""
+    tenant: str | None = None
+    rights: t.Rights = t.TENANT_RIGHTS
     phase: Phase = Phase.OFFLINE
     hello: table.HelloReply | None = None
     _ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
@@ -188,7 +190,9 @@ class Session:
         """A fresh connection is being made: greet the kernel."""
         self.phase = Phase.GREETING
         self._hello_id = next(self._ids)
-        hello = table.Hello(table.VERSION, table.table_hash(), self.label, self.token)
+        hello = table.Hello(
+            table.VERSION, table.table_hash(), self.label, self.token, self.tenant, self.rights
+        )
         self._out = [wire.encode_request(self._hello_id, hello, 0)]
 
     def offline(self) -> list[Event]:

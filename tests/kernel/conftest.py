@@ -87,8 +87,9 @@ class World:
         """Makes a call; returns its id."""
         if session not in self.inbox:
             self.inbox[session] = []
-            hello = table.Hello(table.VERSION, table.table_hash())
-            self.kernel.message(session, subject, wire.encode_request(10**6, hello, 0))
+            if not isinstance(call, table.Hello):
+                hello = table.Hello(table.VERSION, table.table_hash())
+                self.kernel.message(session, subject, wire.encode_request(10**6, hello, 0))
         self.next_id += 1
         self.kernel.message(session, subject, wire.encode_request(self.next_id, call, credits_))
         return self.next_id

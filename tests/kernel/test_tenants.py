@@ -57,6 +57,22 @@ def test_a_label_never_has_more_than_its_parent() -> None:
     assert not MALLORY.narrowed("a").holds(Capability.INFER)
 
 
+def test_an_administrator_speaks_on_behalf_of_a_tenant_and_nobody_else_does(world: World) -> None:
+    world.attach()
+    hello = table.Hello(table.VERSION, table.table_hash(), tenant="alice", rights=(*Capability,))
+    root, stranger = Subject("root", 0, 1, True), Subject("bob", 1000, 2, False, frozenset(Capability))
+    became = world.send(hello, b"\0r", subject=root)
+    refused = world.send(hello, b"\0b", subject=stranger)
+    world.turn()
+    assert world.result(became, b"\0r").body["subject"] == "alice"
+    assert world.error(refused, b"\0b") is errors.PermissionDenied
+    who = world.send(table.Whoami(), b"\0r", subject=root)
+    administers = world.send(table.SetQuota("bob", None), b"\0r", subject=root)
+    world.turn()
+    assert not world.result(who, b"\0r").body["admin"]
+    assert world.error(administers, b"\0r") is errors.PermissionDenied
+
+
 @pytest.mark.parametrize("source", ["file:/root/secret.gguf", "/root/secret.gguf", "./secret"])
 def test_files_of_the_daemon_are_not_everybodys(world: World, source: str) -> None:
     rights = frozenset(Capability) - {Capability.ADMIN, Capability.FILES}
