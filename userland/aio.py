@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import Any, Generic, TypeVar, cast
 
 from llmasos.syscalls import errors, table
-from llmasos.syscalls import types as t
 
 from .client import CONFIRM_S, Answers, Streams
 from .connection import CONNECT_TIMEOUT_S, Connection
@@ -135,8 +134,7 @@ class AsyncStream(Generic[I, R]):
 class AsyncClient:
     """A connection to the kernel for asyncio. Arguments, errors and reconnecting as in client.Client.
 
-    Connects in `async with` or `open()`. `tenant`: on whose behalf an administrator speaks, with which
-    `rights`. With `connection` it shares that of a sync client and leaves
+    Connects in `async with` or `open()`. With `connection` it shares that of a sync client and leaves
     it open.
     """
 
@@ -145,12 +143,10 @@ class AsyncClient:
         address: str | None = None,
         *,
         label: str = "",
-        tenant: str | None = None,
-        rights: t.Rights = t.TENANT_RIGHTS,
         timeout_s: float = CONNECT_TIMEOUT_S,
         connection: Connection | None = None,
     ) -> None:
-        self.connection = connection or Connection(address, label, timeout_s, tenant, rights)
+        self.connection = connection or Connection(address, label, timeout_s)
         self._owner = connection is None
 
     async def open(self) -> AsyncClient:

@@ -210,17 +210,23 @@ class Client:
     """A connection to the kernel. Thread-safe; reconnects by itself.
 
     `address` is a ZeroMQ endpoint, by default that of the user's daemon. `label` names a sub-tenant of the
-    caller. Raises DaemonUnreachable when nothing answers within `timeout_s`, VersionMismatch when the
-    kernel has another syscall table.
+    caller, `tenant` on whose behalf an administrator speaks, with which `rights`. Raises DaemonUnreachable
+    when nothing answers within `timeout_s`, VersionMismatch when the kernel has another syscall table.
 
     When the connection breaks or the kernel is restarted, calls under way go on when it is back, each done
     once; streams continue behind what was received. DaemonUnreachable when it is not back within `timeout_s`.
     A session's processes end with it."""
 
     def __init__(
-        self, address: str | None = None, *, label: str = "", timeout_s: float = CONNECT_TIMEOUT_S
+        self,
+        address: str | None = None,
+        *,
+        label: str = "",
+        tenant: str | None = None,
+        rights: t.Rights = t.TENANT_RIGHTS,
+        timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
-        self.connection = Connection(address, label, timeout_s)
+        self.connection = Connection(address, label, timeout_s, tenant, rights)
         self._finalizer = weakref.finalize(self, Connection.close, self.connection)
         try:
             self.connection.greeted.result()

@@ -54,7 +54,9 @@ class Answer:
         self._stops = StopStrings(stop)
         self._prefix = prefix
         self._context_tokens = len(context)
+        self._context = context
         self._scores: list[t.Chosen] = []
+        self._prompt_scores: list[t.Chosen] = []
         self.tokens: list[int] = []
         self.text = ""
 
@@ -69,6 +71,7 @@ class Answer:
             return ""
         self.tokens += event.tokens
         self._scores += event.logprobs
+        self._prompt_scores += event.prompt_logprobs
         return self._grow(self._stops.feed(self._detokenizer.feed(event.tokens)))
 
     def flush(self) -> str:
@@ -85,7 +88,7 @@ class Answer:
         done = Completion(self._prefix + self.text)
         done.text, done.tokens, done.score = self.text, self.tokens, score
         done.finish = t.Finish.STOP if self.stopped else finish or reply.finish
-        done.logprobs = self._token_scores() if self._scores else None
+        done.logprobs = self.scores() if self._scores else None
         done.prompt_tokens, done.cached_tokens = self._context_tokens, reply.cached_tokens
         done.seed = reply.seed
         return done
@@ -94,9 +97,17 @@ class Answer:
         self.text += piece
         return piece
 
-    def _token_scores(self) -> list[TokenScore]:
+    def scores(self, first: int = 0) -> list[TokenScore]:
+        """Of the tokens so far, without the `first` ones."""
+        return self._shown(self.tokens[first:], self._scores[first:])
+
+    def prompt_scores(self) -> list[TokenScore]:
+        """Of the context's tokens, if they were asked for; the first one's is NaN."""
+        return self._shown(self._context[-len(self._prompt_scores) :], self._prompt_scores)
+
+    def _shown(self, tokens: Sequence[int], scores: Sequence[t.Chosen]) -> list[TokenScore]:
         shown = self._tokenizer.shown
         return [
             TokenScore(shown(id_), id_, chosen.logprob, [(shown(o.token), o.logprob) for o in chosen.top])
-            for id_, chosen in zip(self.tokens, self._scores, strict=False)
+            for id_, chosen in zip(tokens, scores, strict=False)
         ]

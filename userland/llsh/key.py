@@ -1,5 +1,5 @@
-"""Commands about keys for daemons on tcp: `llsh key new`, `show`, `trust`, and for the administrator `list`,
-`authorize`, `revoke`.
+"""Commands about keys: for daemons on tcp `llsh key new`, `show`, `trust`, and for the administrator `list`,
+`authorize`, `revoke`; for the gateway `llsh key api new`, `list`, `revoke`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 from llmasos.syscalls import table
-from llmasos.syscalls.types import Capability, KeyInfo
+from llmasos.syscalls.types import TENANT_RIGHTS, Capability, KeyInfo
 
 from .argument import Json, examples
 from .shell import Shell, shell_of
@@ -17,13 +17,25 @@ from .table import Column, Table
 
 app = typer.Typer()
 group = typer.Typer(
-    help="Keys for daemons on other machines.",
+    help="Keys for daemons on other machines, and for the gateway.",
     no_args_is_help=True,
     epilog=examples(
         "llsh key new", "llsh key authorize KEY --as alice", "llsh key trust tcp://gpu1:5570 KEY"
     ),
 )
 app.add_typer(group, name="key")
+api = typer.Typer(
+    help="API keys of the gateway (`llsh serve`).",
+    no_args_is_help=True,
+    epilog=examples("llsh key api new ci --as alice", "llsh key api list", "llsh key api revoke ci"),
+)
+group.add_typer(api, name="api")
+
+Tenant = Annotated[str, typer.Option("--as", metavar="TENANT", help="Whose processes its own will be.")]
+Rights = Annotated[
+    list[Capability] | None,
+    typer.Option("--right", help="Can be repeated. Without it: see, infer, process."),
+]
 
 
 @group.command(epilog=examples("llsh key new"))
@@ -71,11 +83,8 @@ def list_(context: typer.Context, json: Json = False) -> None:
 def authorize(
     context: typer.Context,
     key: Annotated[str, typer.Argument(help="A public key, or a file that holds one.")],
-    tenant: Annotated[str, typer.Option("--as", metavar="TENANT", help="Whose processes its own will be.")],
-    right: Annotated[
-        list[Capability] | None,
-        typer.Option("--right", help="Can be repeated. Without it: see, infer, process."),
-    ] = None,
+    tenant: Tenant,
+    right: Rights = None,
     json: Json = False,
 ) -> None:
     """Let a key in over tcp."""
@@ -106,3 +115,51 @@ def _print(shell: Shell, reply: table.KeysReply, json: bool) -> None:
         rows.add(entry.tenant, ",".join(entry.rights), entry.public)
     if reply.keys:
         shell.terminal.table(rows)
+
+
+@api.command(
+    "new", epilog=examples("llsh key api new ci --as alice", "llsh key api new lab --as bob --right train")
+)
+def api_new(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="What you call it.")],
+    tenant: Tenant,
+    right: Rights = None,
+    json: Json = False,
+) -> None:
+    """Make an API key and print it, once: only its hash is kept."""
+    from ..gateway import access
+
+    key = access.ApiKeys(access.folder()).make(name, tenant, tuple(right) if right else TENANT_RIGHTS)
+    shell_of(context).emit({"name": name, "tenant": tenant, "key": key}, json, key)
+
+
+@api.command("list", epilog=examples("llsh key api list"))
+def api_list(context: typer.Context, json: Json = False) -> None:
+    """Show the API keys that may come in."""
+    from ..gateway import access
+
+    terminal = shell_of(context).terminal
+    keys = access.ApiKeys(access.folder()).all()
+    if json:
+        terminal.document(
+            [{"name": k.name, "tenant": k.tenant, "rights": k.rights, "created": k.created} for k in keys]
+        )
+        return
+    rows = Table([Column("NAME"), Column("TENANT"), Column("RIGHTS")])
+    for key in keys:
+        rows.add(key.name, key.tenant, ",".join(key.rights))
+    terminal.table(rows)
+
+
+@api.command("revoke", epilog=examples("llsh key api revoke ci"))
+def api_revoke(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="As `llsh key api list` shows it.")],
+    json: Json = False,
+) -> None:
+    """Shut an API key out, within a second."""
+    from ..gateway import access
+
+    access.ApiKeys(access.folder()).revoke(name)
+    shell_of(context).emit({"revoked": name}, json, f"{name} is shut out")

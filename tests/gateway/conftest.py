@@ -1,0 +1,97 @@
+"""The gateway over real sockets, before a real daemon with the null driver, whose models speak in words."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+from llmasos.syscalls import table
+from llmasos.syscalls import types as t
+from llmasos.userland.client import Client
+from llmasos.userland.daemon import ensure_daemon
+from llmasos.userland.gateway.access import ApiKeys, folder
+from llmasos.userland.gateway.app import build
+
+from ..llsh.conftest import add_model
+
+
+@dataclass
+class Gateway:
+    """A gateway that serves at `url`. `keys` are by tenant."""
+
+    url: str
+    keys: dict[str, str]
+    server: uvicorn.Server
+
+    def http(self, tenant: str = "alice") -> httpx.Client:
+        headers = {"authorization": f"Bearer {self.keys[tenant]}"} if self.keys else {}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=30)
+
+
+def serve(keys: dict[str, str]) -> Iterator[Gateway]:
+    """A gateway in a thread, on a free port; without keys it asks for none."""
+    app = build(None, ApiKeys(folder()) if keys else None)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+    server = uvicorn.Server(config)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        yield Gateway(f"http://127.0.0.1:{listening.getsockname()[1]}", keys, server)
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture(scope="session")
+def home() -> Iterator[Path]:
+    made = Path(tempfile.mkdtemp(prefix="gw", dir="/tmp"))
+    (made / "config.toml").write_text('devices = ["null"]\n')
+    add_model(made, "tiny", max_position_embeddings=512)
+    add_model(made, "plain", template="", max_position_embeddings=512)
+    add_model(made, "slow", max_position_embeddings=512, llmasos_null_step_seconds=0.05)
+    before = {name: os.environ.pop(name, None) for name in ("LLMASOS_HOME", "LLMASOS_SOCKET")}
+    os.environ["LLMASOS_HOME"] = str(made)
+    ensure_daemon().close()
+    yield made
+    with Client() as client:
+        client.call(table.Shutdown(0))
+    os.environ.pop("LLMASOS_HOME")
+    os.environ.update({name: value for name, value in before.items() if value is not None})
+    shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def gateway(home: Path) -> Iterator[Gateway]:
+    """One that asks for keys: alice and bob have the usual rights, carol can train and bring in models."""
+    keys = ApiKeys(folder())
+    made = {tenant: keys.make(tenant, tenant, t.TENANT_RIGHTS) for tenant in ("alice", "bob")}
+    more = (*t.TENANT_RIGHTS, t.Capability.TRAIN, t.Capability.MODELS)
+    made["carol"] = keys.make("carol", "carol", more)
+    yield from serve(made)
+
+
+@pytest.fixture
+def http(gateway: Gateway) -> Iterator[httpx.Client]:
+    """Alice."""
+    with gateway.http() as client:
+        yield client
+
+
+@pytest.fixture
+def kernel(home: Path) -> Iterator[Client]:
+    """The administrator's view."""
+    with Client() as client:
+        yield client

@@ -1,0 +1,108 @@
+"""What every route shares: keys, bounds, ids, and who may come in at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from llmasos.syscalls import errors
+from llmasos.syscalls import types as t
+from llmasos.userland.client import Client
+from llmasos.userland.gateway.access import ApiKeys, folder
+from llmasos.userland.gateway.http import MOST_BODY
+
+from .conftest import Gateway, serve
+
+
+@pytest.fixture(scope="module")
+def open_gateway(home: Path) -> Iterator[Gateway]:
+    """One without keys, for this machine only."""
+    yield from serve({})
+
+
+def test_answers_have_an_id_and_take_the_callers(http: httpx.Client) -> None:
+    assert http.get("/v1/models").headers["x-request-id"].startswith("req_")
+    assert http.get("/livez", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
+    assert http.get("/livez", headers={"x-request-id": "a b"}).headers["x-request-id"].startswith("req_")
+
+
+def test_the_gateway_says_how_it_is(gateway: Gateway) -> None:
+    for path in ("/livez", "/health", "/readyz", "/version"):
+        assert httpx.get(gateway.url + path).status_code == 200
+
+
+def test_a_key_is_asked_for_and_only_its_hash_is_kept(gateway: Gateway) -> None:
+    for headers in ({}, {"authorization": "Bearer nonsense"}, {"authorization": "Basic abc"}):
+        answer = httpx.get(f"{gateway.url}/v1/models", headers=headers)
+        assert answer.status_code == 401
+        assert answer.headers["www-authenticate"] == "Bearer"
+    assert (
+        httpx.get(f"{gateway.url}/v1/models", headers={"x-api-key": gateway.keys["bob"]}).status_code == 200
+    )
+    kept = "".join(file.read_text() for file in folder().iterdir())
+    assert not any(key in kept for key in gateway.keys.values())
+
+
+def test_a_revoked_key_is_shut_out(tmp_path: Path) -> None:
+    keys = ApiKeys(tmp_path)
+    key = keys.make("ci", "alice", t.TENANT_RIGHTS)
+    again = ApiKeys(tmp_path)
+    found = again.find(key)
+    assert found is not None
+    assert (found.tenant, found.rights) == ("alice", t.TENANT_RIGHTS)
+    with pytest.raises(errors.AlreadyExists):
+        again.make("ci", "bob", t.TENANT_RIGHTS)
+    again.revoke("ci")
+    assert ApiKeys(tmp_path).find(key) is None
+    with pytest.raises(errors.NoSuchKey):
+        again.revoke("../ci")
+    with pytest.raises(errors.InvalidArgument):
+        again.make("root", "root", (t.Capability.ADMIN,))
+
+
+def test_a_damaged_key_file_lets_nobody_in(tmp_path: Path) -> None:
+    keys = ApiKeys(tmp_path)
+    keys.make("a", "alice", t.TENANT_RIGHTS)
+    (tmp_path / "b.toml").write_text("tenant = 'bob'\nsha256 = ''\n")
+    assert [key.tenant for key in keys.all()] == ["alice"]
+    assert keys.problems
+
+
+def test_bodies_are_bounded(http: httpx.Client) -> None:
+    long = http.post("/v1/chat/completions", content=b"x" * (MOST_BODY + 1))
+    assert long.status_code == 413
+    for text in ("{", "[]", '"x"', '{"model": 1}', "[" * 100_000):
+        answer = http.post("/v1/chat/completions", content=text, headers={"content-type": "application/json"})
+        assert answer.status_code == 400, text[:10]
+        assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_tenants_do_not_see_each_other(gateway: Gateway, kernel: Client) -> None:
+    with gateway.http("alice") as alice, gateway.http("bob") as bob:
+        body = {"model": "tiny", "prompt": "w1", "max_tokens": 1}
+        pid = alice.post("/v1/completions", json={**body, "pid": "new"}).json()["pid"]
+        assert alice.post("/v1/completions", json={**body, "pid": pid}).status_code == 200
+        assert bob.post("/v1/completions", json={**body, "pid": pid}).status_code == 404
+        assert bob.post("/v1/completions", json={**body, "fork_of": pid}).status_code == 404
+    kernel.kill(pid)
+
+
+def test_without_keys_only_this_machine_comes_in(open_gateway: Gateway) -> None:
+    with open_gateway.http() as http:
+        assert http.get("/v1/models").status_code == 200
+        for headers in ({"host": "evil.example"}, {"origin": "https://evil.example"}):
+            assert http.get("/v1/models", headers=headers).status_code == 403
+        host = open_gateway.url.removeprefix("http://")
+        assert http.get("/v1/models", headers={"origin": f"http://{host}"}).status_code == 200
+
+
+def test_tokens_and_back(http: httpx.Client) -> None:
+    found = http.post("/tokenize", json={"model": "tiny", "prompt": "w1 w2"}).json()
+    assert (found["count"], found["tokens"]) == (2, [1, 2])
+    back = http.post("/detokenize", json={"model": "tiny", "tokens": [1, 2]}).json()
+    assert back == {"prompt": "w1 w2"}
+    assert http.post("/detokenize", json={"model": "tiny", "tokens": [10**6]}).status_code == 400
+    chat = {"model": "tiny", "messages": [{"role": "user", "content": "w1"}]}
+    assert http.post("/tokenize", json=chat).json()["count"] > 1

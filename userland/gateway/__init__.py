@@ -1,0 +1,1 @@
+"""The gateway: HTTP APIs that existing programs speak, over syscalls. Every caller is a tenant."""

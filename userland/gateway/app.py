@@ -1,0 +1,53 @@
+"""The application: which routes there are, and what they share."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from . import system
+from .access import ApiKeys
+from .callers import Callers
+from .http import MOST_BODY, Frame, handle_errors
+from .openai import chat, completions, models
+
+TITLE = "LLMasOS gateway"
+DESCRIPTION = (
+    "OpenAI's, Anthropic's and Ollama's APIs over the kernel's syscalls. Every caller is a tenant with a "
+    "scheduling class, quotas and processes like any other."
+)
+
+ROUTERS = (system.router, models.router, chat.router, completions.router)
+
+log = logging.getLogger("llmasos.gateway")
+
+
+def build(address: str | None, keys: ApiKeys | None) -> FastAPI:
+    """The ASGI application of the kernel at `address`. Without `keys` it serves this machine only."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.callers = Callers(address, keys)
+        try:
+            yield
+        finally:
+            app.state.callers.close()
+
+    app = FastAPI(
+        title=TITLE,
+        description=DESCRIPTION,
+        version=version("llmasos"),
+        lifespan=lifespan,
+        docs_url="/docs",
+        redoc_url=None,
+    )
+    app.state.body_limit = lambda path: MOST_BODY
+    handle_errors(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    app.add_middleware(Frame, local=keys is None)
+    return app

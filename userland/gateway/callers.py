@@ -1,0 +1,127 @@
+"""Who calls: from the API key of a request to a session of its tenant with the kernel."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from fastapi import Request
+from llmasos.syscalls import errors, table
+from llmasos.syscalls import types as t
+
+from ..aio import AsyncClient
+from ..client import Client
+from ..llm import LLM
+from ..models import full_name
+from ..tokenizer import Tokenizer
+from .access import ApiKeys
+
+MOST_TOKENIZERS = 32
+"""Tokenizers that are kept, of all models together: one takes up to 100 MB."""
+
+LABEL = "http"
+"""As whom callers without a key come, where none is asked for: a sub-tenant of the gateway's own user."""
+
+
+class Unauthorized(errors.PermissionDenied):
+    """No key, or one that nobody has. Never travels over the socket."""
+
+
+@dataclass(eq=False)
+class Caller:
+    """A tenant's session with the kernel; all its requests share one."""
+
+    client: Client
+    tokenizers: dict[str, Tokenizer]
+    models: dict[str, tuple[str, LLM]] = field(default_factory=dict)
+    rights: frozenset[t.Capability] = frozenset()
+
+    def __post_init__(self) -> None:
+        self.aio = AsyncClient(connection=self.client.connection)
+
+    @property
+    def tenant(self) -> str:
+        return self.client.hello.subject
+
+    async def llm(self, name: str) -> LLM:
+        """The model `name`, which has to be there. Raises NoSuchModel, UnsupportedModel."""
+        full = full_name(name)
+        try:
+            found = await self.aio.call(table.Stat(f"/models/{full}"))
+        except (errors.NotFound, errors.InvalidRequest):
+            raise errors.NoSuchModel(
+                f"The model {name!r} does not exist or you do not have access to it.",
+                hint=f"`llsh ls` lists what is there; `llsh pull {name}` brings one in",
+            ) from None
+        digest, known = self.models.get(full, ("", None))
+        if known is None or digest != found.digest:
+            tokenizer = self.tokenizers.pop(found.digest, None)
+            if tokenizer is None:
+                tokenizer = await asyncio.to_thread(Tokenizer.load, self.client, full)
+            self.tokenizers[found.digest] = tokenizer  # the latest used is the last
+            while len(self.tokenizers) > MOST_TOKENIZERS:
+                del self.tokenizers[next(iter(self.tokenizers))]
+            length = found.details.get("context_length")
+            if not isinstance(length, int) or length <= 0:
+                raise errors.UnsupportedModel(f"{full} does not say how long its context is")
+            known = LLM(self.client, full, tokenizer, context_length=length)
+            self.models[full] = (found.digest, known)
+        return known
+
+
+class Callers:
+    """All callers. `address` is the kernel's. Without `keys` (None) everybody is a part of the gateway's own
+    user; with them nobody comes in without one, also when the last one is gone."""
+
+    def __init__(self, address: str | None, keys: ApiKeys | None) -> None:
+        self._address = address
+        self.keys = keys
+        self._known: dict[tuple[str, t.Rights], Caller] = {}
+        self._tokenizers: dict[str, Tokenizer] = {}
+        self._opening = asyncio.Lock()
+
+    async def of(self, key: str | None) -> Caller:
+        """Raises Unauthorized, DaemonUnreachable."""
+        tenant, rights = "", t.TENANT_RIGHTS
+        if self.keys is not None:
+            entry = self.keys.find(key) if key else None
+            if entry is None:
+                raise Unauthorized(
+                    "Incorrect API key provided." if key else "You didn't provide an API key.",
+                    hint="send `Authorization: Bearer KEY`; `llsh key api new NAME` makes one",
+                )
+            tenant, rights = entry.tenant, entry.rights
+        return await self._of(tenant, rights)
+
+    async def _of(self, tenant: str, rights: t.Rights) -> Caller:
+        if (caller := self._known.get((tenant, rights))) is None:
+            async with self._opening:
+                if (caller := self._known.get((tenant, rights))) is None:
+                    caller = await asyncio.to_thread(self._open, tenant, rights)
+                    self._known[tenant, rights] = caller
+        return caller
+
+    async def probe(self) -> Caller:
+        """The gateway's own session, for questions about the kernel itself."""
+        return await self._of("", t.TENANT_RIGHTS)
+
+    def _open(self, tenant: str, rights: t.Rights) -> Caller:
+        if tenant:
+            client = Client(self._address, tenant=tenant, rights=rights)
+        else:
+            client = Client(self._address, label=LABEL)
+        return Caller(client, self._tokenizers, rights=frozenset(rights))
+
+    def close(self) -> None:
+        for caller in self._known.values():
+            caller.client.close()
+        self._known.clear()
+
+
+async def authenticated(request: Request) -> Caller:
+    """FastAPI dependency: who calls. The key is a bearer token, or Anthropic's `x-api-key`."""
+    scheme, _, token = request.headers.get("authorization", "").partition(" ")
+    key = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key")
+    callers: Callers = request.app.state.callers
+    caller = request.state.caller = await callers.of(key)
+    return caller

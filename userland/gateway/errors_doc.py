@@ -1,0 +1,27 @@
+"""The statuses that routes document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_WHAT = {
+    400: "The request cannot be done; it names what is wrong.",
+    401: "No API key, or one that is not known.",
+    403: "The key lacks the right.",
+    404: "No such model, process, file or object.",
+    409: "Something of that kind is there already, or is busy.",
+    413: "The body is too long.",
+    429: "The caller's quota or queue is full; see retry-after.",
+    500: "A fault of the server.",
+    503: "The kernel or a device is not there at the moment; see retry-after.",
+    504: "The kernel did not answer in time.",
+}
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """FastAPI's `responses` of a route: what every one may answer, and `statuses`."""
+    shape = {"application/json": {"schema": {"type": "object"}}}
+    always = (400, 401, 403, 404, 413, 429, 500, 503, 504)
+    return {
+        status: {"description": _WHAT[status], "content": shape} for status in sorted({*always, *statuses})
+    }

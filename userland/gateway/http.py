@@ -1,0 +1,266 @@
+"""What every route shares of HTTP: request ids, bounds, streams that notice a hang-up, and error answers."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from llmasos.syscalls import errors
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from . import problems
+
+MOST_BODY = 8 << 20
+"""Bytes of a request's body. Uploads of files have a bound of their own."""
+
+PATIENCE_S = 1.0
+"""So long a stream waits for its first event, or an error with a status of its own, before it begins."""
+
+KEEP_ALIVE_S = 15.0
+"""A stream in which nothing happens says so this often, so that nothing on the way closes it."""
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
+_LOCAL_HOST = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\]|testserver)(:\d+)?\Z")
+
+R = TypeVar("R")
+
+
+def json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    return Response(msgspec.json.encode(body), status, headers, "application/json")
+
+
+def new_id(prefix: str) -> str:
+    return f"{prefix}{uuid.uuid4().hex}"
+
+
+class HungUp(Exception):
+    """The client is gone: nobody hears an answer."""
+
+
+async def attend(request: Request, work: Coroutine[Any, Any, R]) -> R:
+    """The result of `work`, which is cancelled when the client hangs up first (HungUp)."""
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_hang_up(request.receive))
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise HungUp
+        return await working
+    finally:
+        leaving.cancel()
+        working.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+async def _hang_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Sends the `parts` of a stream as they come. `fail` makes the part that tells of an error on the way;
+    `idle` is sent when nothing happens. Hanging up closes `parts`."""
+
+    def __init__(
+        self,
+        parts: AsyncIterator[bytes],
+        fail: Callable[[errors.LLMasOSError], bytes],
+        *,
+        idle: bytes = b": waiting\n\n",
+        media_type: str = "text/event-stream",
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._parts, self._fail, self._idle = parts, fail, idle
+        self.background = None
+        self.status_code = 200
+        self.media_type = media_type
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no", **(headers or {})})
+        self._first: asyncio.Task[bytes] | None = None
+        self._sent = False
+
+    async def begun(self) -> EventStream:
+        """This, once its first part is there or PATIENCE_S have passed. Raises what comes before that: it
+        still can have a status of its own."""
+        self._first = asyncio.ensure_future(anext(self._parts))
+        try:
+            await asyncio.wait((self._first,), timeout=PATIENCE_S)
+            if self._first.done() and (problem := self._first.exception()) is not None:
+                raise problem
+        except BaseException:
+            await self._close()
+            raise
+        return self
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        tasks = [
+            asyncio.ensure_future(work) for work in (self._send(send), _hang_up(receive), self._beat(send))
+        ]
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            if tasks[0].done():
+                await tasks[0]
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._close()
+
+    async def _send(self, send: Send) -> None:
+        try:
+            if self._first is not None:
+                await self._part(send, await self._first)
+            async for part in self._parts:
+                await self._part(send, part)
+        except StopAsyncIteration:
+            pass  # there was no first part
+        except errors.LLMasOSError as problem:
+            await self._part(send, self._fail(problem))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _part(self, send: Send, part: bytes) -> None:
+        self._sent = True
+        await send({"type": "http.response.body", "body": part, "more_body": True})
+
+    async def _beat(self, send: Send) -> None:
+        """Nothing on the way must take a stream for dead that just waits."""
+        while self._idle:
+            self._sent = False
+            await asyncio.sleep(KEEP_ALIVE_S)
+            if not self._sent:
+                await self._part(send, self._idle)
+        await asyncio.Event().wait()
+
+    async def _close(self) -> None:
+        if self._first is not None and not self._first.done():
+            self._first.cancel()
+            await asyncio.gather(self._first, return_exceptions=True)
+        if (close := getattr(self._parts, "aclose", None)) is not None:
+            await close()
+
+
+class Frame:
+    """Outermost: gives every request an id and every answer its headers, refuses bodies that are too long and
+    what browsers send on behalf of other sites."""
+
+    def __init__(self, app: ASGIApp, *, local: bool) -> None:
+        self._app, self._local = app, local
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        wanted = headers.get("x-request-id", "")
+        request_id = wanted if _REQUEST_ID.match(wanted) else new_id("req_")
+        scope.setdefault("state", {})["request_id"] = request_id
+        begun = time.perf_counter()
+
+        async def framed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                spent = f"{1000 * (time.perf_counter() - begun):.0f}"
+                message["headers"] = [
+                    *message["headers"],
+                    (b"x-request-id", request_id.encode()),
+                    (b"request-id", request_id.encode()),
+                    (b"openai-processing-ms", spent.encode()),
+                ]
+            await send(message)
+
+        if problem := self._refusal(headers, scope["path"]):
+            body = problems.body(problem, scope["path"], request_id)
+            await json(body, problem.status)(scope, receive, framed)
+            return
+        limit = scope["app"].state.body_limit(scope["path"])
+        await self._app(scope, _bounded(receive, limit), framed)
+
+    def _refusal(self, headers: Mapping[str, str], path: str) -> problems.Problem | None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if self._local and host and not _LOCAL_HOST.match(host):
+            # A page whose name was rebound to this machine would speak with its visitor's rights.
+            return _bad(403, f"the host {host!r} is not this machine", "permission_error")
+        if self._local and origin and origin.partition("://")[2] != host:
+            return _bad(403, f"pages of {origin!r} may not use this server", "permission_error")
+        length = headers.get("content-length", "0")
+        if not length.isdecimal():
+            return _bad(400, "content-length is not a number")
+        return None
+
+
+def _bad(status: int, message: str, type_: str = "invalid_request_error") -> problems.Problem:
+    return problems.Problem(status, type_, None, message)
+
+
+class TooLong(HTTPException):
+    """The body is longer than its bound."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(413, f"the request's body is longer than {limit} bytes")
+
+
+def _bounded(receive: Receive, limit: int) -> Receive:
+    came = 0
+
+    async def bounded() -> Message:
+        nonlocal came
+        message = await receive()
+        if message["type"] == "http.request":
+            came += len(message.get("body", b""))
+            if came > limit:
+                raise TooLong(limit)
+        return message
+
+    return bounded
+
+
+def refuse(request: Request, problem: problems.Problem) -> Response:
+    """The error in the shape of the API that was called."""
+    request.state.problem = problem
+    body = problems.body(problem, request.url.path, request.state.request_id)
+    return json(body, problem.status, problem.headers)
+
+
+def handle_errors(app: FastAPI) -> None:
+    """Makes answers of what routes raise."""
+
+    def on(kind: type[Exception]) -> Callable[[Callable[[Request, Any], Awaitable[Response]]], None]:
+        return lambda handler: app.add_exception_handler(kind, handler)
+
+    @on(errors.LLMasOSError)
+    async def kernel(request: Request, error: errors.LLMasOSError) -> Response:
+        return refuse(request, problems.problem_of(error))
+
+    @on(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = f"Unrecognized request argument supplied: {'.'.join(place)}"
+        elif place:
+            message = f"{'.'.join(place)}: {message}"
+        code = "unsupported_parameter" if first["type"] == "unsupported" else None
+        param = str((first.get("ctx") or {}).get("param") or ".".join(place)) or None
+        return refuse(request, problems.Problem(400, "invalid_request_error", code, message, param))
+
+    @on(HTTPException)
+    async def plain(request: Request, error: HTTPException) -> Response:
+        message = str(error.detail)
+        if error.status_code == 404:
+            message = f"Unknown request URL: {request.method} {request.url.path}"
+        answer = refuse(request, _bad(error.status_code, message))
+        answer.headers.update(error.headers or {})
+        return answer
+
+    @on(HungUp)
+    async def hung_up(request: Request, error: HungUp) -> Response:
+        return refuse(request, _bad(499, "the client hung up"))

@@ -1,0 +1,124 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from llmasos.syscalls import errors
+from pydantic import Field
+from starlette.responses import Response
+
+from ...chat import encode_chat
+from ...completion import Completion
+from ..answers import Asked, ask
+from ..callers import Caller, authenticated
+from ..errors_doc import documented
+from ..http import attend, json, new_id
+from .messages import Message, as_messages
+from .shared import DONE, REASONS, Sampled, chat_score, event, stream, usage
+
+router = APIRouter(prefix="/v1/chat/completions", tags=["openai"])
+
+
+class ChatRequest(Sampled):
+    NOT_DONE = {
+        "audio": (),
+        "function_call": ("none",),
+        "functions": ([],),
+        "logit_bias": ({},),
+        "metadata": ({},),
+        "modalities": (["text"],),
+        "moderation": (),
+        "prediction": (),
+        "prompt_cache_key": (),
+        "prompt_cache_options": (),
+        "prompt_cache_retention": (),
+        "reasoning_effort": ("none",),
+        "safety_identifier": (),
+        "store": (False,),
+        "verbosity": (),
+        "web_search_options": (),
+    }
+
+    messages: list[Message] = Field(min_length=1, max_length=4096)
+    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_tokens: int | None = Field(None, ge=1, lt=2**31, description="As max_completion_tokens, which wins.")
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+
+
+@router.post("", summary="Answer a conversation", responses=documented())
+async def create(
+    request: Request, body: ChatRequest, caller: Annotated[Caller, Depends(authenticated)]
+) -> Response:
+    llm = await caller.llm(body.model_name(body.model))
+    tokens = encode_chat(llm.tokenizer, as_messages(body.messages), model=llm.model)
+    if body.top_logprobs is not None and not body.logprobs:
+        raise errors.InvalidArgument("top_logprobs needs logprobs: true", field="top_logprobs")
+    scores = (body.top_logprobs or 0) if body.logprobs else None
+    room = llm.context_length - len(tokens)
+    longest = body.max_completion_tokens or body.max_tokens or max(room, 0)
+    asked = await ask(caller, llm, [tokens], body.options(llm, longest, scores), body, n=body.n)
+    head = {
+        "id": new_id("chatcmpl-"),
+        "object": "chat.completion.chunk" if body.stream else "chat.completion",
+        "created": int(time.time()),
+        "model": body.model,
+        "system_fingerprint": None,
+        **({"service_tier": body.service_tier} if body.service_tier else {}),
+        **({"pid": asked.pid} if asked.pid is not None else {}),
+    }
+    if body.stream:
+        return await stream(_chunks(asked, head, body)).begun()
+    done = await attend(request, asked.whole())
+    choices = [_choice(index, completion) for index, completion in enumerate(done)]
+    return json({**head, "choices": choices, "usage": usage(asked.usage)})
+
+
+def _choice(index: int, done: Completion) -> dict[str, Any]:
+    scores = (
+        None
+        if done.logprobs is None
+        else {"content": [chat_score(s) for s in done.logprobs], "refusal": None}
+    )
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": done.text, "refusal": None},
+        "logprobs": scores,
+        "finish_reason": REASONS[done.finish],
+    }
+
+
+async def _chunks(asked: Asked, head: dict[str, Any], body: ChatRequest) -> AsyncIterator[bytes]:
+    wants = body.stream_options or None
+    with_usage = bool(wants and wants.include_usage)
+
+    def chunk(index: int, delta: dict[str, Any], finish: str | None = None, scores: Any = None) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish}
+        made = {**head, "choices": [choice]}
+        if with_usage:
+            made["usage"] = None
+        return event(made)
+
+    begun: set[int] = set()
+    told = [0] * len(asked.parts)
+    async for delta in asked.deltas():
+        index = delta.index
+        if index not in begun:
+            begun.add(index)
+            yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
+        scores = None
+        if body.logprobs and len(delta.answer.tokens) > told[index]:
+            fresh = delta.answer.scores(told[index])
+            told[index] = len(delta.answer.tokens)
+            scores = {"content": [chat_score(score) for score in fresh], "refusal": None}
+        if delta.text or scores:
+            yield chunk(index, {"content": delta.text}, scores=scores)
+        if delta.done is not None:
+            yield chunk(index, {}, REASONS[delta.done.finish])
+    if with_usage:
+        yield event({**head, "choices": [], "usage": usage(asked.usage)})
+    yield DONE

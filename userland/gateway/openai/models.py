@@ -1,0 +1,53 @@
+"""/v1/models: what the caller may use."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from llmasos.syscalls import errors, table
+from llmasos.syscalls import types as t
+from starlette.responses import Response
+
+from ..callers import Caller, authenticated
+from ..errors_doc import documented
+from ..http import json
+
+router = APIRouter(prefix="/v1/models", tags=["openai"])
+
+
+@router.get("", summary="The models", responses=documented())
+async def listed(caller: Annotated[Caller, Depends(authenticated)]) -> Response:
+    entries = (await caller.aio.call(table.Ls("/models"))).entries
+    return json({"object": "list", "data": [_shown(entry) for entry in entries]})
+
+
+@router.get("/{model:path}", summary="One model", responses=documented())
+async def one(model: str, caller: Annotated[Caller, Depends(authenticated)]) -> Response:
+    llm = await caller.llm(model)
+    return json(_shown(await caller.aio.call(table.Stat(f"/models/{llm.model}"))))
+
+
+@router.delete("/{model:path}", summary="Remove a model", responses=documented())
+async def removed(model: str, caller: Annotated[Caller, Depends(authenticated)]) -> Response:
+    """What training made for the caller."""
+    if t.Capability.TRAIN not in caller.rights:
+        raise errors.PermissionDenied("the key lacks the right train", hint="llsh key api new --right train")
+    llm = await caller.llm(model)
+    await caller.aio.call(table.Unlink(f"/models/{llm.model}"))
+    return json({"id": model, "object": "model", "deleted": True})
+
+
+def short(name: str) -> str:
+    """A model's name without the tag that goes without saying."""
+    return name.replace(":latest", "")
+
+
+def _shown(entry: t.FileInfo) -> dict[str, Any]:
+    return {
+        "id": short(entry.path.removeprefix("/models/")),
+        "object": "model",
+        "created": int(entry.modified),
+        "owned_by": str(entry.details.get("owner") or "llmasos"),
+        "max_model_len": entry.details.get("context_length"),
+    }

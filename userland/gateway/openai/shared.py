@@ -1,0 +1,115 @@
+"""What chat completions and completions share: options of sampling, usage, reasons, streams."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import msgspec
+from llmasos.syscalls import errors
+from llmasos.syscalls import types as t
+from pydantic import Field
+
+from ...completion import TokenScore
+from ...generation import Options
+from ...llm import LLM
+from .. import problems
+from ..answers import Usage, sampling_options
+from ..http import EventStream
+from ..options import Body, Placed
+
+DONE = b"data: [DONE]\n\n"
+
+# `deadline` and `killed` are no words of OpenAI's: to call them length or stop would be a lie.
+REASONS = {
+    t.Finish.STOP: "stop",
+    t.Finish.LENGTH: "length",
+    t.Finish.CANCELLED: "cancelled",
+    t.Finish.KILLED: "killed",
+    t.Finish.DEADLINE: "deadline",
+}
+
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class StreamOptions(Body):
+    NOT_DONE = {"include_obfuscation": (False,)}
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class Sampled(Placed):
+    """How tokens are chosen. `top_k`, `min_p`, `repetition_penalty` and `min_tokens` are extensions, as in
+    vLLM."""
+
+    model: str = Field(min_length=1, max_length=256)
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**63)
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    n: int = Field(1, ge=1, le=128)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, max_length=512)
+    top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 or -1: off.")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    min_tokens: int | None = Field(None, ge=0, lt=2**31)
+
+    def options(self, llm: LLM, max_tokens: int | None, logprobs: int | None) -> Options:
+        return sampling_options(
+            llm,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            top_k=None if self.top_k is None else max(0, self.top_k),
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            min_new_tokens=self.min_tokens,
+            seed=None if self.seed is None else self.seed % 2**63,
+            stop=self.stop,
+            max_new_tokens=max_tokens,
+            logprobs=logprobs,
+        )
+
+
+def usage(used: Usage) -> dict[str, Any]:
+    return {
+        "prompt_tokens": used.prompt,
+        "completion_tokens": used.generated,
+        "total_tokens": used.prompt + used.generated,
+        "prompt_tokens_details": {"cached_tokens": used.cached},
+    }
+
+
+def event(body: Any) -> bytes:
+    """A server-sent event."""
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+def stream(parts: AsyncIterator[bytes]) -> EventStream:
+    return EventStream(parts, _failed)
+
+
+def _failed(problem: errors.LLMasOSError) -> bytes:
+    return event(problems.body(problems.problem_of(problem), "/v1/", ""))
+
+
+def score_bytes(text: str) -> list[int]:
+    return list(text.encode())
+
+
+def chat_score(score: TokenScore) -> dict[str, Any]:
+    """An entry of a chat completion's logprobs."""
+    return {
+        "token": score.text,
+        "logprob": score.logprob,
+        "bytes": score_bytes(score.text),
+        "top_logprobs": [
+            {"token": text, "logprob": logprob, "bytes": score_bytes(text)} for text, logprob in score.top
+        ],
+    }

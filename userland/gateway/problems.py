@@ -1,0 +1,113 @@
+"""Errors as each API shows them: which status, and in which shape.
+
+OpenAI     {"error": {"message", "type", "param", "code"}}
+Anthropic  {"type": "error", "error": {"type", "message"}, "request_id"}
+Ollama     {"error": "…"}
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from llmasos.syscalls import errors
+
+from .callers import Unauthorized
+
+
+class NotSupported(errors.InvalidArgument):
+    """An option that is known, and that this server does not do. Never travels over the socket."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What HTTP says of an error: `type` and `code` in OpenAI's words, `param` the field at fault."""
+
+    status: int
+    type: str
+    code: str | None
+    message: str
+    param: str | None = None
+    retry_after: int | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        found = {}
+        if self.retry_after is not None:
+            found["retry-after"] = str(self.retry_after)
+        if self.status == 401:
+            found["www-authenticate"] = "Bearer"
+        return found
+
+
+# (error, status, OpenAI's type, OpenAI's code); the first that fits counts.
+_TABLE: list[tuple[type[errors.LLMasOSError], int, str, str | None]] = [
+    (Unauthorized, 401, "authentication_error", "invalid_api_key"),
+    (errors.PermissionDenied, 403, "permission_error", "permission_denied"),
+    (errors.NoSuchModel, 404, "invalid_request_error", "model_not_found"),
+    (errors.NotFound, 404, "invalid_request_error", "not_found"),
+    (errors.Conflict, 409, "invalid_request_error", "conflict"),
+    (errors.ContextOverflow, 400, "invalid_request_error", "context_length_exceeded"),
+    (errors.NeverFits, 400, "invalid_request_error", "context_length_exceeded"),
+    (errors.LimitExceeded, 429, "rate_limit_error", "rate_limit_exceeded"),
+    (NotSupported, 400, "invalid_request_error", "unsupported_parameter"),
+    (errors.InvalidRequest, 400, "invalid_request_error", None),
+    (errors.TimedOut, 504, "server_error", "timeout"),
+    (errors.Unavailable, 503, "server_error", "unavailable"),
+    (errors.UnsupportedModel, 400, "invalid_request_error", "unsupported_model"),
+    (errors.RefusedFile, 400, "invalid_request_error", "refused_file"),
+    (errors.PullFailed, 502, "server_error", "pull_failed"),
+]
+
+
+def problem_of(error: errors.LLMasOSError) -> Problem:
+    """What HTTP says of an error of the kernel."""
+    status, type_, code = next(
+        (row[1:] for row in _TABLE if isinstance(error, row[0])), (500, "server_error", "internal_error")
+    )
+    field = error.details.get("field")
+    seconds = error.details.get("retry_after", 1)
+    return Problem(
+        status,
+        type_,
+        code,
+        f"{error.message} ({error.hint})" if error.hint else error.message,
+        str(field) if field else None,
+        max(1, math.ceil(float(seconds))) if status in (429, 503) else None,
+    )
+
+
+_ANTHROPIC = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    409: "invalid_request_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def body(problem: Problem, path: str, request_id: str) -> dict[str, Any]:
+    """The error in the shape of the API that `path` belongs to."""
+    if path.startswith("/v1/messages"):
+        kind = _ANTHROPIC.get(problem.status, "api_error")
+        return {
+            "type": "error",
+            "error": {"type": kind, "message": problem.message},
+            "request_id": request_id,
+        }
+    if path.startswith("/api/"):
+        return {"error": problem.message}
+    return {
+        "error": {
+            "message": problem.message,
+            "type": problem.type,
+            "param": problem.param,
+            "code": problem.code,
+        }
+    }
