@@ -8,7 +8,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +36,13 @@ class Gateway:
     def http(self, tenant: str = "alice") -> httpx.Client:
         headers = {"authorization": f"Bearer {self.keys[tenant]}"} if self.keys else {}
         return httpx.Client(base_url=self.url, headers=headers, timeout=30)
+
+
+def soon(condition: Callable[[], bool], patience_s: float = 5.0) -> None:
+    until = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)
 
 
 def serve(keys: dict[str, str]) -> Iterator[Gateway]:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from llmasos.syscalls import errors
+from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 from llmasos.userland.client import Client
 from llmasos.userland.gateway.access import ApiKeys, folder
 from llmasos.userland.gateway.http import MOST_BODY
 
-from .conftest import Gateway, serve
+from .conftest import Gateway, serve, soon
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +96,24 @@ def test_without_keys_only_this_machine_comes_in(open_gateway: Gateway) -> None:
             assert http.get("/v1/models", headers=headers).status_code == 403
         host = open_gateway.url.removeprefix("http://")
         assert http.get("/v1/models", headers={"origin": f"http://{host}"}).status_code == 200
+
+
+def test_quotas_are_told_and_kept(gateway: Gateway, kernel: Client) -> None:
+    kernel.call(table.SetQuota("dora", t.Quota(queue=1, tokens_out=60)))
+    key = ApiKeys(folder()).make("dora", "dora", t.TENANT_RIGHTS)
+    body = {"model": "slow", "prompt": "w1", "max_tokens": 400, "stream": True, "temperature": 0}
+    with httpx.Client(base_url=gateway.url, headers={"authorization": f"Bearer {key}"}) as dora:
+        soon(lambda: dora.get("/v1/models").status_code == 200)
+        with dora.stream("POST", "/v1/completions", json=body) as running:
+            assert running.status_code == 200
+            assert running.headers["x-ratelimit-limit-tokens"] == "60"
+            refused = dora.post("/v1/completions", json=body)
+            assert refused.status_code == 429
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.headers["x-ratelimit-limit-requests"] == "1"
+            assert refused.json()["error"]["type"] == "rate_limit_error"
+    ApiKeys(folder()).revoke("dora")
+    kernel.call(table.SetQuota("dora", None))
 
 
 def test_tokens_and_back(http: httpx.Client) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import httpx
 import openai
@@ -12,7 +11,7 @@ import pytest
 from llmasos.syscalls import types as t
 from llmasos.userland.client import Client
 
-from .conftest import Gateway
+from .conftest import Gateway, soon
 
 HELLO = [{"role": "user", "content": "w1 w2"}]
 
@@ -21,13 +20,6 @@ HELLO = [{"role": "user", "content": "w1 w2"}]
 def ai(gateway: Gateway) -> Iterator[openai.OpenAI]:
     with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.keys["alice"], max_retries=0) as client:
         yield client
-
-
-def soon(condition: Callable[[], bool], patience_s: float = 5.0) -> None:
-    until = time.monotonic() + patience_s
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.02)
 
 
 def test_a_chat_streams_what_it_answers_at_once(ai: openai.OpenAI) -> None:

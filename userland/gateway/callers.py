@@ -15,6 +15,7 @@ from ..llm import LLM
 from ..models import full_name
 from ..tokenizer import Tokenizer
 from .access import ApiKeys
+from .limits import Limits
 
 MOST_TOKENIZERS = 32
 """Tokenizers that are kept, of all models together: one takes up to 100 MB."""
@@ -38,6 +39,7 @@ class Caller:
 
     def __post_init__(self) -> None:
         self.aio = AsyncClient(connection=self.client.connection)
+        self.limits = Limits(self.aio)
 
     @property
     def tenant(self) -> str:
@@ -124,4 +126,5 @@ async def authenticated(request: Request) -> Caller:
     key = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key")
     callers: Callers = request.app.state.callers
     caller = request.state.caller = await callers.of(key)
+    await caller.limits.refresh()
     return caller

@@ -174,6 +174,9 @@ class Frame:
                     (b"request-id", request_id.encode()),
                     (b"openai-processing-ms", spent.encode()),
                 ]
+                if (caller := scope["state"].get("caller")) is not None:
+                    anthropic = scope["path"].startswith("/v1/messages")
+                    message["headers"] += caller.limits.headers(anthropic)
             await send(message)
 
         if problem := self._refusal(headers, scope["path"]):
