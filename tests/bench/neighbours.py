@@ -7,14 +7,15 @@ A caller of class interactive sends 24 tokens and takes 8, every 0.2 s or so, on
   batch    24 batch requests at any time (256 tokens in, 128 out), first without callers, then with them
   flood    another tenant of the same class and weight asks as often as the caller, then 100 times as often
   share    two tenants, always busy with 64 requests each (64 in, 64 out), with weights 1:3
-Callers and load are processes of their own; tenants have keys and come over tcp. A JSON line each; waits are
-times to the first token in ms.
+Callers and load are processes of their own; tenants have keys and come over tcp, or with --http over the
+gateway. A JSON line each; waits are times to the first token in ms.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import http.client
 import json
 import multiprocessing
 import os
@@ -31,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import daemon
+import gateway
 import peers
 from workloads import percentile
 
@@ -38,7 +40,8 @@ EVERY_S = 0.2
 BATCH_STREAMS = 24
 TENANTS = ("caller", "one", "three")
 
-Whose = tuple[str, str]  # the tenant's home, where its key lies, and the daemon's address
+Whose = tuple[str, str]
+"""The tenant's home, where its key lies, and the daemon's address; or its API key and a gateway's URL."""
 SETTLE_S = 4.0
 RATE_S = 20.0
 
@@ -51,10 +54,71 @@ def infer(dice: random.Random, given: int, wanted: int, kind: str) -> Any:
     return table.Infer(model=peers.MODEL, tokens=tokens, max_tokens=wanted, sched_class=t.SchedClass(kind))
 
 
+class HttpStream:
+    """An `infer` as a streamed completion; an event with text counts for a token."""
+
+    def __init__(self, whose: Whose, call: Any) -> None:
+        from llmasos.syscalls import types as t
+
+        key, address = whose
+        self._connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=600)
+        body = {
+            "model": call.model,
+            "prompt": t.unpack_tokens(call.tokens),
+            "max_tokens": call.max_tokens,
+            "temperature": 0,
+            "priority": str(call.sched_class),
+            "stream": True,
+        }
+        headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+        self._connection.request("POST", "/v1/completions", json.dumps(body), headers)
+        self._answer = self._connection.getresponse()
+
+    def __iter__(self) -> HttpStream:
+        return self
+
+    def __next__(self) -> Any:
+        from llmasos.syscalls import types as t
+
+        while line := self._answer.readline():
+            if line.startswith(b"data: {") and b'"text":""' not in line:
+                return t.InferEvent(tokens=[0])
+        raise StopIteration
+
+    def result(self) -> None:
+        for _ in self:
+            pass
+        self._connection.close()
+
+    def __enter__(self) -> HttpStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._connection.close()
+
+
+class HttpClient:
+    """What the jobs need of a client, over HTTP."""
+
+    def __init__(self, whose: Whose) -> None:
+        self._whose = whose
+
+    def stream(self, call: Any) -> HttpStream:
+        return HttpStream(self._whose, call)
+
+    def __enter__(self) -> HttpClient:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
 def connected(whose: Whose) -> Any:
     from llmasos.userland.client import Client
 
     home, address = whose
+    if address.startswith("http://"):
+        return HttpClient(whose)
     os.environ["LLMASOS_HOME"] = home
     return Client(address)
 
@@ -215,6 +279,20 @@ def let_in(home: Path, tenants: dict[str, Whose]) -> None:
     os.environ["LLMASOS_HOME"] = str(home)
 
 
+def keys_for(tenants: dict[str, Whose]) -> dict[str, Whose]:
+    """Tenants of a gateway, each with an API key."""
+    from llmasos.syscalls import errors
+    from llmasos.syscalls import types as t
+    from llmasos.userland.gateway.access import ApiKeys, folder
+
+    keys, found = ApiKeys(folder()), {}
+    for name in tenants:
+        with contextlib.suppress(errors.NoSuchKey):
+            keys.revoke(name)
+        found[name] = (keys.make(name, name, t.TENANT_RIGHTS), f"http://127.0.0.1:{gateway.PORT}")
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -222,6 +300,7 @@ def main() -> None:
     parser.add_argument("--callers", type=int, default=200)
     parser.add_argument("--set", nargs="*", default=[], help="settings of the kernel")
     parser.add_argument("--only", nargs="*", default=["idle", "batch", "flood", "share"])
+    parser.add_argument("--http", action="store_true", help="over the gateway")
     parser.add_argument("--home", type=Path, default=peers.CACHE / "home")
     arguments = parser.parse_args()
     multiprocessing.set_start_method("spawn")
@@ -230,9 +309,17 @@ def main() -> None:
         probe.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{probe.getsockname()[1]}"
     settings = [f'listen="{address}"', "draft_tokens=0", "quotas={three={weight=3}}", *arguments.set]
-    with daemon.running(arguments.home, *settings), tempfile.TemporaryDirectory() as folder:
+    with (
+        daemon.running(arguments.home, *settings),
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.ExitStack() as stack,
+    ):
         tenants = {name: (str(Path(folder, name)), address) for name in TENANTS}
-        let_in(arguments.home, tenants)
+        if arguments.http:
+            tenants = keys_for(tenants)
+            stack.enter_context(gateway.serving(arguments.home))
+        else:
+            let_in(arguments.home, tenants)
         callers(tenants["caller"], 20)  # loads the model, and learns what a step takes
         for name in arguments.only:
             match name:

@@ -33,10 +33,9 @@ Stop = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class StreamOptions(Body):
-    NOT_DONE = {"include_obfuscation": (False,)}
+    NOT_DONE = {"include_obfuscation": (False,), "continuous_usage_stats": (False,)}
 
     include_usage: bool = False
-    continuous_usage_stats: bool = False
 
 
 class Sampled(Placed):
