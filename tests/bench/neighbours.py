@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
@@ -279,8 +279,9 @@ def let_in(home: Path, tenants: dict[str, Whose]) -> None:
     os.environ["LLMASOS_HOME"] = str(home)
 
 
-def keys_for(tenants: dict[str, Whose]) -> dict[str, Whose]:
-    """Tenants of a gateway, each with an API key."""
+@contextlib.contextmanager
+def with_keys(tenants: dict[str, Whose]) -> Iterator[dict[str, Whose]]:
+    """Tenants of a gateway, each with an API key, while the block lasts."""
     from llmasos.syscalls import errors
     from llmasos.syscalls import types as t
     from llmasos.userland.gateway.access import ApiKeys, folder
@@ -290,7 +291,9 @@ def keys_for(tenants: dict[str, Whose]) -> dict[str, Whose]:
         with contextlib.suppress(errors.NoSuchKey):
             keys.revoke(name)
         found[name] = (keys.make(name, name, t.TENANT_RIGHTS), f"http://127.0.0.1:{gateway.PORT}")
-    return found
+    yield found
+    for name in tenants:
+        keys.revoke(name)
 
 
 def main() -> None:
@@ -316,7 +319,7 @@ def main() -> None:
     ):
         tenants = {name: (str(Path(folder, name)), address) for name in TENANTS}
         if arguments.http:
-            tenants = keys_for(tenants)
+            tenants = stack.enter_context(with_keys(tenants))
             stack.enter_context(gateway.serving(arguments.home))
         else:
             let_in(arguments.home, tenants)

@@ -28,12 +28,30 @@ class Unauthorized(errors.PermissionDenied):
     """No key, or one that nobody has. Never travels over the socket."""
 
 
+class Tokenizers:
+    """Those of all callers' models, by the model's digest: each is read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, Tokenizer] = {}
+        self._reading = asyncio.Lock()
+
+    async def of(self, client: Client, model: str, digest: str) -> Tokenizer:
+        async with self._reading:
+            tokenizer = self._known.pop(digest, None)
+            if tokenizer is None:
+                tokenizer = await asyncio.to_thread(Tokenizer.load, client, model)
+            self._known[digest] = tokenizer  # the latest used is the last
+            while len(self._known) > MOST_TOKENIZERS:
+                del self._known[next(iter(self._known))]
+            return tokenizer
+
+
 @dataclass(eq=False)
 class Caller:
     """A tenant's session with the kernel; all its requests share one."""
 
     client: Client
-    tokenizers: dict[str, Tokenizer]
+    tokenizers: Tokenizers
     models: dict[str, tuple[str, LLM]] = field(default_factory=dict)
     rights: frozenset[t.Capability] = frozenset()
 
@@ -57,15 +75,10 @@ class Caller:
             ) from None
         digest, known = self.models.get(full, ("", None))
         if known is None or digest != found.digest:
-            tokenizer = self.tokenizers.pop(found.digest, None)
-            if tokenizer is None:
-                tokenizer = await asyncio.to_thread(Tokenizer.load, self.client, full)
-            self.tokenizers[found.digest] = tokenizer  # the latest used is the last
-            while len(self.tokenizers) > MOST_TOKENIZERS:
-                del self.tokenizers[next(iter(self.tokenizers))]
             length = found.details.get("context_length")
             if not isinstance(length, int) or length <= 0:
                 raise errors.UnsupportedModel(f"{full} does not say how long its context is")
+            tokenizer = await self.tokenizers.of(self.client, full, found.digest)
             known = LLM(self.client, full, tokenizer, context_length=length)
             self.models[full] = (found.digest, known)
         return known
@@ -79,7 +92,7 @@ class Callers:
         self._address = address
         self.keys = keys
         self._known: dict[tuple[str, t.Rights], Caller] = {}
-        self._tokenizers: dict[str, Tokenizer] = {}
+        self._tokenizers = Tokenizers()
         self._opening = asyncio.Lock()
 
     async def of(self, key: str | None) -> Caller:
