@@ -71,7 +71,8 @@ def home() -> Iterator[Path]:
     add_model(made, "slow", max_position_embeddings=512, llmasos_null_step_seconds=0.05)
     before = {name: os.environ.pop(name, None) for name in ("LLMASOS_HOME", "LLMASOS_SOCKET")}
     os.environ["LLMASOS_HOME"] = str(made)
-    ensure_daemon().close()
+    with ensure_daemon() as client:
+        soon(lambda: client.call(table.Lsdev()).devices[0].state == "ready")
     yield made
     with Client() as client:
         client.call(table.Shutdown(0))

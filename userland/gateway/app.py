@@ -6,6 +6,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI
 
@@ -22,6 +23,21 @@ DESCRIPTION = (
 )
 
 ROUTERS = (system.router, models.router, chat.router, completions.router)
+
+
+def _document(app: FastAPI) -> None:
+    """The OpenAPI document without FastAPI's 422: what is invalid is a 400 here, in each API's shape."""
+    made = app.openapi
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            for path in made()["paths"].values():
+                for operation in path.values():
+                    operation["responses"].pop("422", None)
+        return made()
+
+    app.openapi = document  # type: ignore[method-assign]
+
 
 log = logging.getLogger("llmasos.gateway")
 
@@ -47,6 +63,7 @@ def build(address: str | None, keys: ApiKeys | None) -> FastAPI:
     )
     app.state.body_limit = lambda path: MOST_BODY
     handle_errors(app)
+    _document(app)
     for router in ROUTERS:
         app.include_router(router)
     app.add_middleware(Frame, local=keys is None)
