@@ -40,6 +40,11 @@ def reference(name_or_path: str | os.PathLike[str]) -> Reference:
     text = os.fspath(name_or_path)
     if isinstance(name_or_path, os.PathLike) or _looks_local(text):
         return _local(Path(text).expanduser().absolute())
+    return remote(text)
+
+
+def remote(text: str) -> Reference:
+    """What somebody means by a name who is elsewhere: it is never taken for a path of this machine."""
     full = full_name(text)
     name, _, tag = full.partition(":")
     if "/" not in name or "+" in tag:

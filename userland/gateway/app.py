@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI
 
-from . import system
+from . import machine, processes, system
 from .access import ApiKeys
 from .callers import Callers
 from .http import MOST_BODY, Frame, handle_errors
@@ -22,7 +22,14 @@ DESCRIPTION = (
     "scheduling class, quotas and processes like any other."
 )
 
-ROUTERS = (system.router, models.router, chat.router, completions.router)
+ROUTERS = (
+    system.router,
+    models.router,
+    chat.router,
+    completions.router,
+    processes.router,
+    machine.router,
+)
 
 
 def _document(app: FastAPI) -> None:

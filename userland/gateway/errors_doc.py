@@ -13,6 +13,7 @@ _WHAT = {
     413: "The body is too long.",
     429: "The caller's quota or queue is full; see retry-after.",
     500: "A fault of the server.",
+    502: "Where the model should come from does not deliver it.",
     503: "The kernel or a device is not there at the moment; see retry-after.",
     504: "The kernel did not answer in time.",
 }
