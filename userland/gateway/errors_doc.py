@@ -8,12 +8,11 @@ _WHAT = {
     400: "The request cannot be done; it names what is wrong.",
     401: "No API key, or one that is not known.",
     403: "The key lacks the right.",
-    404: "No such model, process, file or object.",
+    404: "No such model, process, file or object; or no source delivers it.",
     409: "Something of that kind is there already, or is busy.",
     413: "The body is too long.",
     429: "The caller's quota or queue is full; see retry-after.",
     500: "A fault of the server.",
-    502: "Where the model should come from does not deliver it.",
     503: "The kernel or a device is not there at the moment; see retry-after.",
     504: "The kernel did not answer in time.",
 }

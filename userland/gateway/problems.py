@@ -57,7 +57,7 @@ _TABLE: list[tuple[type[errors.LLMasOSError], int, str, str | None]] = [
     (errors.Unavailable, 503, "server_error", "unavailable"),
     (errors.UnsupportedModel, 400, "invalid_request_error", "unsupported_model"),
     (errors.RefusedFile, 400, "invalid_request_error", "refused_file"),
-    (errors.PullFailed, 502, "server_error", "pull_failed"),
+    (errors.PullFailed, 404, "invalid_request_error", "pull_failed"),
 ]
 
 
