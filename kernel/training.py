@@ -70,7 +70,10 @@ def start(kernel: Kernel, session: Session, call: table.Train) -> table.TrainRep
         raise errors.UnsupportedModel(
             f"{manifest.name} is an adapter", hint="merge it into a model of its own first: llsh merge"
         )
-    lora = call.recipe.method is Method.LORA
+    recipe = call.recipe
+    if recipe.max_length is None:
+        recipe = replace(recipe, max_length=min(recipe.longest, max(8, manifest.context_length)))
+    lora = recipe.method is Method.LORA
     target = str(parse_name(f"{call.model}+{call.target}" if lora else call.target))
     _must_be_free(kernel, target)
     data = kernel.store.datasets.path(subject.path, call.dataset)
@@ -85,7 +88,7 @@ def start(kernel: Kernel, session: Session, call: table.Train) -> table.TrainRep
         call.label or "train",
         kernel.now(),
     )
-    run = Run(kernel.random.randbytes(8).hex(), call.dataset, digest, target, call.recipe)
+    run = Run(kernel.random.randbytes(8).hex(), call.dataset, digest, target, recipe)
     runs = kernel.store.runs
     _begin(kernel, process, run, lambda pid: runs.make(pid, process.owner, manifest, data, call.dataset))
     return table.TrainReply(process.pid, manifest.name, process.pool.device_name, target)

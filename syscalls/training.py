@@ -84,12 +84,16 @@ class Mesh(Wire, frozen=True):
         return self.data * self.replicas * self.tensor * self.stages
 
 
+LONGEST = 1024
+
+
 class Recipe(Wire, frozen=True):
     """How to train. None stands for what suits the method.
 
-    A row of a batch has at most `max_length` tokens; with `packing` short examples share one, and see
-    nothing of each other. A step is `per_device_train_batch_size` rows, `gradient_accumulation_steps` times,
-    on each data-parallel rank. `max_steps` 0: `num_train_epochs` times all data. `warmup_ratio` counts when
+    A row of a batch has at most `max_length` tokens (None: LONGEST, or the model's context); with `packing`
+    short examples share one, and see nothing of each other. A step is `per_device_train_batch_size` rows,
+    `gradient_accumulation_steps` times, on each data-parallel rank. `max_steps` 0: `num_train_epochs` times
+    all data. `warmup_ratio` counts when
     `warmup_steps` is 0. With `completion_only_loss` what was asked (prompts, all but the assistant's
     messages) is read and not learnt. `validation_split`: this part of the data is kept to measure on, every
     `eval_steps` steps (0: after each epoch, and at the end); `early_stopping_patience` 0: never stop early.
@@ -104,7 +108,7 @@ class Recipe(Wire, frozen=True):
     num_train_epochs: Annotated[float, Meta(gt=0, le=10_000)] = 1.0
     per_device_train_batch_size: Annotated[int, Meta(ge=1, le=4096)] = 1
     gradient_accumulation_steps: Annotated[int, Meta(ge=1, le=4096)] = 1
-    max_length: Annotated[int, Meta(ge=8, le=2**20)] = 1024
+    max_length: Annotated[int, Meta(ge=8, le=2**20)] | None = None
     packing: bool = True
     completion_only_loss: bool = True
     learning_rate: Rate | None = None
@@ -126,6 +130,11 @@ class Recipe(Wire, frozen=True):
     dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16|float8|int8|int4)$")] = ""
     config: Annotated[str, Meta(max_length=65536)] = ""
     mesh: Mesh = Mesh()
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a row at most."""
+        return LONGEST if self.max_length is None else self.max_length
 
     @property
     def rate(self) -> float:

@@ -100,10 +100,10 @@ class Rows:
     """Some examples of a data set, arranged in rows."""
 
     def __init__(self, dataset: Dataset, examples: Numbers, recipe: Recipe) -> None:
-        self._dataset, self._longest = dataset, recipe.max_length
+        self._dataset, self._longest = dataset, recipe.longest
         self._examples = examples
-        lengths = np.minimum(dataset.lengths[examples], recipe.max_length)
-        self._begins = _packed(lengths, recipe.max_length) if recipe.packing else np.arange(len(lengths) + 1)
+        lengths = np.minimum(dataset.lengths[examples], recipe.longest)
+        self._begins = _packed(lengths, recipe.longest) if recipe.packing else np.arange(len(lengths) + 1)
 
     def __len__(self) -> int:
         return len(self._begins) - 1
@@ -154,7 +154,7 @@ class Batches:
     ) -> None:
         self._recipe, self._world, self._even, self._unit = recipe, world, even or world > 1, unit
         dataset = Dataset(folder, vocab_size)
-        training, validation = _split(_useful(dataset, recipe.max_length), recipe)
+        training, validation = _split(_useful(dataset, recipe.longest), recipe)
         self._training, self._validation = (Rows(dataset, part, recipe) for part in (training, validation))
         self.rows = len(self._training)
         self._rows_a_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * world

@@ -49,7 +49,7 @@ def divide(
     if mesh.stages > 1:
         whole = _trained(built)
         piped = PipedObjective(
-            causal, attention, bf16, crew, recipe.per_device_train_batch_size, recipe.max_length
+            causal, attention, bf16, crew, recipe.per_device_train_batch_size, recipe.longest
         )
         here = {id(parameter) for part in piped.parts for parameter in part.parameters()}
         own = {name: parameter for name, parameter in whole.items() if id(parameter) in here}
@@ -73,5 +73,5 @@ def _trained(built: Built) -> dict[str, nn.Parameter]:
 def unit_of(recipe: Recipe) -> int:
     """Of how many tokens the length of a row has to be a multiple."""
     if recipe.mesh.stages > 1:
-        return recipe.max_length  # a stage knows beforehand what comes
+        return recipe.longest  # a stage knows beforehand what comes
     return recipe.mesh.tensor if recipe.mesh.sequence else 1

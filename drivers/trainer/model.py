@@ -70,9 +70,9 @@ def build(spec: TrainSpec, device: torch.device, bf16: bool) -> Built:
     code = code_of(config)
     survey = survey_of(code)
     length = survey.shape.context_length
-    if recipe.max_length > length:
+    if recipe.longest > length:
         raise errors.InvalidArgument(
-            f"max_length is {recipe.max_length}, the model's context has {length} tokens",
+            f"max_length is {recipe.longest}, the model's context has {length} tokens",
             hint=f"at most {length}",
         )
     torch.manual_seed(recipe.seed)
@@ -81,7 +81,7 @@ def build(spec: TrainSpec, device: torch.device, bf16: bool) -> Built:
     mapped = recipe.method is Method.LORA and device.type == "cpu" and not refusal(config) and not divided
     if not mapped:
         _refuse_without_room(survey, recipe, device)
-    attention = Attention(code, survey, recipe.max_length)
+    attention = Attention(code, survey, recipe.longest)
     name = attention.implementation
     causal = _mapped(spec, code, config, name) if mapped else _own(spec, code, survey, bf16, name)
     turned = any(isinstance(module, Conv1D) for module in causal.modules()) or (

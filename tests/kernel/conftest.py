@@ -69,7 +69,8 @@ class World:
         data = json.dumps({"model_type": "null", "llmasos_null_blocks": 256, **config}).encode()
         digest, size = self.store.put_bytes(data)
         files = [ManifestFile("config.json", digest, size)]
-        manifest = Manifest(1, "test", "null", 0, "", 4096, "", time.time(), files)
+        context = int(str(config.get("max_position_embeddings", 4096)))
+        manifest = Manifest(1, "test", "null", 0, "", context, "", time.time(), files)
         self.store.commit(parse_name(name), manifest)
 
     def attach(self, worker: int = 1, device: str = "null") -> None:

@@ -157,6 +157,16 @@ def test_a_run_prepares_trains_commits_and_is_waited_for(world: Runs) -> None:
     assert not world.kernel.runs
 
 
+@pytest.mark.parametrize(("context", "length"), [(4096, 1024), (512, 512)])
+def test_rows_are_as_long_as_the_model_takes(world: Runs, context: int, length: int) -> None:
+    world.model("other", max_position_embeddings=context)
+    world.dataset()
+    pid = world.train(model="other")
+    run = world.kernel.runs[pid].run
+    assert run is not None
+    assert run.recipe.max_length == length
+
+
 def test_who_is_stronger_goes_at_once_and_who_trains_goes_on_when_nobody_is(world: Runs) -> None:
     pid = world.spawn_now()
     world.dataset()

@@ -80,7 +80,8 @@ def train(
         int | None, typer.Option("--accumulate", help="Micro-steps a step; 1.", show_default=False)
     ] = None,
     max_length: Annotated[
-        int | None, typer.Option("--max-length", help="Tokens a row; 1024.", show_default=False)
+        int | None,
+        typer.Option("--max-length", help="Tokens a row; 1024, or the model's context.", show_default=False),
     ] = None,
     validation_split: Annotated[
         float | None,
