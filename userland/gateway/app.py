@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from . import machine, processes, system
 from .access import ApiKeys
 from .callers import Callers
+from .console import feed, page
 from .http import MOST_BODY, Frame, handle_errors
 from .openai import chat, completions, models
 
@@ -29,6 +30,8 @@ ROUTERS = (
     completions.router,
     processes.router,
     machine.router,
+    feed.router,
+    page.router,
 )
 
 
