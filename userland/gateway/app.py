@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
@@ -9,13 +10,16 @@ from importlib.metadata import version
 from typing import Any
 
 from fastapi import FastAPI
+from llmasos.syscalls import errors
 
 from . import machine, processes, system
 from .access import ApiKeys
 from .callers import Callers
 from .console import feed, page
 from .http import MOST_BODY, Frame, handle_errors
-from .openai import chat, completions, models
+from .openai import chat, completions, files, models
+from .store import Store, gateway_folder
+from .works import Works
 
 TITLE = "LLMasOS gateway"
 DESCRIPTION = (
@@ -28,6 +32,7 @@ ROUTERS = (
     models.router,
     chat.router,
     completions.router,
+    files.router,
     processes.router,
     machine.router,
     feed.router,
@@ -51,6 +56,15 @@ def _document(app: FastAPI) -> None:
 
 log = logging.getLogger("llmasos.gateway")
 
+PURGE_S = 600.0
+
+
+async def _purge(store: Store) -> None:
+    while True:
+        with contextlib.suppress(errors.StorageFailed):
+            await store.purge()
+        await asyncio.sleep(PURGE_S)
+
 
 def build(address: str | None, keys: ApiKeys | None) -> FastAPI:
     """The ASGI application of the kernel at `address`. Without `keys` it serves this machine only."""
@@ -58,9 +72,14 @@ def build(address: str | None, keys: ApiKeys | None) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.callers = Callers(address, keys)
+        app.state.works = Works()
+        app.state.store = await asyncio.to_thread(Store, gateway_folder())
+        app.state.works.start("purge", _purge(app.state.store))
         try:
             yield
         finally:
+            await app.state.works.close()
+            await asyncio.to_thread(app.state.store.close)
             app.state.callers.close()
 
     app = FastAPI(
@@ -71,7 +90,7 @@ def build(address: str | None, keys: ApiKeys | None) -> FastAPI:
         docs_url="/docs",
         redoc_url=None,
     )
-    app.state.body_limit = lambda path: MOST_BODY
+    app.state.body_limit = lambda path: files.MOST_UPLOAD if path == "/v1/files" else MOST_BODY
     handle_errors(app)
     _document(app)
     for router in ROUTERS:
