@@ -44,7 +44,8 @@ def test_the_wheel_holds_the_tree(tmp_path: Path) -> None:
         f"llmasos/{path.relative_to(ROOT)}"
         for folder in FOLDERS
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".toml", ".h", ".cpp") and "__pycache__" not in path.parts
+        if path.suffix in (".py", ".toml", ".h", ".cpp", ".html", ".css", ".js", ".svg")
+        and "__pycache__" not in path.parts
     }
     assert packed == tree | {"llmasos/__init__.py", "llmasos/py.typed"}
     assert "llmasosd = llmasos.kernel.main:main" in commands

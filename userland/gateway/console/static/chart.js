@@ -1,9 +1,10 @@
 // A line chart in SVG: a path a series, a scale, and the values under the pointer.
 
-import { node, setAttribute, setText } from "./dom.js";
+import { keyed, node, setAttribute, setClass, setText } from "./dom.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const [WIDTH, HEIGHT] = [600, 100];
+const MOST_NAMED = 4;
 
 function shape(tag, attributes, parent) {
   const made = document.createElementNS(SVG, tag);
@@ -45,10 +46,9 @@ export class Chart {
     box.addEventListener("pointerleave", () => this.#point(null));
   }
 
-  // `series`: [{ name, className, points: [[x, y], …], marks? }], x rising. `range`: of x, else what the points have.
-  show(series, { now = "", range } = {}) {
+  // `series`: [{ name, label?, className, points: [[x, y], …], marks? }], x rising. `range`: of x, else what the points have.
+  show(series, { range } = {}) {
     this.series = series.filter((one) => one.points.length);
-    this.text = now;
     const all = this.series.flatMap((one) => one.points);
     const xs = range ?? [Math.min(...all.map((p) => p[0])), Math.max(...all.map((p) => p[0]))];
     const ys = all.map((p) => p[1]);
@@ -86,13 +86,19 @@ export class Chart {
   #point(share) {
     this.pointer = share;
     setAttribute(this.cursor, "visibility", share === null ? "hidden" : "visible");
-    if (share === null || !this.series.length) return setText(this.now, this.text ?? "");
-    const x = this.scale.x0 + (share * WIDTH) / this.scale.x;
+    if (!this.series.length) return keyed(this.now, []);
+    const x = this.scale.x0 + ((share ?? 1) * WIDTH) / this.scale.x;
     const near = (points) => points.reduce((best, p) => (Math.abs(p[0] - x) < Math.abs(best[0] - x) ? p : best));
-    const found = this.series.map((one) => ({ name: one.name, point: near(one.points) }));
-    setAttribute(this.cursor, "x1", ((found[0].point[0] - this.scale.x0) * this.scale.x).toFixed(1));
-    setAttribute(this.cursor, "x2", this.cursor.getAttribute("x1"));
-    const values = found.map(({ name, point }) => `${found.length > 1 ? `${name} ` : ""}${this.format(point[1])}`);
-    setText(this.now, `${values.join("   ")}   at ${this.formatX(found[0].point[0])}`);
+    const found = this.series.slice(0, MOST_NAMED).map((one) => [one, near(one.points)]);
+    const at = found[0][1][0];
+    for (const side of ["x1", "x2"]) setAttribute(this.cursor, side, ((at - this.scale.x0) * this.scale.x).toFixed(1));
+    const told = found.map(([{ name, label = name }, [, y]]) => [name, `${found.length > 1 ? `${label} ` : ""}${this.format(y)}`]);
+    if (share !== null) told.push(["", `at ${this.formatX(at)}`]);
+    const texts = new Map(told);
+    const classes = new Map(found.map(([one]) => [one.name, `key ${one.className}`]));
+    keyed(this.now, [...texts.keys()], () => node("span"), (span, name) => {
+      setClass(span, classes.get(name) ?? "");
+      setText(span, texts.get(name));
+    });
   }
 }

@@ -1,6 +1,6 @@
 // A conversation in a process of its own: what was said stays in its KV memory, and the table shows it.
 
-import { byId, keyed, node, setText, toast } from "./dom.js";
+import { byId, keyed, node, setAttribute, setText, toast } from "./dom.js";
 import { call, events, Refused } from "./kernel.js";
 
 const MODEL = "llmasos-model";
@@ -74,6 +74,7 @@ export class Chat {
     }
     setText(byId("chat-status"), text);
     setText(byId("send"), this.#leaving ? "Stop" : "Send");
+    setAttribute(byId("said"), "aria-busy", String(this.#leaving !== null)); // it is read out when it is whole
   }
 
   async #send() {
@@ -116,7 +117,14 @@ export class Chat {
           const made = await call("POST", "v1/processes", { model, label: "console" }, { signal });
           this.#pid = (await made.json()).pid;
         }
-        const body = { model, messages: this.#messages, pid: this.#pid, stream: true, stream_options: { include_usage: true } };
+        const body = {
+          model,
+          messages: this.#messages,
+          pid: this.#pid,
+          temperature: Number(byId("temperature").value),
+          stream: true,
+          stream_options: { include_usage: true },
+        };
         for await (const chunk of events("POST", "v1/chat/completions", body, signal)) {
           const choice = chunk.choices[0];
           used = chunk.usage ?? used;

@@ -20,9 +20,11 @@ const graphs = {
   latency: new Chart(byId("latency"), "Step, ms", { ...ago, format: (y) => y.toFixed(y < 10 ? 1 : 0) }),
   queue: new Chart(byId("queue"), "Running and queued", ago),
 };
+let begun = 0;
 const history = { speed: new Map(), latency: new Map(), queue: new Map() };
 
 function remember(state, rows) {
+  begun ||= state.time;
   const add = (graph, name, y) => {
     if (!history[graph].has(name)) history[graph].set(name, []);
     history[graph].get(name).push([state.time, y]);
@@ -30,7 +32,7 @@ function remember(state, rows) {
   const speeds = new Map([...history.speed.keys()].map((owner) => [owner, 0]));
   for (const row of rows) if (!row.trains) speeds.set(row.owner, (speeds.get(row.owner) ?? 0) + row.tokens_per_s);
   for (const [owner, speed] of speeds) add("speed", owner, speed);
-  for (const [name, device] of Object.entries(state.devices)) add("latency", name, device.step_ms);
+  for (const [name, device] of Object.entries(state.devices)) if (device.step_ms) add("latency", name, device.step_ms);
   add("queue", "running", rows.filter((row) => row.state === "running").length);
   add("queue", "queued", rows.filter((row) => row.queue_place).length);
   for (const [graph, series] of Object.entries(history)) {
@@ -41,12 +43,11 @@ function remember(state, rows) {
     const names = [...series.keys()];
     const shown = names.map((name, index) => ({
       name,
+      label: name.split("/").pop(),
       className: graph === "speed" ? colour(name) : `c${index % 4}`,
       points: series.get(name).map(([at, y]) => [at - state.time, y]),
     }));
-    const latest = names.map((name) => series.get(name).at(-1)[1]);
-    const now = graph === "speed" ? latest.reduce((a, b) => a + b, 0).toFixed(1) : latest.map((y) => +y.toFixed(1)).join(" · ");
-    graphs[graph].show(shown, { now, range: [-WINDOW_S, 0] });
+    graphs[graph].show(shown, { range: [-Math.min(WINDOW_S, Math.max(30, state.time - begun)), 0] });
   }
 }
 
@@ -66,7 +67,7 @@ function show(state) {
 
 function link(problem, state) {
   const at = byId("link");
-  setClass(at, `link${problem ? " problem" : ""}`);
+  setClass(at, `link ${problem ? "problem" : "there"}`);
   if (problem) setText(at, problem);
   else if (state) setText(at, state.caller.tenant);
 }

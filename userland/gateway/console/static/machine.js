@@ -81,12 +81,13 @@ export function showTenants(state) {
   of(state.caller.tenant);
   for (const path of Object.keys(state.quotas)) of(path);
   for (const row of Object.values(state.processes)) {
+    if (row.state === "zombie") continue;
     const tenant = of(row.owner);
     tenant.processes += 1;
     tenant.blocks += row.blocks;
     tenant.speed += row.trains ? 0 : row.tokens_per_s;
   }
-  const fresh = parts("owner", "n", "n", "n", "n", "n");
+  const fresh = parts("owner", "n", "n", "n", "n only-s", "n only-s");
   keyed(byId("tenants"), [...tenants.keys()].sort(), () => fresh("tr"), (tr, owner) => {
     const { processes, blocks, speed } = tenants.get(owner);
     const quota = state.quotas[owner];

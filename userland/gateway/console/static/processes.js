@@ -4,7 +4,7 @@ import { age, byId, colour, count, keyed, node, plural, rate, setAttribute, setC
 import { call } from "./kernel.js";
 
 const waiting = (p) => (p.waiting_for ? `${p.state}: ${p.waiting_for}` : p.state);
-const progress = (p) => (p.trains ? `${p.computed}/${p.context} steps` : count(p.context));
+const progress = (p) => (p.trains ? `${p.computed}/${p.context}` : count(p.context));
 
 // title, the cell's text, what it is sorted by, whether it is a number, from which width on it is shown
 const COLUMNS = [
@@ -130,7 +130,7 @@ export class Processes {
 
   #fill(tr, row, selected) {
     setClass(tr, `${row.state}${selected ? " selected" : ""}`);
-    setAttribute(tr, "aria-selected", String(selected));
+    setAttribute(tr, "aria-current", String(selected));
     COLUMNS.forEach(([, text], index) => setText(tr.children[index], text(row, this.#now)));
     setClass(tr.children[1], `owner ${colour(row.owner)} only-s`);
   }

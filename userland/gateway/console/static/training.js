@@ -61,13 +61,12 @@ export class Training {
   #draw({ losses, evals, last, over }) {
     const sorted = (map) => [...map].sort((a, b) => a[0] - b[0]);
     const points = sorted(losses);
-    const now = points.length ? points.at(-1)[1].toFixed(3) : "";
     this.#chart.show(
       [
         { name: "loss", className: "c0", points },
         { name: "eval", className: "c1", points: sorted(evals), marks: true },
       ],
-      { now, range: [0, Math.max(1, last?.phase === "prepare" ? 1 : last?.steps ?? 1)] },
+      { range: [0, Math.max(1, last?.phase === "prepare" ? 1 : last?.steps ?? 1)] },
     );
     setText(byId("run-facts"), last ? facts(last, over) : over || "waits for its turn");
   }
