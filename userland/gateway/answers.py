@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -69,7 +69,7 @@ class Asked:
     usage: Usage = field(default_factory=Usage)
     pid: int | None = None
 
-    async def deltas(self) -> AsyncIterator[Delta]:
+    async def deltas(self) -> AsyncGenerator[Delta]:
         """What comes, of all answers as it comes. Closing this ends them in the kernel. Raises what the
         kernel answers."""
         if len(self.parts) == 1:

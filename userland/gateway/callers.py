@@ -54,6 +54,8 @@ class Caller:
     tokenizers: Tokenizers
     models: dict[str, tuple[str, LLM]] = field(default_factory=dict)
     rights: frozenset[t.Capability] = frozenset()
+    login: tuple[str, t.Rights] = ("", ())
+    """What `Callers.session` takes to speak for the same caller again."""
 
     def __post_init__(self) -> None:
         self.aio = AsyncClient(connection=self.client.connection)
@@ -106,9 +108,10 @@ class Callers:
                     hint="send `Authorization: Bearer KEY`; `llsh key api new NAME` makes one",
                 )
             tenant, rights = entry.tenant, entry.rights
-        return await self._of(tenant, rights)
+        return await self.session(tenant, rights)
 
-    async def _of(self, tenant: str, rights: t.Rights) -> Caller:
+    async def session(self, tenant: str, rights: t.Rights) -> Caller:
+        """That of a tenant; without one it is the gateway's own. Raises DaemonUnreachable."""
         if (caller := self._known.get((tenant, rights))) is None:
             async with self._opening:
                 if (caller := self._known.get((tenant, rights))) is None:
@@ -118,14 +121,14 @@ class Callers:
 
     async def probe(self) -> Caller:
         """The gateway's own session, for questions about the kernel itself."""
-        return await self._of("", t.TENANT_RIGHTS)
+        return await self.session("", t.TENANT_RIGHTS)
 
     def _open(self, tenant: str, rights: t.Rights) -> Caller:
         if tenant:
             client = Client(self._address, tenant=tenant, rights=rights)
         else:
             client = Client(self._address, label=LABEL)
-        return Caller(client, self._tokenizers, rights=frozenset(rights))
+        return Caller(client, self._tokenizers, rights=frozenset(rights), login=(tenant, rights))
 
     def close(self) -> None:
         for caller in self._known.values():

@@ -32,6 +32,10 @@ MOST_OBJECTS = 100_000
 MOST_BYTES = 8 << 30
 """Objects and bytes of one tenant."""
 
+MOST_RESPONSES = 10_000
+MOST_RESPONSE_BYTES = 1 << 30
+"""Responses of one tenant, which nobody deletes: the oldest make room for new ones."""
+
 LEAST_ROOM = 256 << 20
 """Bytes of the disk that nobody fills."""
 
@@ -48,7 +52,7 @@ CREATE TABLE IF NOT EXISTS objects (
     body BLOB NOT NULL,             -- what the API shows
     inner BLOB NOT NULL             -- what it does not
 );
-CREATE INDEX IF NOT EXISTS of_tenant ON objects (tenant, kind, number);
+CREATE INDEX IF NOT EXISTS of_tenant ON objects (tenant, kind, number, size);
 CREATE INDEX IF NOT EXISTS ends ON objects (expires) WHERE expires IS NOT NULL;
 CREATE INDEX IF NOT EXISTS held ON objects (kind) WHERE holder IS NOT NULL;
 CREATE TABLE IF NOT EXISTS lines (
@@ -144,7 +148,11 @@ class Store:
     def _add(self, db: sqlite3.Connection, kept: Kept) -> None:
         body, inner = msgspec.json.encode(kept.body), msgspec.json.encode(kept.inner)
         size = kept.size + len(body) + len(inner)
-        self._room(db, kept.tenant, size)
+        if kept.kind == "response":
+            _forget(db, kept.tenant, size)
+        else:
+            _within_bounds(db, kept.tenant, size)
+        self._fits(size)
         created = int(kept.body.get("created_at", time.time()))
         holder = self._name if kept.held else None
         db.execute(
@@ -153,23 +161,15 @@ class Store:
             (kept.tenant, kept.kind, kept.id, created, kept.expires, size, holder, body, inner),
         )
 
-    def _room(self, db: sqlite3.Connection, tenant: str, size: int) -> None:
-        count, used = db.execute(
-            "SELECT count(*), coalesce(sum(size), 0) FROM objects WHERE tenant = ?", (tenant,)
-        ).fetchone()
-        if count >= MOST_OBJECTS or used + size > MOST_BYTES:
-            raise errors.QuotaExceeded(
-                f"{count} objects of {used} bytes are kept for {tenant} already",
-                hint=f"at most {MOST_OBJECTS} and {MOST_BYTES} bytes: delete files or responses",
-                retry_after=60,
-            )
+    def _fits(self, size: int) -> None:
         free = os.statvfs(self._files)
         if free.f_bavail * free.f_frsize < size + LEAST_ROOM:
             raise errors.StorageFailed("the disk is nearly full", hint="make room", retry_after=60)
 
     async def has_room(self, tenant: str, size: int) -> None:
         """Raises QuotaExceeded, StorageFailed when `size` more bytes are too many."""
-        await self._do(lambda db: self._room(db, tenant, size))
+        self._fits(size)
+        await self._do(lambda db: _within_bounds(db, tenant, size))
 
     async def get(self, tenant: str, kind: str, id: str) -> Kept:
         return await self._do(lambda db: _get(db, tenant, kind, id))
@@ -182,17 +182,11 @@ class Store:
         def work(db: sqlite3.Connection) -> Kept:
             kept = _get(db, tenant, kind, id)
             change(kept)
+            body, inner = msgspec.json.encode(kept.body), msgspec.json.encode(kept.inner)
             db.execute(
-                "UPDATE objects SET body = ?, inner = ?, expires = ?, "
-                "holder = CASE WHEN ? THEN coalesce(holder, ?) END WHERE id = ?",
-                (
-                    msgspec.json.encode(kept.body),
-                    msgspec.json.encode(kept.inner),
-                    kept.expires,
-                    kept.held,
-                    self._name,
-                    id,
-                ),
+                "UPDATE objects SET size = size - length(body) - length(inner) + ?, body = ?, inner = ?, "
+                "expires = ?, holder = CASE WHEN ? THEN coalesce(holder, ?) END WHERE id = ?",
+                (len(body) + len(inner), body, inner, kept.expires, kept.held, self._name, id),
             )
             if bear is not None:
                 self._add(db, bear)
@@ -337,6 +331,34 @@ UNFINISHED_S = 3600
 
 _LASTS = "(expires IS NULL OR expires > ? OR holder IS NOT NULL)"
 _COLUMNS = "tenant, kind, id, body, inner, expires, holder IS NOT NULL, size"
+
+
+def _within_bounds(db: sqlite3.Connection, tenant: str, size: int) -> None:
+    count, used = db.execute(
+        "SELECT count(*), coalesce(sum(size), 0) FROM objects WHERE tenant = ? AND kind != 'response'",
+        (tenant,),
+    ).fetchone()
+    if count >= MOST_OBJECTS or used + size > MOST_BYTES:
+        raise errors.QuotaExceeded(
+            f"{count} objects of {used} bytes are kept for {tenant} already",
+            hint=f"at most {MOST_OBJECTS} and {MOST_BYTES} bytes: delete files",
+            retry_after=60,
+        )
+
+
+def _forget(db: sqlite3.Connection, tenant: str, size: int) -> None:
+    """Makes room for a response of `size` bytes; some more than that, so that it is not done each time."""
+    mine = "FROM objects WHERE tenant = ? AND kind = 'response'"
+    count, used = db.execute(f"SELECT count(*), coalesce(sum(size), 0) {mine}", (tenant,)).fetchone()
+    if count < MOST_RESPONSES and used + size <= MOST_RESPONSE_BYTES:
+        return
+    latest = "OVER (ORDER BY number DESC)"
+    db.execute(
+        "DELETE FROM objects WHERE number IN (SELECT number FROM (SELECT number, holder, "
+        f"sum(size) {latest} AS total, row_number() {latest} AS place {mine}) "
+        "WHERE holder IS NULL AND (place > ? OR total > ?))",
+        (tenant, MOST_RESPONSES * 9 // 10, MOST_RESPONSE_BYTES * 9 // 10 - size),
+    )
 
 
 def _kept(row: Any) -> Kept:

@@ -30,6 +30,9 @@ REASONS = {
 }
 
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
 
 
 class StreamOptions(Body):
@@ -38,7 +41,7 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class Sampled(Placed):
+class Sampling(Placed):
     """How tokens are chosen. `top_k`, `min_p`, `repetition_penalty` and `min_tokens` are extensions, as in
     vLLM."""
 
@@ -49,9 +52,6 @@ class Sampled(Placed):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    n: int = Field(1, ge=1, le=128)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
     user: str | None = Field(None, max_length=512)
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 or -1: off.")
     min_p: float | None = Field(None, ge=0, le=1)
@@ -74,6 +74,14 @@ class Sampled(Placed):
             max_new_tokens=max_tokens,
             logprobs=logprobs,
         )
+
+
+class Sampled(Sampling):
+    """One or several answers of that, whole or as a stream."""
+
+    n: int = Field(1, ge=1, le=128)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
 
 
 def usage(used: Usage) -> dict[str, Any]:
