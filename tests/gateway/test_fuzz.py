@@ -18,7 +18,10 @@ EXAMPLES = 15
 CHECKS = [not_a_server_error, status_code_conformance]
 
 SCHEMA = schemathesis.openapi.from_dict(build(None, None).openapi())
-OPERATIONS = [found.ok() for found in SCHEMA.get_all_operations()]
+ENDLESS = {"GET /v1/console/events"}
+"""Streams that only their reader ends; test_console.py has them."""
+
+OPERATIONS = [one for found in SCHEMA.get_all_operations() if (one := found.ok()).label not in ENDLESS]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda one: one.label)
