@@ -54,6 +54,14 @@ class ChatRequest(Sampled):
 async def create(
     request: Request, body: ChatRequest, caller: Annotated[Caller, Depends(authenticated)]
 ) -> Response:
+    asked, head = await prepare(caller, body)
+    if body.stream:
+        return await stream(_chunks(asked, head, body)).begun()
+    return json(await attend(request, whole(asked, head)))
+
+
+async def prepare(caller: Caller, body: ChatRequest) -> tuple[Asked, dict[str, Any]]:
+    """What is to be generated, and the head of the answer. Raises what is wrong with the request."""
     llm = await caller.llm(body.model_name(body.model))
     tokens = encode_chat(llm.tokenizer, as_messages(body.messages), model=llm.model)
     if body.top_logprobs is not None and not body.logprobs:
@@ -71,11 +79,14 @@ async def create(
         **({"service_tier": body.service_tier} if body.service_tier else {}),
         **({"pid": asked.pid} if asked.pid is not None else {}),
     }
-    if body.stream:
-        return await stream(_chunks(asked, head, body)).begun()
-    done = await attend(request, asked.whole())
+    return asked, head
+
+
+async def whole(asked: Asked, head: dict[str, Any]) -> dict[str, Any]:
+    """The answer, once it has ended."""
+    done = await asked.whole()
     choices = [_choice(index, completion) for index, completion in enumerate(done)]
-    return json({**head, "choices": choices, "usage": usage(asked.usage)})
+    return {**head, "choices": choices, "usage": usage(asked.usage)}
 
 
 def _choice(index: int, done: Completion) -> dict[str, Any]:

@@ -42,6 +42,15 @@ class CompletionRequest(Sampled):
 async def create(
     request: Request, body: CompletionRequest, caller: Annotated[Caller, Depends(authenticated)]
 ) -> Response:
+    asked, head, llm, echoes = await prepare(caller, body)
+    if body.stream:
+        return await stream(_chunks(asked, head, body, echoes)).begun()
+    return json(await attend(request, whole(asked, head, llm, echoes, body)))
+
+
+async def prepare(caller: Caller, body: CompletionRequest) -> tuple[Asked, dict[str, Any], LLM, list[str]]:
+    """What is to be generated, the head of the answer, by which model, behind which texts. Raises what is
+    wrong with the request."""
     llm = await caller.llm(body.model_name(body.model))
     prompts = _prompts(llm, body.prompt)
     longest = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
@@ -70,14 +79,19 @@ async def create(
         **({"pid": asked.pid} if asked.pid is not None else {}),
     }
     echoes = [llm.tokenizer.decode(prompt) if body.echo else "" for prompt in prompts]
-    if body.stream:
-        return await stream(_chunks(asked, head, body, echoes)).begun()
-    done = await attend(request, asked.whole())
+    return asked, head, llm, echoes
+
+
+async def whole(
+    asked: Asked, head: dict[str, Any], llm: LLM, echoes: list[str], body: CompletionRequest
+) -> dict[str, Any]:
+    """The answer, once it has ended."""
+    done = await asked.whole()
     choices = [
         _choice(index, asked, completion, body, llm, echoes[index // body.n])
         for index, completion in enumerate(done)
     ]
-    return json({**head, "choices": choices, "usage": usage(asked.usage)})
+    return {**head, "choices": choices, "usage": usage(asked.usage)}
 
 
 def _prompts(llm: LLM, given: Any) -> list[list[int]]:
