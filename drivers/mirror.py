@@ -11,11 +11,16 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
 
 from .base import BLOCK_TOKENS, Batch, SeqOpen, SeqOut, Work
 from .draft import Drafter
+
+if TYPE_CHECKING:
+    from .grammar import Constraint, Vocabulary
 
 
 @dataclass(slots=True)
@@ -44,6 +49,7 @@ class Sequence:
     sampling: t.Sampling
     adapter: int = 0
     drafter: Drafter = field(default_factory=Drafter)
+    constraint: Constraint | None = None
     over: bool = False
     fault: str = ""
 
@@ -51,10 +57,21 @@ class Sequence:
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_length
 
+    def mask(self, position: int, out: array[int]) -> str:
+        """Sets the bits of `out` for the tokens that its grammar lets stand at `position`. Returns what went
+        wrong, or ""."""
+        assert self.constraint is not None
+        return self.constraint.mask(self.tokens, self.prompt_length, position, out)
+
     @property
     def processed(self) -> bool:
         """Whether its scores are changed by what came before (penalties, bans)."""
         return self.sampling.follows_text or self.generated < self.sampling.min_new_tokens
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything changes its scores."""
+        return self.constraint is not None or self.processed
 
 
 @dataclass(slots=True)
@@ -156,7 +173,10 @@ class Step:
 class Mirror:
     """The sequences of one resident model with `blocks` KV blocks, and the numbers of its `adapters`."""
 
-    def __init__(self, blocks: int, vocab_size: int, context_length: int) -> None:
+    def __init__(
+        self, blocks: int, vocab_size: int, context_length: int, vocabulary: Vocabulary | None = None
+    ) -> None:
+        self._vocabulary = vocabulary
         self._blocks = blocks
         self._vocab_size = vocab_size
         self._context_length = context_length
@@ -230,7 +250,10 @@ class Mirror:
         guesses: list[int] = []
         if choose and draft > 0 and not sequence.processed:
             room = min(len(sequence.blocks) * BLOCK_TOKENS, self._context_length, sequence.limit - 1) - end
-            guesses = sequence.drafter.propose(sequence.tokens, min(draft, spare, max(0, room)))
+            most = min(draft, spare, max(0, room))
+            guesses = sequence.drafter.propose(sequence.tokens, most)
+            if (constraint := sequence.constraint) is not None:
+                guesses = constraint.guesses(sequence.tokens, sequence.prompt_length, guesses, most)
             sequence.tokens.extend(guesses)
         return Piece(index, sequence, start, end + len(guesses), choose, beams, len(guesses), draft, spare)
 
@@ -249,10 +272,20 @@ class Mirror:
             sequence.fault = "the packed tokens are cut short"
         else:
             sequence.fault = self._extend(sequence, t.unpack_tokens(opened.tokens), opened.blocks)
+        if opened.sampling.grammar is not None and not sequence.fault:
+            try:
+                sequence.constraint = self._constrained(opened.sampling, opened.sampling.grammar)
+            except errors.LLMasOSError as problem:
+                sequence.fault = problem.message
         covered = min(len(sequence.tokens), len(sequence.blocks) * BLOCK_TOKENS)
         if not sequence.fault and not 0 <= opened.computed <= covered:
             sequence.fault = f"{opened.computed} positions computed, tokens and blocks cover {covered}"
         return sequence
+
+    def _constrained(self, sampling: t.Sampling, grammar: t.Grammar) -> Constraint:
+        if self._vocabulary is None:
+            raise errors.UnsupportedModel("this driver has no grammars")
+        return self._vocabulary.constraint(grammar, sampling.stop_token_ids)
 
     def _extend(self, sequence: Sequence, tokens: list[int], blocks: list[int]) -> str:
         if tokens and not (min(tokens) >= 0 and max(tokens) < self._vocab_size):

@@ -15,6 +15,7 @@ import hashlib
 import itertools
 import time
 import zlib
+from array import array
 from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 from pathlib import Path
@@ -25,6 +26,7 @@ from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
 
 from .base import BLOCK_TOKENS, Batch, Description, File, Loaded, LoadSpec, SeqOut, StepResult
+from .grammar import Vocabulary
 from .mirror import Choice, Mirror, Piece, Sequence, Step
 
 _SLOT = 8  # bytes: the token and the checksum of its history, both u32
@@ -89,11 +91,16 @@ class _Scores:
             self.rank((token - self.first) % self._vocab_size).logprob, [self.rank(r) for r in ranks]
         )
 
-    def best(self, count: int, suppressed: Iterable[int]) -> list[t.TokenLogprob]:
-        """The best `count` continuations that are not suppressed, best first."""
+    def best(
+        self, count: int, suppressed: Iterable[int], mask: array[int] | None = None
+    ) -> list[t.TokenLogprob]:
+        """The best `count` continuations that are not suppressed, and that the mask has, best first."""
         barred = set(suppressed)
         ranks = (self.rank(rank) for rank in range(self._vocab_size))
-        return list(itertools.islice((score for score in ranks if score.token not in barred), count))
+        left = (score for score in ranks if score.token not in barred)
+        if mask is not None:
+            left = (score for score in left if mask[score.token // 32] >> (score.token % 32) & 1)
+        return list(itertools.islice(left, count))
 
 
 def next_token(
@@ -117,12 +124,13 @@ class Resident:
     """A loaded model: its mirror and its slots, one bytearray of 16 slots a block, made when first used.
     `marks` are those of its adapters; 0 is the model as it is."""
 
-    def __init__(self, loaded: Loaded, step_seconds: float, memory: int) -> None:
+    def __init__(self, loaded: Loaded, step_seconds: float, memory: int, vocabulary: Vocabulary) -> None:
         self.loaded = loaded
         self.step_seconds = step_seconds
         self.memory = memory
-        self.mirror = Mirror(loaded.blocks, loaded.vocab_size, loaded.context_length)
+        self.mirror = Mirror(loaded.blocks, loaded.vocab_size, loaded.context_length, vocabulary)
         self.marks = {0: 0}
+        self.mask = vocabulary.blank()
         self._pool: dict[int, bytearray] = {}
 
     def block(self, block: int) -> bytes | bytearray:
@@ -203,6 +211,7 @@ class NullDriver:
             loaded,
             float(config.get("llmasos_null_step_seconds", 0)),
             int(config.get("llmasos_null_memory", 0)),
+            Vocabulary(spec.files, loaded.vocab_size),
         )
         return loaded
 
@@ -266,12 +275,20 @@ class NullDriver:
 
         prompt = [scores_at(p).of(sequence.tokens[p], sampling.logprobs or 0) for p in piece.scored]
         barred = sampling.stop_token_ids if sequence.generated < sampling.min_new_tokens else []
+        mask = resident.mask if sequence.constraint is not None else None
         if piece.beams:
-            return piece.done([], prompt, scores_at(piece.end).best(piece.beams, barred))
+            if mask is not None and (problem := sequence.mask(piece.end, mask)):
+                return piece.failed(problem)
+            return piece.done([], prompt, scores_at(piece.end).best(piece.beams, barred, mask))
         choices = []
         for end in range(piece.known, piece.end + 1) if piece.choose else ():
+            if mask is not None and (problem := sequence.mask(end, mask)):
+                return piece.failed(problem)
             scores = scores_at(end)
-            token = scores.best(1, barred)[0].token
+            if not (found := scores.best(1, barred, mask)):
+                choices.append(Choice(-1, error="no token is left to choose"))
+                continue
+            token = found[0].token
             choices.append(
                 Choice(token, None if sampling.logprobs is None else scores.of(token, sampling.logprobs))
             )

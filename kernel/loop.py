@@ -30,6 +30,7 @@ from .config import LIVE, Config, changed
 from .devices import Device, Flight, Pool
 from .dmesg import Log, Readers
 from .effects import Dump, Effect, Exited, KillWorker
+from .grammars import Grammars
 from .guard import Verdict
 from .imports import Imports
 from .infer import Infer
@@ -93,6 +94,7 @@ class Kernel:
             self.devices[name] = Device(name, shares, RunQueue(shares, now))
         self.readers = Readers(self.log, self.sessions)
         self.programs = Programs()
+        self.grammars = Grammars(self)
         self.imports = Imports(self.sessions, self.programs, str(home), self.imported)
         self.runs: dict[int, Process] = {}  # those that train, ended ones too until they are waited for
         self.trainers: dict[int, Process] = {}  # by connection

@@ -79,6 +79,9 @@ class Sessions:
             raise errors.QueueFull(f"{limit} requests are open on this connection", hint="wait for answers")
         session.open[id_] = Open(call, kept)
 
+    def is_open(self, request: Request) -> bool:
+        return self._entry(request) is not None
+
     def on_cancel(self, request: Request, cancel: Callable[[], None]) -> None:
         if entry := self._entry(request):
             entry.cancel = cancel

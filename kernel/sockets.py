@@ -7,6 +7,7 @@ when it had nothing to receive.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -64,17 +65,32 @@ class Worker:
             del self.unsent[:sent]
 
 
+PIPE_BYTES = 1 << 20
+"""Room for a line to a program: the longest that the kernel has to say."""
+
+
 class Running:
     """A program's process and the unread part of its output."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
         command = [sys.executable, "-m", *program.arguments, "--parent", str(os.getpid())]
-        self.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        stdin = subprocess.PIPE if program.listens else subprocess.DEVNULL
+        self.process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE)
         assert self.process.stdout is not None
+        if self.process.stdin:
+            os.set_blocking(self.process.stdin.fileno(), False)
+            with suppress(OSError):
+                fcntl.fcntl(self.process.stdin, fcntl.F_SETPIPE_SZ, PIPE_BYTES)
         self.fd = self.process.stdout.fileno()
         os.set_blocking(self.fd, False)
         self._buffer = b""
+
+    def tell(self, line: bytes) -> None:
+        """Gives it a line to read. One that does not fit into the pipe is lost, as its reader will notice."""
+        assert self.process.stdin is not None
+        with suppress(OSError):
+            os.write(self.process.stdin.fileno(), line)
 
     def lines(self) -> list[dict[str, Any]] | None:
         """The messages that came; None at the end of the output."""
@@ -95,8 +111,10 @@ class Running:
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()
-        if self.process.stdout:
-            self.process.stdout.close()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe:
+                with suppress(OSError):
+                    pipe.close()
 
 
 def _message(line: bytes) -> dict[str, Any] | None:
@@ -339,6 +357,11 @@ class Sockets:
                 continue
             self._programs[running.fd] = running
             self._poller.register(running.fd, zmq.POLLIN)
+        to_tell, programs.to_tell = programs.to_tell, []
+        for number, line in to_tell:
+            for running in self._programs.values():
+                if running.program.number == number:
+                    running.tell(line)
         to_stop, programs.to_stop = set(programs.to_stop), []
         for fd, running in list(self._programs.items()):
             if running.program.number in to_stop:

@@ -407,6 +407,34 @@ def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer
     _refuse_new_work(kernel)
     if call.beams is not None:
         _check_beams(kernel, session, call, call.beams)
+    if (grammar := call.sampling.grammar) is None:
+        _admit(kernel, session, request, call, credits_)
+        return
+    if not call.sampling.stop_token_ids:
+        raise errors.InvalidArgument("a grammar needs a stop token", field="sampling.stop_token_ids")
+    open_ = True
+
+    def cancel() -> None:
+        nonlocal open_
+        open_ = False
+        kernel.sessions.fail(request, errors.Unavailable("cancelled"))
+
+    def checked(problem: errors.LLMasOSError | None) -> None:
+        if not open_ or not kernel.sessions.is_open(request):
+            return
+        try:
+            if problem is not None:
+                raise problem
+            _admit(kernel, session, request, call, credits_)
+        except errors.LLMasOSError as refusal:
+            kernel.sessions.fail(request, refusal)
+
+    kernel.sessions.on_cancel(request, cancel)
+    kernel.grammars.check(session.subject.path, grammar, checked)
+
+
+def _admit(kernel: Kernel, session: Session, request: Request, call: table.Infer, credits_: int) -> None:
+    """Lets an infer in whose arguments are good, as soon as its model is there."""
     if call.pid is not None:
         process = kernel.processes.find(call.pid, session.subject)
         kernel.processes.must_be_idle(process)

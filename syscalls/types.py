@@ -104,6 +104,23 @@ class Finish(enum.StrEnum):
     DEADLINE = "deadline"  # its `deadline_ms` passed
 
 
+class GrammarKind(enum.StrEnum):
+    """What a grammar's text is."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"  # of the whole text, as Rust's regex crate has it
+    CHOICE = "choice"  # a JSON list of strings, one of which is the text
+    LARK = "lark"  # EBNF as llguidance reads it
+
+
+class Grammar(Wire, frozen=True):
+    """What generated text has to match: whatever is chosen, it stays a prefix of a text that does. A stop
+    token may come only where the text is complete, and must come where nothing can follow."""
+
+    kind: GrammarKind
+    text: Annotated[str, Meta(min_length=1, max_length=65536)]
+
+
 class Sampling(Wire, frozen=True):
     """How the next token is chosen. Defaults are greedy.
 
@@ -111,7 +128,8 @@ class Sampling(Wire, frozen=True):
     whole context (Hugging Face's meaning), `presence_penalty` and `frequency_penalty` what was generated
     (OpenAI's). Noise depends on (seed, position) alone, so a recomputed process repeats itself.
     `logprobs` n returns the n most likely tokens of each step besides the chosen one;
-    `prompt_logprobs` scores the input tokens too.
+    `prompt_logprobs` scores the input tokens too. `grammar` counts from the first generated token, and needs
+    a stop token.
     """
 
     temperature: Annotated[float, Meta(ge=0, le=100)] = 0.0
@@ -127,6 +145,7 @@ class Sampling(Wire, frozen=True):
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=64)] = []
     logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     prompt_logprobs: bool = False
+    grammar: Grammar | None = None
 
     @property
     def follows_text(self) -> bool:

@@ -18,6 +18,8 @@ import msgspec
 from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
 
+from .structured import grammar_of
+
 DEFAULT_NEW_TOKENS = 256
 
 W = TypeVar("W", bound=t.Wire)
@@ -53,6 +55,11 @@ class Options(TypedDict, total=False):
     """Whether the result begins with the prompt: by default so for generate, not for chat."""
     logprobs: int | None
     """Scores of the answer's tokens, with this many alternatives each (0 to 20)."""
+    response_format: Any
+    """What the answer has to look like, as OpenAI has it ({"type": "json_object"}, {"type": "json_schema",
+    "json_schema": {"schema": …}}), or a pydantic model."""
+    structured_outputs: Mapping[str, Any] | None
+    """The same as vLLM has it: one of json (a schema), json_object, regex, choice, grammar (Lark)."""
     max_time: float | None
     """Seconds after which the answer ends as it is, with finish "deadline"; waiting in the queue counts."""
 
@@ -135,7 +142,7 @@ def plan(options: Options, model: Model, *, prompt_tokens: int, results: int = 1
     _warn_unused(given, chosen)
     return Plan(
         max_tokens=_max_tokens(given, model, prompt_tokens),
-        sampling=_sampling(chosen, model.eos_ids),
+        sampling=_sampling(chosen, model.eos_ids, _grammar(options)),
         beams=beams,
         samples=results if beams is None else 1,
         stop=_stops(options.get("stop")),
@@ -176,7 +183,11 @@ def _beams(chosen: Mapping[str, Any], results: int) -> t.Beams | None:
     )
 
 
-def _sampling(chosen: Mapping[str, Any], eos_ids: Sequence[int]) -> t.Sampling:
+def _grammar(options: Options) -> t.Grammar | None:
+    return grammar_of(options.get("response_format"), options.get("structured_outputs"))
+
+
+def _sampling(chosen: Mapping[str, Any], eos_ids: Sequence[int], grammar: t.Grammar | None) -> t.Sampling:
     noise: dict[str, Any] = {}
     if chosen["do_sample"]:
         if chosen["temperature"] == 0:
@@ -196,6 +207,7 @@ def _sampling(chosen: Mapping[str, Any], eos_ids: Sequence[int]) -> t.Sampling:
         seed=chosen.get("seed"),
         stop_token_ids=list(eos_ids),
         logprobs=chosen.get("logprobs"),
+        grammar=grammar,
     )
 
 

@@ -20,6 +20,7 @@ from .. import host
 from ..base import Batch, Description, File, Loaded, LoadSpec, StepResult
 from ..checkpoint import read_json
 from ..families import describe
+from ..grammar import Vocabulary
 from ..mirror import Mirror, Piece, Step
 from ..model_config import Config
 from ..room import holders, kv_blocks
@@ -147,7 +148,8 @@ class NativeDriver:
             repeats=True,
             kv_layout="native tiles",
         )
-        mirror = Mirror(blocks, a.vocab_size, a.context_length)
+        vocabulary = Vocabulary(spec.files, a.vocab_size)
+        mirror = Mirror(blocks, a.vocab_size, a.context_length, vocabulary)
         self._residents[spec.handle] = _Resident(spec.files["config.json"], loaded, model, mirror)
         return loaded
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from . import build
 
-ABI = 2
+ABI = 3
 MOST_RANKS = 768
 """Of the adapters of matrices that are packed as one."""
 PREBUILT = Path(__file__).parent / "lib"
@@ -141,6 +141,7 @@ class Pick(ctypes.Structure):
         ("values", POINTER(c_float)),
         ("listed", c_int32),
         ("reserved", c_int32),
+        ("mask", c_void_p),
     ]
 
 

@@ -36,7 +36,7 @@ FINE = ("head",)
 and causes a quarter of the error (docs/decisions.md)."""
 
 NOT_FINITE = "the model's logits are not finite: it overflowed or its weights are broken"
-NOTHING_LEFT = "no token is left to choose: no_repeat_ngram_size or min_new_tokens forbid all"
+NOTHING_LEFT = "no token is left to choose: no_repeat_ngram_size, min_new_tokens or the grammar forbid all"
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -72,6 +72,8 @@ class NativeModel:
             (ctypes.c_float * (MAX_PICKS * MOST_LISTED))(),
         )
         self._stops: list[array[int]] = []
+        words = -(-self.architecture.vocab_size // 32)
+        self._masks = [array("I", bytes(4 * words)) for _ in range(MAX_PICKS)]
         self._step = Step(
             runs=self._runs,
             picks=self._picks,
@@ -187,6 +189,7 @@ class NativeModel:
         """Computes pieces that together are at most MAX_ROWS rows and MAX_PICKS choices; what each gave."""
         rows = picks = 0
         self._stops = []
+        refused: dict[int, str] = {}
         for run, piece in zip(self._runs, pieces, strict=False):
             sequence, count = piece.sequence, piece.end - piece.start
             run.tokens = sequence.tokens.buffer_info()[0] + 4 * piece.start
@@ -195,7 +198,15 @@ class NativeModel:
             run.adapter = self.adapters[sequence.adapter].address if sequence.adapter else None
             run.wanted = wanted(piece)
             for row in range(run.wanted):
-                self._ask(self._picks[picks + row], piece, row)
+                asked = self._picks[picks + row]
+                self._ask(asked, piece, row)
+                asked.mask = None
+                if piece.sequence.constraint is not None:
+                    mask = self._masks[picks + row]
+                    if problem := piece.sequence.mask(piece.known + row, mask):
+                        refused.setdefault(id(piece), problem)
+                    else:
+                        asked.mask = mask.buffer_info()[0]
             rows, picks = rows + count, picks + run.wanted
         step = self._step
         step.run_count, step.rows, step.pick_count = len(pieces), rows, picks
@@ -203,7 +214,9 @@ class NativeModel:
         results, pick = [], 0
         for index, piece in enumerate(pieces):
             result = Result()
-            if self._finite[index]:
+            if id(piece) in refused:
+                result.error = refused[id(piece)]
+            elif self._finite[index]:
                 for place in range(pick, pick + wanted(piece)):
                     self._take(self._picks[place], piece, result)
             else:

@@ -19,6 +19,7 @@ from llmasos.syscalls import errors
 from .. import adapter as peft
 from ..base import Batch, Description, File, Loaded, LoadSpec, SeqOut, StepResult
 from ..families import describe
+from ..grammar import Vocabulary
 from ..mirror import Mirror
 from ..room import holders, kv_blocks, size_text
 from . import host, linear, quantised
@@ -190,7 +191,8 @@ class TorchDriver:
             kv_layout="torch heads",
         )
         pool = KvPool(shape, blocks, dtype, self._device)
-        mirror = Mirror(blocks, shape.vocab_size, shape.context_length)
+        vocabulary = Vocabulary(spec.files, shape.vocab_size)
+        mirror = Mirror(blocks, shape.vocab_size, shape.context_length, vocabulary)
         captured = self._device.type == "cuda"
         decode = StaticDecode(model, pool, shape.context_length, captured) if static else None
         bank = self._bank(config, dtype) if is_ours(config) else None

@@ -49,7 +49,7 @@ class Flight:
             sequence = waiting.get(work.seq)
             if sequence is None or work.seq in anew:
                 continue
-            if work.count != 1 or work.tokens or work.draft or work.beams or sequence.processed:
+            if work.count != 1 or work.tokens or work.draft or work.beams or sequence.changed:
                 return False
         return True
 

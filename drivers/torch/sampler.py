@@ -10,6 +10,7 @@ repeats itself.
 from __future__ import annotations
 
 import math
+from array import array
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ _Ids = np.ndarray[Any, np.dtype[np.int64]]
 _NUCLEUS = 1024
 
 NOT_FINITE = "the model's logits are not finite: it overflowed or its weights are broken"
-NOTHING_LEFT = "no token is left to choose: no_repeat_ngram_size or min_new_tokens forbid all"
+NOTHING_LEFT = "no token is left to choose: no_repeat_ngram_size, min_new_tokens or the grammar forbid all"
 
 
 def uniform(seed: int, position: int) -> float:
@@ -42,11 +43,11 @@ def choose(logits: torch.Tensor, rows: list[tuple[Sequence, int]]) -> list[Choic
     finite, tokens = best.isfinite().tolist(), token.tolist()
     choices = [Choice(tokens[row], error="" if finite[row] else NOT_FINITE) for row in range(len(rows))]
     working = [
-        row for row, (s, _) in enumerate(rows) if finite[row] and (s.sampling.temperature > 0 or s.processed)
+        row for row, (s, _) in enumerate(rows) if finite[row] and (s.sampling.temperature > 0 or s.changed)
     ]
     if working:
         scores = logits[working]
-        process_rows(scores, [(index, rows[row][0]) for index, row in enumerate(working)])
+        process_rows(scores, [(index, *rows[row]) for index, row in enumerate(working)])
         for row, found in zip(working, _draw(scores, [rows[row] for row in working]), strict=True):
             choices[row] = Choice(found) if found >= 0 else Choice(-1, error=NOTHING_LEFT)
     asked = [
@@ -104,16 +105,18 @@ def best_continuations(logits: torch.Tensor, sequence: Sequence, count: int) -> 
 
 
 def process(scores: torch.Tensor, sequence: Sequence) -> None:
-    """Applies the penalties and bans of `sequence` to its scores [vocab_size], in place."""
-    process_rows(scores[None], [(0, sequence)])
+    """Applies the penalties and bans of `sequence` to the scores [vocab_size] of its next token, in place."""
+    process_rows(scores[None], [(0, sequence, len(sequence.tokens))])
 
 
-def process_rows(scores: torch.Tensor, rows: list[tuple[int, Sequence]]) -> None:
-    """Applies penalties and bans to scores [R, vocab_size], in place, all rows at once: each entry is a row
-    of the scores and its sequence. What changes is found on the host and sent as lists of places."""
+def process_rows(scores: torch.Tensor, rows: list[tuple[int, Sequence, int]]) -> None:
+    """Applies penalties, bans and grammars to scores [R, vocab_size], in place, all rows at once: each entry
+    is a row of the scores, its sequence and the position that is chosen. What changes is found on the host
+    and sent as lists of places, masks as bytes."""
     size = scores.shape[1]
     seen, penalties, made, costs, banned = [], [], [], [], []
-    for row, sequence in rows:
+    _constrain(scores, [entry for entry in rows if entry[1].constraint is not None])
+    for row, sequence, _ in rows:
         if not sequence.processed:
             continue
         sampling, first = sequence.sampling, row * size
@@ -141,6 +144,22 @@ def process_rows(scores: torch.Tensor, rows: list[tuple[int, Sequence]]) -> None
         flat[places] = flat[places] - send(np.concatenate(costs), device)
     if banned:
         flat.index_fill_(0, send(np.concatenate(banned), device), -math.inf)
+
+
+def _constrain(scores: torch.Tensor, rows: list[tuple[int, Sequence, int]]) -> None:
+    """Forbids what the rows' grammars do not let follow; everything where one has failed."""
+    if not rows:
+        return
+    size = scores.shape[1]
+    masks = np.zeros((len(rows), -(-size // 32)), np.uint32)
+    for row, (_, sequence, position) in enumerate(rows):
+        mask = array("I", bytes(masks[row].nbytes))
+        if not sequence.mask(position, mask):
+            masks[row] = mask
+    bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, :size]
+    places = send(np.array([row for row, _, _ in rows]), scores.device)
+    forbidden = send(bits, scores.device) == 0
+    scores[places] = scores[places].masked_fill(forbidden, -math.inf)
 
 
 def _completes_ngram(tokens: _Ids, size: int) -> _Ids:

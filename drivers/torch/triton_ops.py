@@ -70,12 +70,12 @@ class TritonOps:
 
     def choose(self, logits: torch.Tensor, places: list[int], rows: list[tuple[Sequence, int]]) -> Drawn:
         samplings = [sequence.sampling for sequence, _ in rows]
-        processed = [index for index, (sequence, _) in enumerate(rows) if sequence.processed]
+        processed = [index for index, (sequence, _) in enumerate(rows) if sequence.changed]
         scores, sources = logits, places
         if processed:
             scores = logits.index_select(0, send(np.array(places), self._device))
             sources = list(range(len(rows)))
-            sampler.process_rows(scores, [(index, rows[index][0]) for index in processed])
+            sampler.process_rows(scores, [(index, *rows[index]) for index in processed])
         seeds = np.array([s.seed or 0 for s in samplings], np.uint64).view(np.int64)
         numbers = [sources, seeds, [position for _, position in rows], [s.top_k for s in samplings]]
         reals = [

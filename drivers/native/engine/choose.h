@@ -89,7 +89,7 @@ static double log_sum(const float *x, int padded, float most) {
 }
 
 static inline bool has_processors(const llk_pick &pick) {
-    return pick.repetition != 1 || pick.presence != 0 || pick.frequency != 0 || pick.ngram > 0 || pick.forbid_stops;
+    return pick.repetition != 1 || pick.presence != 0 || pick.frequency != 0 || pick.ngram > 0 || pick.forbid_stops || pick.mask;
 }
 
 static void process(const llk_pick &pick, float *scores, int vocab, int32_t *times) {
@@ -117,6 +117,18 @@ static void process(const llk_pick &pick, float *scores, int vocab, int32_t *tim
     if (pick.forbid_stops)
         for (int i = 0; i < pick.stop_count; i++)
             if (pick.stops[i] < vocab) scores[pick.stops[i]] = -INFINITY;
+    if (pick.mask)
+        for (int i = 0; i < vocab; i += 32) {
+            const uint32_t may = pick.mask[i / 32];
+            if (may == UINT32_MAX) continue;
+            const int end = imin(32, vocab - i);
+            if (!may) {
+                for (int k = 0; k < end; k++) scores[i + k] = -INFINITY;
+            } else {
+                for (int k = 0; k < end; k++)
+                    if (!(may >> k & 1)) scores[i + k] = -INFINITY;
+            }
+        }
 }
 
 // The token at `pick.noise` of the distribution over `found` candidates with these scores.

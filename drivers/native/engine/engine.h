@@ -33,7 +33,7 @@
 extern "C" {
 #endif
 
-#define LLK_ABI 2
+#define LLK_ABI 3
 #define LLK_MOST_RANKS 768  // of a llk_lora
 
 enum { LLK_F32 = 0, LLK_BF16 = 1, LLK_Q8 = 2, LLK_Q4 = 3 };                // weight formats
@@ -95,7 +95,7 @@ typedef struct {
 } llk_run;
 
 // What to choose from one row of logits, in the order of Hugging Face `generate`: repetition penalty, presence
-// and frequency, n-grams, forbidden stops; then temperature, top_k, top_p, min_p.
+// and frequency, n-grams, forbidden stops, mask; then temperature, top_k, top_p, min_p.
 typedef struct {
     const uint32_t *tokens;  // [known] the context that the penalties see
     const int32_t *stops;    // [stop_count] tokens that are forbidden when `forbid_stops`
@@ -110,6 +110,7 @@ typedef struct {
     float *values;           // out: their log-probabilities. With beams: log-softmax first, penalties after
     int32_t listed;          // out: how many
     int32_t reserved;
+    const uint32_t *mask;    // [vocab / 32] bits of the tokens that may be chosen; NULL: all
 } llk_pick;
 
 typedef struct {

@@ -1,0 +1,187 @@
+"""Grammars that generated text has to match: which tokens may come next, as bit masks.
+
+llguidance does the work, inside bounds: what a grammar may cost to compile and a token. A sequence's state
+follows from the tokens that it has generated, so nothing of it is kept anywhere: it is the same after a
+preemption, a snapshot or a death.
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+from llmasos.syscalls import errors
+from llmasos.syscalls import types as t
+
+from .base import File
+
+# Nobody waits for its import who has no grammar.
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+MOST_CHOICES = 4096
+
+
+@cache
+def _limits() -> LLParserLimits:
+    """What one grammar may cost, from llguidance's account of its pace."""
+    from llguidance import LLParserLimits
+
+    return LLParserLimits(
+        max_items_in_row=2000,
+        initial_lexer_fuel=1_000_000,  # 20 ms
+        step_lexer_fuel=100_000,  # 7 ms
+        step_max_items=20_000,  # 1 ms
+        max_lexer_states=20_000,  # 30 MB
+        max_grammar_size=500_000,
+    )
+
+
+def problem_of(grammar: t.Grammar) -> str:
+    """Why it cannot be used, "" if it can."""
+    from llguidance import LLMatcher
+
+    try:
+        source = _source(grammar)
+    except (ValueError, TypeError) as problem:
+        return str(problem)
+    failed, messages = LLMatcher.validate_grammar_with_warnings(source, limits=_limits())
+    return messages[0] if failed and messages else "it is not valid" if failed else ""
+
+
+@lru_cache(maxsize=64)
+def _source(grammar: t.Grammar) -> str:
+    """The grammar as llguidance reads it. Raises ValueError, TypeError."""
+    from llguidance import LLMatcher
+
+    match grammar.kind:
+        case t.GrammarKind.JSON_SCHEMA:
+            schema = json.loads(grammar.text)
+            if schema is True:
+                schema = {}
+            if not isinstance(schema, dict):
+                raise TypeError("a JSON schema is an object")
+            return str(LLMatcher.grammar_from_json_schema(schema))
+        case t.GrammarKind.REGEX:
+            return str(LLMatcher.grammar_from_regex(_ascii_classes(grammar.text)))
+        case t.GrammarKind.CHOICE:
+            choices = msgspec.json.decode(grammar.text, type=list[str])
+            if not 0 < len(choices) <= MOST_CHOICES or not all(choices):
+                raise ValueError(f"a choice is among 1 to {MOST_CHOICES} strings that are not empty")
+            return str(LLMatcher.grammar_from_lark("start: " + " | ".join(map(_quoted, choices))))
+        case t.GrammarKind.LARK:
+            return str(LLMatcher.grammar_from_lark(grammar.text))
+
+
+def _ascii_classes(regex: str) -> str:
+    r"""`regex` with \d, \w and \s (and \D, \W, \S) of ASCII alone, as in JSON schemas and most tools; Rust's
+    mean all of Unicode, digits of other scripts too."""
+    inside = {"d": "0-9", "w": "A-Za-z0-9_", "s": r" \t\n\r\f\v"}
+    out, place, depth = [], 0, 0
+    while place < len(regex):
+        sign = regex[place : place + 2] if regex[place] == "\\" else regex[place]
+        place += len(sign)
+        known = inside.get(sign[1:2].lower()) if sign[0] == "\\" else None
+        if known is None:
+            depth += (sign == "[") - (sign == "]" and depth > 0)
+            out.append(sign)
+        elif sign[1].islower():
+            out.append(known if depth else f"[{known}]")
+        else:
+            out.append(f"[^{known}]")  # a class in a class is a union
+    return "".join(out)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=True)
+
+
+class Vocabulary:
+    """A model's tokens as text. `files` are the model's; reading them takes a fifth of a second and 50 MB, so
+    it is done when somebody first needs it."""
+
+    def __init__(self, files: dict[str, File], size: int) -> None:
+        self._file = files.get("tokenizer.json")
+        self._tokenizer: LLTokenizer | None = None
+        self.size = size
+
+    def blank(self) -> array[int]:
+        """A mask of no token: a bit each, in words of 32."""
+        return array("I", bytes(-(-self.size // 32) * 4))
+
+    def constraint(self, grammar: t.Grammar, stops: list[int]) -> Constraint:
+        """Raises UnsupportedModel, InvalidArgument."""
+        from llguidance import LLMatcher, LLTokenizer
+
+        if self._tokenizer is None:
+            if self._file is None:
+                raise errors.UnsupportedModel("the model has no tokenizer.json, which grammars need")
+            try:
+                text = Path(self._file.path).read_text()
+                self._tokenizer = LLTokenizer(text, n_vocab=self.size)
+            except (OSError, ValueError) as problem:
+                raise errors.UnsupportedModel(
+                    f"grammars cannot read the model's tokenizer: {problem}"
+                ) from None
+        matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=_limits())
+        if matcher.is_error():
+            raise errors.InvalidArgument(f"the grammar: {matcher.get_error()}", field="sampling.grammar")
+        return Constraint(matcher, self._tokenizer.eos_tokens, stops, self)
+
+
+class Constraint:
+    """What a sequence may say next. `stops` end it where its text may end; they are no part of the text."""
+
+    def __init__(self, matcher: LLMatcher, ends: list[int], stops: list[int], vocabulary: Vocabulary) -> None:
+        self._matcher, self._ends = matcher, ends
+        self._stops = [stop for stop in stops if stop < vocabulary.size]
+        self._none = vocabulary.blank()
+        self._fed: list[int] = []
+
+    def mask(self, tokens: array[int], first: int, position: int, out: array[int]) -> str:
+        """Sets the bits of `out` for what may come at `position`; `tokens` from `first` on were
+        generated. Returns what went wrong, or ""."""
+        self._follow(tokens, first, position)
+        matcher = self._matcher
+        if matcher.is_error():
+            return f"the grammar: {matcher.get_error()}"
+        if matcher.is_stopped():
+            out[:] = self._none
+        else:
+            matcher.unsafe_compute_mask_ptr(out.buffer_info()[0], 4 * len(out))
+            if matcher.is_error():
+                return f"the grammar: {matcher.get_error()}"
+            # What the tokenizer takes for the end need not be what this sequence stops at.
+            for end in self._ends:
+                out[end // 32] &= ~(1 << end % 32)
+        if matcher.is_accepting():
+            for stop in self._stops:
+                out[stop // 32] |= 1 << stop % 32
+        return ""
+
+    def guesses(self, tokens: array[int], first: int, proposed: list[int], most: int) -> list[int]:
+        """What may follow `tokens` for sure if anything is sure, else what is possible of `proposed`."""
+        self._follow(tokens, first, len(tokens))
+        if self._matcher.is_error() or self._matcher.is_stopped():
+            return []
+        if forced := self._matcher.compute_ff_tokens():
+            return list(forced[:most])
+        return proposed[: self._matcher.validate_tokens(proposed)] if proposed else []
+
+    def _follow(self, tokens: array[int], first: int, position: int) -> None:
+        """Has the matcher consumed tokens[first:position]. Of what it consumed before only the end can be
+        otherwise: guesses that did not come true."""
+        fed, wanted = self._fed, position - first
+        back = 0
+        while fed and (len(fed) > wanted or fed[-1] != tokens[first + len(fed) - 1]):
+            fed.pop()
+            back += 1
+        if back:
+            self._matcher.rollback(back)
+        if fresh := tokens[first + len(fed) : position].tolist():
+            fed += fresh
+            self._matcher.consume_tokens(fresh)
