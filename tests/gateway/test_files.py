@@ -137,13 +137,23 @@ def test_work_of_a_gateway_that_is_gone_is_anothers(tmp_path: Path) -> None:
 def test_lines_are_written_once(tmp_path: Path) -> None:
     async def story() -> None:
         store = Store(tmp_path)
-        await store.add(Kept("a", "batch", "b1", {}, {}))
-        await store.add_lines("b1", [(0, "first"), (2, "third")])
-        await store.add_lines("b1", [(0, "again"), (1, "second")])
+        batch = Kept("a", "batch", "b1", {"n": 0}, {})
+        await store.add(batch)
+
+        def count(now: Kept) -> None:
+            now.body["n"] += 1
+
+        await store.change(batch, count, lines=[(0, "first"), (2, "third")])
+        await store.change(batch, count, lines=[(1, "second")])
+        with pytest.raises(errors.StorageFailed):  # nothing of it happens
+            await store.change(batch, count, lines=[(3, "fourth"), (0, "again")])
+        assert (await store.get("a", "batch", "b1")).body == {"n": 2}
         assert await store.lines("b1") == [(0, "first"), (1, "second"), (2, "third")]
         assert await store.lines("b1", after=0, limit=1) == [(1, "second")]
         assert await store.lines("b1", limit=2, newest_first=True) == [(2, "third"), (1, "second")]
-        await store.delete("a", "batch", "b1")
+        file = Kept("a", "file", "f1", {}, {})
+        assert (await store.change(batch, count, bear=[file], without_lines=True)).body == {"n": 3}
+        assert (await store.get("a", "file", "f1")).id == "f1"
         assert await store.lines("b1") == []
         store.close()
 

@@ -17,7 +17,7 @@ from .access import ApiKeys
 from .callers import Callers
 from .console import feed, page
 from .http import MOST_BODY, Frame, handle_errors
-from .openai import chat, completions, files, models, responses
+from .openai import batches, chat, completions, files, models, responses
 from .store import Store, gateway_folder
 from .works import Works
 
@@ -34,6 +34,7 @@ ROUTERS = (
     completions.router,
     files.router,
     responses.router,
+    batches.router,
     processes.router,
     machine.router,
     feed.router,
@@ -76,8 +77,10 @@ def build(address: str | None, keys: ApiKeys | None) -> FastAPI:
         app.state.works = Works()
         app.state.store = await asyncio.to_thread(Store, gateway_folder())
         app.state.background = responses.Background(app.state.callers, app.state.store, app.state.works)
+        app.state.batches = batches.Batches(app.state.callers, app.state.store, app.state.works)
         app.state.works.start("purge", _purge(app.state.store))
         await responses.resume(app)
+        await batches.resume(app)
         try:
             yield
         finally:

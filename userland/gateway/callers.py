@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastapi import Request
 from llmasos.syscalls import errors, table
@@ -55,7 +56,7 @@ class Caller:
     models: dict[str, tuple[str, LLM]] = field(default_factory=dict)
     rights: frozenset[t.Capability] = frozenset()
     login: tuple[str, t.Rights] = ("", ())
-    """What `Callers.session` takes to speak for the same caller again."""
+    """What `Callers.session` takes; `Callers.again` takes it as JSON gives it back."""
 
     def __post_init__(self) -> None:
         self.aio = AsyncClient(connection=self.client.connection)
@@ -118,6 +119,11 @@ class Callers:
                     caller = await asyncio.to_thread(self._open, tenant, rights)
                     self._known[tenant, rights] = caller
         return caller
+
+    async def again(self, login: list[Any]) -> Caller:
+        """Who came with this `login`, for work that goes on without him. Raises DaemonUnreachable."""
+        tenant, rights = login
+        return await self.session(tenant, tuple(t.Capability(right) for right in rights))
 
     async def probe(self) -> Caller:
         """The gateway's own session, for questions about the kernel itself."""

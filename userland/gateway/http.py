@@ -232,6 +232,19 @@ def refuse(request: Request, problem: problems.Problem) -> Response:
     return json(body, problem.status, problem.headers)
 
 
+def invalid_problem(first: Mapping[str, Any]) -> problems.Problem:
+    """What HTTP says of the first thing that pydantic found wrong with a body."""
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = f"Unrecognized request argument supplied: {'.'.join(place)}"
+    elif place:
+        message = f"{'.'.join(place)}: {message}"
+    code = "unsupported_parameter" if first["type"] == "unsupported" else None
+    param = str((first.get("ctx") or {}).get("param") or ".".join(place)) or None
+    return problems.Problem(400, "invalid_request_error", code, message, param)
+
+
 def handle_errors(app: FastAPI) -> None:
     """Makes answers of what routes raise."""
 
@@ -244,16 +257,7 @@ def handle_errors(app: FastAPI) -> None:
 
     @on(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-        message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = f"Unrecognized request argument supplied: {'.'.join(place)}"
-        elif place:
-            message = f"{'.'.join(place)}: {message}"
-        code = "unsupported_parameter" if first["type"] == "unsupported" else None
-        param = str((first.get("ctx") or {}).get("param") or ".".join(place)) or None
-        return refuse(request, problems.Problem(400, "invalid_request_error", code, message, param))
+        return refuse(request, invalid_problem(error.errors()[0]))
 
     @on(HTTPException)
     async def plain(request: Request, error: HTTPException) -> Response:

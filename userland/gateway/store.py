@@ -143,16 +143,14 @@ class Store:
         return await asyncio.get_running_loop().run_in_executor(self._thread, transaction)
 
     async def add(self, kept: Kept) -> None:
-        await self._do(lambda db: self._add(db, kept))
+        await self._do(lambda db: self._insert(db, kept, bounded=True))
 
-    def _add(self, db: sqlite3.Connection, kept: Kept) -> None:
+    def _insert(self, db: sqlite3.Connection, kept: Kept, *, bounded: bool) -> None:
         body, inner = msgspec.json.encode(kept.body), msgspec.json.encode(kept.inner)
         size = kept.size + len(body) + len(inner)
-        if kept.kind == "response":
-            _forget(db, kept.tenant, size)
-        else:
-            _within_bounds(db, kept.tenant, size)
-        self._fits(size)
+        if bounded:
+            (_forget if kept.kind == "response" else _within_bounds)(db, kept.tenant, size)
+            self._fits(size)
         created = int(kept.body.get("created_at", time.time()))
         holder = self._name if kept.held else None
         db.execute(
@@ -175,22 +173,36 @@ class Store:
         return await self._do(lambda db: _get(db, tenant, kind, id))
 
     async def change(
-        self, tenant: str, kind: str, id: str, change: Callable[[Kept], None], *, bear: Kept | None = None
+        self,
+        kept: Kept,
+        change: Callable[[Kept], None],
+        *,
+        lines: Iterable[tuple[int, Any]] = (),
+        bear: Iterable[Kept] = (),
+        without_lines: bool = False,
     ) -> Kept:
-        """What `change` made of it, as one step with everything else. `bear` is added in the same step."""
+        """What `change` made of the object as it is now, in one step with new `lines` by number, the objects
+        that it bears (its lines in another shape: no bound refuses them), and the removal of its lines."""
+        rows = [(kept.id, number, msgspec.json.encode(line)) for number, line in lines]
 
         def work(db: sqlite3.Connection) -> Kept:
-            kept = _get(db, tenant, kind, id)
-            change(kept)
-            body, inner = msgspec.json.encode(kept.body), msgspec.json.encode(kept.inner)
+            now = _get(db, kept.tenant, kept.kind, kept.id)
+            change(now)
+            body, inner = msgspec.json.encode(now.body), msgspec.json.encode(now.inner)
+            db.executemany("INSERT INTO lines (id, number, body) VALUES (?, ?, ?)", rows)
+            grown = sum(len(row[2]) for row in rows)
+            if without_lines:
+                dropped = db.execute("SELECT sum(length(body)) FROM lines WHERE id = ?", (kept.id,))
+                grown -= dropped.fetchone()[0] or 0
+                db.execute("DELETE FROM lines WHERE id = ?", (kept.id,))
             db.execute(
                 "UPDATE objects SET size = size - length(body) - length(inner) + ?, body = ?, inner = ?, "
                 "expires = ?, holder = CASE WHEN ? THEN coalesce(holder, ?) END WHERE id = ?",
-                (len(body) + len(inner), body, inner, kept.expires, kept.held, self._name, id),
+                (len(body) + len(inner) + grown, body, inner, now.expires, now.held, self._name, kept.id),
             )
-            if bear is not None:
-                self._add(db, bear)
-            return kept
+            for born in bear:
+                self._insert(db, born, bounded=False)
+            return now
 
         return await self._do(work)
 
@@ -266,19 +278,6 @@ class Store:
             os.close(lock)
         return False
 
-    async def add_lines(self, id: str, lines: Iterable[tuple[int, Any]]) -> None:
-        """Lines of an object by number; those that are there already stay as they are."""
-        rows = [(id, number, msgspec.json.encode(body)) for number, body in lines]
-
-        def work(db: sqlite3.Connection) -> None:
-            before = db.total_changes
-            db.executemany("INSERT OR IGNORE INTO lines (id, number, body) VALUES (?, ?, ?)", rows)
-            if db.total_changes > before:
-                size = sum(len(row[2]) for row in rows)
-                db.execute("UPDATE objects SET size = size + ? WHERE id = ?", (size, id))
-
-        await self._do(work)
-
     async def lines(
         self, id: str, *, after: int = -1, limit: int = 1000, newest_first: bool = False
     ) -> list[tuple[int, Any]]:
@@ -301,9 +300,6 @@ class Store:
             return {row[0] for row in db.execute("SELECT number FROM lines WHERE id = ?", (id,))}
 
         return await self._do(work)
-
-    async def drop_lines(self, id: str) -> None:
-        await self._do(lambda db: db.execute("DELETE FROM lines WHERE id = ?", (id,)))
 
     async def purge(self) -> None:
         """Removes what has expired, and files of which no row knows: their upload was cut short."""

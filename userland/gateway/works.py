@@ -7,6 +7,8 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
+from llmasos.syscalls import errors
+
 log = logging.getLogger("llmasos.gateway")
 
 
@@ -16,16 +18,32 @@ class Works:
 
     def __init__(self) -> None:
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._crowds: dict[str, set[str]] = {}
 
-    def start(self, id: str, work: Coroutine[Any, Any, None]) -> None:
+    def start(self, id: str, work: Coroutine[Any, Any, None], *, crowd: str = "") -> None:
+        """`crowd` names those of whom `check` admits so many and no more."""
         task = self._tasks[id] = asyncio.create_task(work)
-        task.add_done_callback(lambda done: self._ended(id, done))
+        self._crowds.setdefault(crowd, set()).add(id)
+        task.add_done_callback(lambda done: self._ended(id, crowd, done))
 
-    def _ended(self, id: str, task: asyncio.Task[None]) -> None:
+    def check(self, crowd: str, most: int, what: str) -> None:
+        """Raises QueueFull when `most` of the crowd are under way."""
+        if len(self._crowds.get(crowd, ())) >= most:
+            raise errors.QueueFull(
+                f"{most} {what} are under way already", hint="wait for one, or cancel it", retry_after=1
+            )
+
+    def _ended(self, id: str, crowd: str, task: asyncio.Task[None]) -> None:
         if self._tasks.get(id) is task:
             del self._tasks[id]
+            self._crowds[crowd].discard(id)
+            if not self._crowds[crowd]:
+                del self._crowds[crowd]
         if not task.cancelled() and (problem := task.exception()) is not None:
             log.error("work on %s failed", id, exc_info=problem)
+
+    def __contains__(self, id: str) -> bool:
+        return id in self._tasks
 
     async def stop(self, id: str) -> None:
         """Cancels the work on `id`, if there is any here, and waits for its end."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -73,8 +72,7 @@ async def uploaded(request: Request, caller: CallerOf, store: StoreOf) -> Respon
         if seconds is None and purpose == "batch":
             seconds = BATCH_S
         file = new_file(caller.tenant, str(purpose), (sent.filename or "file")[:255], seconds)
-        source = sent.file
-        await write(store, file, lambda target: shutil.copyfileobj(source, target, CHUNK))
+        await write(store, file, chunks(sent.file))
     if not file.size:
         store.path(file.id).unlink(missing_ok=True)
         raise errors.InvalidArgument("the file is empty", field="file")
@@ -115,25 +113,29 @@ def new_file(tenant: str, purpose: str, name: str, seconds: int | None = None) -
     return Kept(tenant, "file", id, body, {}, expires)
 
 
-async def write(store: Store, file: Kept, fill: Callable[[BinaryIO], None]) -> None:
-    """Lets `fill` write the file's bytes, durably. Nobody sees it before it is added to the store. Raises
+async def write(store: Store, file: Kept, parts: AsyncIterator[bytes]) -> None:
+    """Makes the file's bytes of `parts`, durably. Nobody sees it before it is added to the store. Raises
     StorageFailed."""
-
-    def work() -> int:
-        path = store.path(file.id)
-        try:
-            with path.open("xb") as target:
-                fill(target)
-                target.flush()
-                os.fsync(target.fileno())
-                return target.tell()
-        except OSError as problem:
-            path.unlink(missing_ok=True)
+    path = store.path(file.id)
+    try:
+        with await asyncio.to_thread(path.open, "xb") as target:
+            async for part in parts:
+                await asyncio.to_thread(target.write, part)
+            await asyncio.to_thread(target.flush)
+            await asyncio.to_thread(os.fsync, target.fileno())
+            file.size = file.body["bytes"] = target.tell()
+    except BaseException as problem:
+        path.unlink(missing_ok=True)
+        if isinstance(problem, OSError):
             raise errors.StorageFailed(
                 f"the file could not be kept: {problem.strerror}", hint="make room"
             ) from None
+        raise
 
-    file.size = file.body["bytes"] = await asyncio.to_thread(work)
+
+async def chunks(source: BinaryIO) -> AsyncIterator[bytes]:
+    while part := await asyncio.to_thread(source.read, CHUNK):
+        yield part
 
 
 @router.get("", summary="The files", responses=documented())
@@ -190,7 +192,7 @@ async def content(file_id: str, caller: CallerOf, store: StoreOf) -> Response:
 
     async def parts() -> AsyncIterator[bytes]:
         with source:
-            while part := await asyncio.to_thread(source.read, CHUNK):
+            async for part in chunks(source):
                 yield part
 
     headers = {"content-length": str(file.body["bytes"])}

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 import msgspec
 from fastapi import APIRouter, FastAPI, Query, Request
 from llmasos.syscalls import errors
-from llmasos.syscalls import types as t
 from pydantic import Field
 from starlette.responses import Response
 
@@ -259,32 +258,24 @@ class Log:
             await self._fresh.wait()
 
 
+def _crowd(tenant: str) -> str:
+    return f"responses of {tenant}"
+
+
 class Background:
     """The background responses of this gateway, by id."""
 
     def __init__(self, callers: Callers, store: Store, works: Works) -> None:
         self._callers, self._store, self._works = callers, store, works
         self.logs: dict[str, Log] = {}
-        self._running: dict[str, int] = {}
 
     def begin(self, kept: Kept, asked: Asked | None = None) -> None:
         self.logs[kept.id] = Log()
-        self._works.start(kept.id, self._run(kept, asked))
-
-    def check(self, tenant: str) -> None:
-        """Raises QueueFull."""
-        if self._running.get(tenant, 0) >= MOST_BACKGROUND:
-            raise errors.QueueFull(
-                f"{MOST_BACKGROUND} background responses are under way already",
-                hint="wait for one of them, or cancel it",
-                retry_after=1,
-            )
+        self._works.start(kept.id, self._run(kept, asked), crowd=_crowd(kept.tenant))
 
     async def _run(self, kept: Kept, asked: Asked | None) -> None:
         """`asked` is what `prepare` made of the request; who goes on with another's begins anew."""
-        log, tenant = self.logs[kept.id], kept.tenant
-        self._running[tenant] = self._running.get(tenant, 0) + 1
-        response = kept.body
+        log, response = self.logs[kept.id], kept.body
         try:
             await patiently(lambda: self._attempt(kept, asked, log), time.time() + PATIENCE_S)
         except errors.LLMasOSError as problem:
@@ -293,18 +284,16 @@ class Background:
             log.add(encoded({"type": "response.failed", "sequence_number": 0, "response": response}))
         finally:
             log.end()
-            self._running[tenant] -= 1
             asyncio.get_running_loop().call_later(LOG_S, self.logs.pop, kept.id, None)
 
     async def _attempt(self, kept: Kept, asked: Asked | None, log: Log) -> None:
         body = ResponseRequest.model_validate(kept.inner["request"])
         if asked is None:
-            tenant, rights = kept.inner["login"]
-            caller = await self._callers.session(tenant, tuple(t.Capability(right) for right in rights))
+            caller = await self._callers.again(kept.inner["login"])
             asked, _, _ = await prepare(caller, self._store, body)
         async for event in tell(asked, kept.body, body.scored, lambda: self._save(kept)):
             if event["type"] == "response.created":
-                await self._store.change(kept.tenant, "response", kept.id, _begun)
+                await self._store.change(kept, _begun)
             log.add(encoded(event))
 
     async def _save(self, kept: Kept) -> None:
@@ -315,7 +304,7 @@ class Background:
             there.inner.pop("request", None)
 
         try:
-            await self._store.change(kept.tenant, "response", kept.id, end)
+            await self._store.change(kept, end)
         except errors.NotFound:
             pass  # it was deleted meanwhile
 
@@ -329,7 +318,7 @@ async def _begin(app: FastAPI, body: ResponseRequest, caller: Caller, store: Sto
     if not body.store:
         raise errors.InvalidArgument("a background response is stored", field="store")
     background: Background = app.state.background
-    background.check(caller.tenant)
+    app.state.works.check(_crowd(caller.tenant), MOST_BACKGROUND, "background responses")
     asked, response, items = await prepare(caller, store, body)
     request = body.model_dump(mode="json", exclude_unset=True)
     kept = _kept(caller, response, {"input": items, "request": request, "login": caller.login}, held=True)
@@ -390,7 +379,7 @@ async def cancelled(request: Request, response_id: str, caller: CallerOf, store:
         there.held = False
         there.inner.pop("request", None)
 
-    kept = await store.change(caller.tenant, "response", response_id, cancel)
+    kept = await store.change(kept, cancel)
     await request.app.state.works.stop(response_id)
     return json(kept.body)
 

@@ -1,0 +1,236 @@
+"""Batches through OpenAI's client, over the ends of gateways and kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import psutil
+import pytest
+from llmasos.syscalls import table
+from llmasos.syscalls import types as t
+from llmasos.userland.client import Client
+from llmasos.userland.gateway.openai import batches
+
+from .conftest import Gateway, serve, soon
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture
+def ai(gateway: Gateway) -> Iterator[openai.OpenAI]:
+    with client(gateway) as made:
+        yield made
+
+
+def client(gateway: Gateway, tenant: str = "alice") -> openai.OpenAI:
+    key = gateway.keys.get(tenant, "none")
+    return openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0)
+
+
+def chat(number: int, **extra: Any) -> dict[str, Any]:
+    messages = [{"role": "user", "content": f"w{number}"}]
+    return {"model": "tiny", "messages": messages, "max_tokens": 3, "temperature": 0, **extra}
+
+
+def upload(ai: openai.OpenAI, bodies: list[dict[str, Any]], url: str = CHAT) -> str:
+    lines = [
+        json.dumps({"custom_id": f"r{number}", "method": "POST", "url": url, "body": body})
+        for number, body in enumerate(bodies)
+    ]
+    return ai.files.create(file=("in.jsonl", "\n".join(lines).encode()), purpose="batch").id
+
+
+def begin(ai: openai.OpenAI, file: str, url: Any = CHAT, **options: Any) -> str:
+    return ai.batches.create(input_file_id=file, endpoint=url, completion_window="24h", **options).id
+
+
+def ended(ai: openai.OpenAI, id: str, patience_s: float = 20) -> Any:
+    soon(lambda: ai.batches.retrieve(id).status in batches.ENDED, patience_s)
+    return ai.batches.retrieve(id)
+
+
+def until_done(ai: openai.OpenAI, id: str, count: int) -> None:
+    def done() -> int:
+        counts = ai.batches.retrieve(id).request_counts
+        return counts.completed if counts else 0
+
+    soon(lambda: done() >= count, 30)
+
+
+def lines(ai: openai.OpenAI, file: str | None) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in ai.files.content(file).text.splitlines()] if file else []
+
+
+def test_each_line_has_its_answer(ai: openai.OpenAI) -> None:
+    bodies = [chat(n) for n in range(40)]
+    bodies[7] = chat(7, model="nobody")
+    bodies[8] = chat(8, temperature=9)
+    bodies[9] = chat(9, stream=True)
+    id = begin(ai, upload(ai, bodies), metadata={"of": "me"})
+    batch = ended(ai, id)
+    assert (batch.status, batch.metadata, batch.model) == ("completed", {"of": "me"}, None)
+    assert batch.request_counts.to_dict() == {"total": 40, "completed": 37, "failed": 3}
+    good, bad = lines(ai, batch.output_file_id), lines(ai, batch.error_file_id)
+    assert [line["custom_id"] for line in good] == [f"r{n}" for n in range(40) if n not in (7, 8, 9)]
+    for line in good[:3]:
+        whole = ai.chat.completions.create(**chat(int(line["custom_id"][1:])))
+        body = line["response"]["body"]
+        assert body["choices"][0]["message"]["content"] == whole.choices[0].message.content
+        assert body["service_tier"] == "batch"
+    codes = {line["custom_id"]: line["response"]["status_code"] for line in bad}
+    assert codes == {"r7": 404, "r8": 400, "r9": 400}
+    assert bad[1]["response"]["body"]["error"]["param"] == "temperature"
+    assert batch.usage.output_tokens == 3 * 37
+    assert batch.usage.input_tokens == sum(
+        line["response"]["body"]["usage"]["prompt_tokens"] for line in good
+    )
+    assert id in [one.id for one in ai.batches.list()]
+
+
+def test_completions_and_responses_come_in_batches_too(ai: openai.OpenAI) -> None:
+    prompt = {"model": "tiny", "prompt": "w1", "max_tokens": 2, "temperature": 0}
+    batch = ended(ai, begin(ai, upload(ai, [prompt], "/v1/completions"), "/v1/completions"))
+    (line,) = lines(ai, batch.output_file_id)
+    assert line["response"]["body"]["choices"][0]["text"] == ai.completions.create(**prompt).choices[0].text
+    asked = {"model": "tiny", "input": "w1", "max_output_tokens": 2, "temperature": 0}
+    batch = ended(ai, begin(ai, upload(ai, [asked], "/v1/responses"), "/v1/responses"))
+    (line,) = lines(ai, batch.output_file_id)
+    kept = ai.responses.retrieve(line["response"]["body"]["id"])
+    assert kept.output_text == ai.responses.create(**asked).output_text
+    assert batch.usage.output_tokens == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "line"),
+    [
+        ("{", "invalid_json_line", 1),
+        ('{"custom_id": "a"}', "invalid_json_line", 1),
+        ("[" * 100_000, "invalid_json_line", 1),
+        ('{"custom_id": "a", "method": "POST", "url": "/v1/completions", "body": {}}', "mismatched_url", 1),
+        (
+            f'{{"custom_id": "a", "method": "POST", "url": "{CHAT}", "body": {{}}}}\n' * 2,
+            "duplicate_custom_id",
+            2,
+        ),
+        ("\n\n", "empty_file", None),
+    ],
+)
+def test_files_are_looked_through_first(ai: openai.OpenAI, text: str, code: str, line: int | None) -> None:
+    file = ai.files.create(file=("in.jsonl", text.encode()), purpose="batch").id
+    batch = ended(ai, begin(ai, file))
+    assert batch.status == "failed"
+    assert (batch.errors.data[0].code, batch.errors.data[0].line) == (code, line)
+    assert batch.output_file_id is None
+
+
+def test_files_and_errors_are_bounded(ai: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "MOST_LINES", 3)
+    batch = ended(ai, begin(ai, upload(ai, [chat(1)] * 10)))
+    assert [error.code for error in batch.errors.data] == ["too_many_tasks"]
+    monkeypatch.undo()
+    monkeypatch.setattr(batches, "MOST_BODY", 1000)
+    batch = ended(ai, begin(ai, upload(ai, [chat(1, user="x" * 2000)])))
+    assert [error.code for error in batch.errors.data] == ["line_too_long"]
+    monkeypatch.undo()
+    bad = ai.files.create(file=("in.jsonl", b"{\n" * 1000), purpose="batch").id
+    assert len(ended(ai, begin(ai, bad)).errors.data) == batches.MOST_ERRORS
+
+
+def test_what_cannot_be_a_batch_is_refused(ai: openai.OpenAI, gateway: Gateway) -> None:
+    file = upload(ai, [chat(1)])
+    for url, input_file, error in (
+        ("/v1/images/edits", file, openai.BadRequestError),
+        (CHAT, "file-none", openai.NotFoundError),
+        (CHAT, ai.files.create(file=("x", b"x"), purpose="user_data").id, openai.BadRequestError),
+    ):
+        with pytest.raises(error):
+            begin(ai, input_file, url)
+    id = begin(ai, file)
+    with client(gateway, "bob") as bob:
+        for call in (bob.batches.retrieve, bob.batches.cancel):
+            with pytest.raises(openai.NotFoundError):
+                call(id)
+        with pytest.raises(openai.NotFoundError):
+            begin(bob, file)
+        assert id not in [one.id for one in bob.batches.list()]
+    ended(ai, id)
+
+
+def test_a_batch_is_cancelled_with_what_is_done(ai: openai.OpenAI, kernel: Client) -> None:
+    bodies = [chat(n, model="slow", max_tokens=400 if n else 1) for n in range(30)]
+    id = begin(ai, upload(ai, bodies))
+    until_done(ai, id, 1)
+    rows = [row for row in kernel.ps() if row.owner == "alice"]
+    assert 0 < len(rows) <= batches.MOST_AT_ONCE
+    assert {row.sched_class for row in rows} == {t.SchedClass.BATCH}
+    assert ai.batches.cancel(id).status == "cancelling"
+    batch = ended(ai, id)
+    assert batch.status == "cancelled"
+    assert [line["custom_id"] for line in lines(ai, batch.output_file_id)] == ["r0"]
+    assert batch.error_file_id is None
+    soon(lambda: not [row for row in kernel.ps() if row.owner == "alice"])
+    with pytest.raises(openai.ConflictError):
+        ai.batches.cancel(ended(ai, begin(ai, upload(ai, [chat(1)]))).id)
+
+
+def test_what_is_late_expires(ai: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "WINDOW_S", 3)
+    bodies = [chat(n, model="slow", max_tokens=400 if n == 1 else 1) for n in range(3)]
+    batch = ended(ai, begin(ai, upload(ai, bodies)))
+    assert batch.status == "expired"
+    assert batch.request_counts.to_dict() == {"total": 3, "completed": 2, "failed": 1}
+    assert [line["custom_id"] for line in lines(ai, batch.output_file_id)] == ["r0", "r2"]
+    (late,) = lines(ai, batch.error_file_id)
+    assert (late["custom_id"], late["error"]["code"]) == ("r1", "batch_expired")
+
+
+def test_another_gateway_goes_on_with_it(home: object) -> None:
+    """Each line is there once, though the gateway is stopped twice on the way."""
+    count = 60
+    bodies = [chat(n, model="slow", max_tokens=8) for n in range(count)]
+    id, found = "", list[dict[str, Any]]()
+    for done in (5, 30, count):
+        running = serve({})
+        with client(next(running)) as ai:
+            id = id or begin(ai, upload(ai, bodies))
+            until_done(ai, id, done)
+            if done == count:
+                batch = ended(ai, id)
+                assert batch.status == "completed"
+                found = lines(ai, batch.output_file_id)
+        assert next(running, None) is None
+    assert [line["custom_id"] for line in found] == [f"r{n}" for n in range(count)]
+
+
+def test_the_kernel_may_die_meanwhile(ai: openai.OpenAI, kernel: Client) -> None:
+    count = 40
+    id = begin(ai, upload(ai, [chat(n, model="slow", max_tokens=8) for n in range(count)]))
+    until_done(ai, id, 5)
+    boot = kernel.boot_id
+    os.kill(kernel_pid(), signal.SIGKILL)
+    soon(lambda: kernel.call(table.Df()) is not None and kernel.boot_id != boot, 20)
+    batch = ended(ai, id, 60)
+    assert batch.status == "completed"
+    assert batch.request_counts.to_dict() == {"total": count, "completed": count, "failed": 0}
+    found = lines(ai, batch.output_file_id)
+    assert [line["custom_id"] for line in found] == [f"r{n}" for n in range(count)]
+    for line in found[::7]:
+        whole = ai.chat.completions.create(**chat(int(line["custom_id"][1:]), model="slow", max_tokens=8))
+        content = line["response"]["body"]["choices"][0]["message"]["content"]
+        assert content == whole.choices[0].message.content
+
+
+def kernel_pid() -> int:
+    """Of the daemon of this home."""
+    home = os.environ["LLMASOS_HOME"]
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if "--kernel" in process.cmdline() and process.environ().get("LLMASOS_HOME") == home:
+                return process.pid
+    raise AssertionError("there is no kernel")
