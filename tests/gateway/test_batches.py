@@ -6,6 +6,9 @@ import contextlib
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -190,21 +193,53 @@ def test_what_is_late_expires(ai: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
     assert (late["custom_id"], late["error"]["code"]) == ("r1", "batch_expired")
 
 
-def test_another_gateway_goes_on_with_it(home: object) -> None:
-    """Each line is there once, though the gateway is stopped twice on the way."""
+@contextlib.contextmanager
+def another(keys: dict[str, str]) -> Iterator[openai.OpenAI]:
+    """A gateway that is told to end."""
+    running = serve(keys)
+    with client(next(running)) as ai:
+        yield ai
+    assert next(running, None) is None
+
+
+@contextlib.contextmanager
+def mortal(keys: dict[str, str]) -> Iterator[openai.OpenAI]:
+    """A gateway in a process of its own, which is killed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "llmasos.userland.gateway.main", "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert b"serves" in process.stdout.readline()
+            with client(Gateway(f"http://127.0.0.1:{port}", keys, None)) as ai:  # type: ignore[arg-type]
+                soon(lambda: answers(ai))
+                yield ai
+        finally:
+            process.kill()
+
+
+def answers(ai: openai.OpenAI) -> bool:
+    try:
+        return bool(ai.models.list().data)
+    except openai.APIConnectionError:
+        return False
+
+
+def test_another_gateway_goes_on_with_it(gateway: Gateway) -> None:
+    """Each line is there once, though the gateway is killed, and the next one ended, on the way."""
     count = 60
     bodies = [chat(n, model="slow", max_tokens=8) for n in range(count)]
-    id, found = "", list[dict[str, Any]]()
-    for done in (5, 30, count):
-        running = serve({})
-        with client(next(running)) as ai:
-            id = id or begin(ai, upload(ai, bodies))
-            until_done(ai, id, done)
-            if done == count:
-                batch = ended(ai, id)
-                assert batch.status == "completed"
-                found = lines(ai, batch.output_file_id)
-        assert next(running, None) is None
+    with mortal(gateway.keys) as ai:
+        id = begin(ai, upload(ai, bodies))
+        until_done(ai, id, 5)
+    with another(gateway.keys) as ai:
+        until_done(ai, id, 30)
+    with another(gateway.keys) as ai:
+        batch = ended(ai, id)
+        assert batch.status == "completed"
+        found = lines(ai, batch.output_file_id)
     assert [line["custom_id"] for line in found] == [f"r{n}" for n in range(count)]
 
 
