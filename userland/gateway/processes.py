@@ -60,7 +60,7 @@ class Priority(Body):
 
 @router.patch("/{pid}", summary="Change class or nice value", responses=documented())
 async def placed(pid: Pid, body: Priority, caller: Annotated[Caller, Depends(authenticated)]) -> Response:
-    """Class realtime and nice values that go down need the right `priority`."""
+    """Class realtime and nice values below 0 need the right `priority`."""
     return json(await caller.aio.call(table.SetPriority(pid, body.nice, body.sched_class)))
 
 

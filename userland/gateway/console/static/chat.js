@@ -34,7 +34,7 @@ export class Chat {
   show(state) {
     const names = Object.keys(state.models).sort();
     const select = byId("chat-model");
-    keyed(select, names, (name) => new Option(name), () => {});
+    keyed(select, names, (name) => new Option(name, name), () => {});
     if (this.models !== names.join()) {
       this.models = names.join();
       const wanted = select.value || sessionStorage.getItem(MODEL);

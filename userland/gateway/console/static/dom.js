@@ -78,6 +78,18 @@ export function colour(owner) {
   return colours.get(owner);
 }
 
+// Shows a dialog; what it was closed with, "" for Escape. A `close` event may come when it is open again.
+export function ask(dialog) {
+  if (!dialog.known) {
+    dialog.known = true;
+    dialog.addEventListener("close", () => dialog.open || dialog.settle(dialog.returnValue));
+  }
+  dialog.settle?.("");
+  dialog.returnValue = "";
+  dialog.showModal();
+  return new Promise((resolve) => (dialog.settle = resolve));
+}
+
 let fading;
 export function toast(text) {
   const at = byId("toast");

@@ -1,6 +1,6 @@
 // The gateway's API: calls and streams with the key of this tab, and the live state of the machine.
 
-import { byId } from "./dom.js";
+import { ask, byId } from "./dom.js";
 
 const KEY = "llmasos-key";
 
@@ -28,24 +28,18 @@ export async function call(method, path, body, options = {}) {
 
 let asking;
 function askKey(problem) {
-  return (asking ??= new Promise((resolve) => {
-    const dialog = byId("key");
-    byId("key-problem").textContent = problem;
-    byId("key-button").hidden = false;
-    dialog.addEventListener(
-      "close",
-      () => {
-        const key = byId("key-text").value.trim();
-        byId("key-text").value = "";
-        if (key) sessionStorage.setItem(KEY, key);
-        asking = undefined;
-        if (key) resolve();
-        else askKey("").then(resolve); // there is nothing to see without one
-      },
-      { once: true },
-    );
-    dialog.showModal();
-  }));
+  byId("key-problem").textContent = problem;
+  byId("key-button").hidden = false;
+  return (asking ??= typedKey().finally(() => (asking = undefined)));
+}
+
+async function typedKey() {
+  for (let key = ""; !key; ) {
+    await ask(byId("key")); // again and again: there is nothing to see without one
+    key = byId("key-text").value.trim();
+    byId("key-text").value = "";
+    if (key) sessionStorage.setItem(KEY, key);
+  }
 }
 
 export function changeKey() {

@@ -1,6 +1,6 @@
 // The table of processes, the selected one, and what is done to it.
 
-import { age, byId, colour, count, keyed, node, plural, rate, setAttribute, setClass, setHidden, setText, short, toast } from "./dom.js";
+import { age, ask, byId, colour, count, keyed, node, plural, rate, setAttribute, setClass, setHidden, setText, short, toast } from "./dom.js";
 import { call } from "./kernel.js";
 
 const waiting = (p) => (p.waiting_for ? `${p.state}: ${p.waiting_for}` : p.state);
@@ -72,6 +72,7 @@ export class Processes {
     if (!process) return toast("No process is selected.");
     this.#select(process.pid);
     const path = `v1/processes/${process.pid}`;
+    const { nice } = process;
     try {
       if (what === "kill") {
         if (process.state === "zombie" || (await this.#sure(process))) await call("DELETE", path);
@@ -79,23 +80,21 @@ export class Processes {
         const signal = process.state === "stopped" ? "CONT" : "STOP";
         await call("POST", `${path}/signal`, { signal });
       } else {
-        const nice = Math.min(Math.max(process.nice + (what === "nicer" ? 1 : -1), -20), 19);
-        if (nice !== process.nice) Object.assign(process, await (await call("PATCH", path, { nice })).json());
+        // At once, so that the next press counts on from it.
+        process.nice = Math.min(Math.max(nice + (what === "nicer" ? 1 : -1), -20), 19);
+        this.#draw();
+        await call("PATCH", path, { nice: process.nice });
       }
     } catch (error) {
+      process.nice = nice;
       toast(error.message);
     }
     this.#draw();
   }
 
   #sure(process) {
-    const dialog = byId("confirm");
     byId("confirm-text").textContent = `Kill process ${process.pid}, ${short(process.model)} of ${process.owner}?`;
-    dialog.returnValue = "";
-    dialog.showModal();
-    return new Promise((resolve) => {
-      dialog.addEventListener("close", () => resolve(dialog.returnValue === "ok"), { once: true });
-    });
+    return ask(byId("confirm"));
   }
 
   #select(pid) {
