@@ -9,6 +9,7 @@ rendering these mark the untrusted text, which is encoded as plain text (`Tokeni
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import json
@@ -25,13 +26,17 @@ import jinja2.sandbox
 from llmasos.syscalls import errors
 
 from .tokenizer import Part, Tokenizer
+from .tools import Tool, in_words, takes_tools
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 
 # Bounds of a rendering, in characters.
 _OUTPUT_FACTOR = 4
 _OUTPUT_FLOOR = 64 * 1024
 _LONGEST_PRODUCT = 1024 * 1024
+
+_DEEPEST = 128
+"""Levels of lists and objects in messages and tools."""
 
 # Planes 15 and 16 of Unicode are private use; people's own characters from there are shielded too.
 _PRIVATE_FIRST = 0xF0000
@@ -39,25 +44,58 @@ _PRIVATE_LAST = 0x10FFFD
 _PRIVATE = re.compile(f"[{chr(_PRIVATE_FIRST)}-{chr(0x10FFFF)}]")
 
 
-def as_messages(messages: str | Sequence[Message]) -> list[dict[str, str]]:
-    """Checked messages; a lone string is what the user says. Raises InvalidArgument naming the place."""
+def as_messages(messages: str | Sequence[Message]) -> list[dict[str, Any]]:
+    """Checked messages; a lone string is what the user says. Raises InvalidArgument naming the place.
+
+    All values are strings, except for `tool_calls` of the assistant: there, arguments that are the text of a
+    JSON object become the object, as templates want them. With tool_calls, the content may be missing.
+    """
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
     checked = []
     for place, message in enumerate(messages):
-        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
-            raise errors.InvalidArgument(
-                f"message {place} needs a role and a content", field=f"messages[{place}]"
-            )
-        for key, value in message.items():
+        at = f"messages[{place}]"
+        calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+        if not isinstance(message, Mapping) or not {"role", "content"} <= (
+            message.keys() | ({"content"} if calls else set())
+        ):
+            raise errors.InvalidArgument(f"message {place} needs a role and a content", field=at)
+        made = {key: value for key, value in message.items() if key != "tool_calls"}
+        if calls:
+            made["content"] = made.get("content") or ""
+        for key, value in made.items():
             if not isinstance(key, str) or not isinstance(value, str):
-                raise errors.InvalidArgument(
-                    f"message {place}: {key} must be a string", field=f"messages[{place}].{key}"
-                )
-        checked.append(dict(message))
+                raise errors.InvalidArgument(f"message {place}: {key} must be a string", field=f"{at}.{key}")
+        if calls:
+            made["tool_calls"] = _calls(calls, f"{at}.tool_calls")
+        checked.append(made)
     if not checked:
         raise errors.InvalidArgument("no messages", field="messages")
     return checked
+
+
+def _calls(calls: Any, place: str) -> list[dict[str, Any]]:
+    made = []
+    for call in calls if isinstance(calls, (list, tuple)) else [None]:
+        call = call if isinstance(call, Mapping) else {}
+        function = call.get("function")
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise errors.InvalidArgument("a tool call needs a function with a name", field=place)
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                parsed = json.loads(arguments or "{}")
+                arguments = parsed if isinstance(parsed, dict) else arguments
+        elif not isinstance(arguments, Mapping):
+            raise errors.InvalidArgument("a tool call's arguments are an object, or its text", field=place)
+        made.append(
+            {
+                "id": str(call.get("id") or ""),
+                "type": "function",
+                "function": {"name": function["name"], "arguments": arguments},
+            }
+        )
+    return made
 
 
 def encode_chat(
@@ -65,20 +103,26 @@ def encode_chat(
     messages: str | Sequence[Message],
     *,
     model: str = "",
+    tools: Sequence[Tool] = (),
     answer: bool = True,
 ) -> list[int]:
-    """Token ids of a conversation, ready for the model's answer if `answer`.
+    """Token ids of a conversation, ready for the model's answer if `answer`; it is told of `tools`.
 
     Raises UnsupportedModel when the model has no chat template, InvalidArgument when the template refuses
     the messages (for example their order).
     """
-    return tokenizer.encode_parts(render(tokenizer, messages, model=model, answer=answer))
+    return tokenizer.encode_parts(render(tokenizer, messages, model=model, tools=tools, answer=answer))
 
 
 def render(
-    tokenizer: Tokenizer, messages: str | Sequence[Message], *, model: str = "", answer: bool = True
+    tokenizer: Tokenizer,
+    messages: str | Sequence[Message],
+    *,
+    model: str = "",
+    tools: Sequence[Tool] = (),
+    answer: bool = True,
 ) -> list[Part]:
-    """The conversation as the template writes it: its own words trusted, the messages' not."""
+    """The conversation as the template writes it: its own words trusted, the messages' and tools' not."""
     checked = as_messages(messages)
     if not tokenizer.template:
         raise errors.UnsupportedModel(
@@ -86,16 +130,18 @@ def render(
             hint="use generate(), or an instruct model such as smollm2",
         )
     shield = _Shield(tokenizer.special.values())
-    shielded = [{key: shield.cover(value) for key, value in message.items()} for message in checked]
-    size = sum(len(value) for message in checked for value in message.values())
+    shielded = shield.cover(checked)
+    shown = shield.cover([tool.shown() for tool in tools]) or None
+    if not takes_tools(tokenizer.template):
+        shielded, shown = in_words(shielded, shown or []), None
     variables = {
         "messages": shielded,
         "add_generation_prompt": answer,
-        "tools": None,
+        "tools": shown,
         "documents": None,
         **{name: tokenizer.token(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")},
     }
-    limit = _OUTPUT_FACTOR * (size + len(tokenizer.template)) + _OUTPUT_FLOOR
+    limit = _OUTPUT_FACTOR * (shield.covered + len(tokenizer.template)) + _OUTPUT_FLOOR
     return shield.uncover(_run(tokenizer.template, variables, limit))
 
 
@@ -189,9 +235,22 @@ class _Shield:
         longest_first = sorted(edges, key=len, reverse=True)
         self._pattern = re.compile("|".join([*map(re.escape, longest_first), _PRIVATE.pattern]))
         self._marks: dict[str, str] = {}
+        self.covered = 0
+        """Characters so far."""
 
-    def cover(self, text: str) -> str:
-        return self._pattern.sub(lambda match: self._mark(match.group()), text)
+    def cover(self, value: Any, depth: int = 0) -> Any:
+        """A text, or the same JSON value with all its texts covered."""
+        if depth > _DEEPEST:
+            raise errors.InvalidArgument("messages or tools are nested too deeply", field="messages")
+        match value:
+            case str():
+                self.covered += len(value)
+                return self._pattern.sub(lambda match: self._mark(match.group()), value)
+            case Mapping():
+                return {self.cover(k): self.cover(inner, depth + 1) for k, inner in value.items()}
+            case list() | tuple():
+                return [self.cover(inner, depth + 1) for inner in value]
+        return value
 
     def uncover(self, text: str) -> list[Part]:
         """Text with the marks turned back: each is an untrusted part, the rest trusted."""

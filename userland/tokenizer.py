@@ -262,7 +262,7 @@ class StopStrings:
         if found := [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]:
             self.stopped, self._held = True, ""
             return text[: min(found)[1]]
-        keep = max(_overlap(text, stop) for stop in self._stops)
+        keep = max(overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
@@ -272,10 +272,10 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
-    for length in range(min(len(text), len(stop) - 1), 0, -1):
-        if text.endswith(stop[:length]):
+def overlap(text: str, mark: str) -> int:
+    """Length of the longest end of `text` that `mark`, which is longer, begins with."""
+    for length in range(min(len(text), len(mark) - 1), 0, -1):
+        if text.endswith(mark[:length]):
             return length
     return 0
 
