@@ -154,7 +154,7 @@ class Batches:
     ) -> None:
         self._recipe, self._world, self._even, self._unit = recipe, world, even or world > 1, unit
         dataset = Dataset(folder, vocab_size)
-        training, validation = _split(_useful(dataset, recipe.longest), recipe)
+        training, validation = _split(_useful(dataset, recipe.longest), recipe, len(dataset.ends))
         self._training, self._validation = (Rows(dataset, part, recipe) for part in (training, validation))
         self.rows = len(self._training)
         self._rows_a_step = recipe.per_device_train_batch_size * recipe.gradient_accumulation_steps * world
@@ -231,15 +231,19 @@ def _useful(dataset: Dataset, longest: int) -> Numbers:
     return found
 
 
-def _split(examples: Numbers, recipe: Recipe) -> tuple[Numbers, Numbers]:
-    """(training, validation), in random order."""
-    shuffled = np.random.default_rng([recipe.seed, 0]).permutation(examples)
-    kept = math.ceil(recipe.validation_split * len(shuffled))
-    if kept >= len(shuffled):
+def _split(examples: Numbers, recipe: Recipe, rows: int) -> tuple[Numbers, Numbers]:
+    """(training, validation) of the useful `examples` of a data set of so many `rows`, in random order."""
+    last = examples >= rows - recipe.validation_rows
+    training, validation = (
+        np.random.default_rng([recipe.seed, 0]).permutation(part)
+        for part in (examples[~last], examples[last])
+    )
+    kept = math.ceil(recipe.validation_split * len(training))
+    if kept >= len(training):
         raise errors.InvalidArgument(
-            f"{len(shuffled)} examples cannot be split", hint="give more data, or no validation_split"
+            f"{len(training)} examples cannot be split", hint="give more data, or none to validate on"
         )
-    return shuffled[kept:], shuffled[:kept]
+    return training[kept:], np.concatenate([validation, training[:kept]])
 
 
 def _packed(lengths: Numbers, room: int) -> Numbers:

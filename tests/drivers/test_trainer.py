@@ -383,6 +383,25 @@ def test_a_step_on_two_ranks_learns_what_one_rank_does_with_twice_the_rows(tmp_p
         assert found == expected
 
 
+def test_the_last_rows_are_kept_to_measure_on(tmp_path: Path) -> None:
+    rows = examples(30)
+    folder = write_data(tmp_path / "data", rows)
+    plain = write_data(tmp_path / "plain", rows[:23])
+    recipe = Recipe(max_length=40, packing=False)
+    kept = Batches(folder, msgspec.structs.replace(recipe, validation_rows=7), VOCAB)
+    alone = Batches(plain, recipe, VOCAB)
+    assert kept.steps == alone.steps
+    for step in range(kept.steps):  # it learns what it would learn of the others alone
+        for one, other in zip(kept.step(step).batches, alone.step(step).batches, strict=True):
+            assert torch.equal(one.input_ids, other.input_ids)
+    found = [tokens for n in kept.validation() for tokens, _ in apart(kept.validation_batch(n))]
+    assert sorted(tokens.tolist() for tokens in found) == sorted(tokens[:-1] for tokens, _ in rows[23:])
+    both = Batches(folder, msgspec.structs.replace(recipe, validation_rows=7, validation_split=0.5), VOCAB)
+    assert len(both.validation()) == 7 + 12
+    with pytest.raises(errors.InvalidArgument, match="cannot be split"):
+        Batches(folder, msgspec.structs.replace(recipe, validation_rows=30), VOCAB)
+
+
 def test_data_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     folder = write_data(tmp_path / "data", [([1, 2, 96], [0, 1, 1])])
     with pytest.raises(errors.InvalidArgument, match="has token 96, the model knows 96"):
