@@ -34,6 +34,16 @@ Answered = Callable[[base.Moved | errors.LLMasOSError], None]
 
 
 @dataclass(slots=True, eq=False)
+class Saving:
+    """A snapshot that is being written from `blocks`, by the order `ticket` or from a file that it wrote.
+    `spoiled`: it turned out that they held something else then."""
+
+    ticket: int
+    blocks: frozenset[int]
+    spoiled: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class Pool:
     """A model on a device. `waiters` are told when it is resident or cannot be."""
 
@@ -53,6 +63,7 @@ class Pool:
     admitted: set[Process] = field(default_factory=set)  # with an infer that was let into the memory
     closes: list[int] = field(default_factory=list)
     copies: list[tuple[int, int]] = field(default_factory=list)  # blocks to copy with the next step
+    savings: list[Saving] = field(default_factory=list)
     pace: Pace = field(default_factory=Pace)
     waiters: list[Ready] = field(default_factory=list)
     retried: bool = False

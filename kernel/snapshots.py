@@ -15,7 +15,7 @@ from llmasos.syscalls.types import Sampling, pack_tokens, unpack_tokens
 from msgspec.structs import replace
 
 from . import adapters, residency, swapping, training
-from .devices import Pool
+from .devices import Pool, Saving
 from .files import room_on_disk
 from .memory import blocks_for
 from .modelfs import session_files
@@ -51,15 +51,26 @@ def snapshot(kernel: Kernel, subject: Subject, request: Request, call: table.Sna
         return
     if source:
         source.share()
+        saving = Saving(source.ticket, source.blocks)
+    else:
+        assert isinstance(message, base.Export)
+        saving = Saving(message.ticket, frozenset(message.blocks))
+    savings = process.pool.savings
+    savings.append(saving)
 
     def answered(answer: base.Moved | errors.LLMasOSError) -> None:
+        savings.remove(saving)
         if source:
             source.release()
         try:
             if isinstance(answer, errors.LLMasOSError):
                 raise answer
-            kv = Kv(file, answer.bytes, positions, stamp, layout)
-            info = files.commit(owner, name, replace(record, kv=kv))
+            if saving.spoiled:  # what was written is not this context's KV; its tokens are
+                files.forget_kv(file)
+                info = files.commit(owner, name, record)
+            else:
+                kv = Kv(file, answer.bytes, positions, stamp, layout)
+                info = files.commit(owner, name, replace(record, kv=kv))
         except errors.LLMasOSError as error:
             files.forget_kv(file)
             kernel.sessions.fail(request, error)

@@ -71,6 +71,9 @@ def _read(kernel: Kernel, pool: Pool, file: KvFile, skip: int, blocks: list[int]
 def spoil(pool: Pool, blocks: frozenset[int], ticket: int) -> None:
     """Since the order `ticket` these blocks hold nothing that counts: whoever has them, or a file that was
     written from them, starts anew."""
+    for saving in pool.savings:
+        if saving.ticket > ticket and not blocks.isdisjoint(saving.blocks):
+            saving.spoiled = True
     for process in pool.processes:
         if not blocks.isdisjoint(process.table.blocks):
             pool.memory.release(process.table)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from llmasos.drivers.null import next_token
 from llmasos.kernel import planning, swapping
@@ -255,6 +255,7 @@ class Life:
     ("memory", "draft_tokens", "rounds"), [(0, 8, 1), (1, 8, 1), (1, 0, 1), (1, 8, 4), (0, 0, 4)]
 )
 @given(seed=st.integers(0, 2**32))
+@example(seed=209)  # a snapshot written from blocks that a failed read had not filled
 @settings(max_examples=40, deadline=None)
 def test_whatever_comes_between_a_step_and_its_result(
     memory: int, draft_tokens: int, rounds: int, seed: int
