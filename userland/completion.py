@@ -32,6 +32,8 @@ class Completion(str):
     """Generated ids, with the stop token if there was one."""
     finish: t.Finish
     """Why it ended; a stop string is STOP."""
+    stop: str
+    """The stop string that ended it, or ""."""
     logprobs: list[TokenScore] | None
     """Parallel to `tokens` when they were asked for."""
     score: float | None
@@ -87,6 +89,7 @@ class Answer:
         """The whole, after `flush`."""
         done = Completion(self._prefix + self.text)
         done.text, done.tokens, done.score = self.text, self.tokens, score
+        done.stop = self._stops.found
         done.finish = t.Finish.STOP if self.stopped else finish or reply.finish
         done.logprobs = self.scores() if self._scores else None
         done.prompt_tokens, done.cached_tokens = self._context_tokens, reply.cached_tokens

@@ -249,7 +249,12 @@ class StopStrings:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
-        self.stopped = False
+        self.found = ""
+        """The one that came."""
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self.found)
 
     def feed(self, piece: str) -> str:
         """Text that certainly comes before a stop string. Nothing more after `stopped`."""
@@ -259,9 +264,10 @@ class StopStrings:
             return piece
         text = self._held + piece
         # The one that is complete first counts, however the text was cut into pieces.
-        if found := [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]:
-            self.stopped, self._held = True, ""
-            return text[: min(found)[1]]
+        if found := [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]:
+            _, at, self.found = min(found)
+            self._held = ""
+            return text[:at]
         keep = max(overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

@@ -14,6 +14,7 @@ from llmasos.syscalls import errors
 
 from . import machine, processes, system
 from .access import ApiKeys
+from .anthropic import messages
 from .callers import Callers
 from .console import feed, page
 from .http import MOST_BODY, Frame, handle_errors
@@ -35,6 +36,7 @@ ROUTERS = (
     files.router,
     responses.router,
     batches.router,
+    messages.router,
     processes.router,
     machine.router,
     feed.router,

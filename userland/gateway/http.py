@@ -164,6 +164,7 @@ class Frame:
         request_id = wanted if _REQUEST_ID.match(wanted) else new_id("req_")
         scope.setdefault("state", {})["request_id"] = request_id
         begun = time.perf_counter()
+        anthropic = problems.speaks_anthropic(scope["path"], headers)
 
         async def framed(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -175,12 +176,11 @@ class Frame:
                     (b"openai-processing-ms", spent.encode()),
                 ]
                 if (caller := scope["state"].get("caller")) is not None:
-                    anthropic = scope["path"].startswith("/v1/messages")
                     message["headers"] += caller.limits.headers(anthropic)
             await send(message)
 
         if problem := self._refusal(headers, scope["path"]):
-            body = problems.body(problem, scope["path"], request_id)
+            body = problems.body(problem, scope["path"], request_id, anthropic=anthropic)
             await json(body, problem.status)(scope, receive, framed)
             return
         limit = scope["app"].state.body_limit(scope["path"])
@@ -228,7 +228,9 @@ def _bounded(receive: Receive, limit: int) -> Receive:
 def refuse(request: Request, problem: problems.Problem) -> Response:
     """The error in the shape of the API that was called."""
     request.state.problem = problem
-    body = problems.body(problem, request.url.path, request.state.request_id)
+    path = request.url.path
+    anthropic = problems.speaks_anthropic(path, request.headers)
+    body = problems.body(problem, path, request.state.request_id, anthropic=anthropic)
     return json(body, problem.status, problem.headers)
 
 

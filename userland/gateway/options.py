@@ -19,8 +19,9 @@ TIERS = {
     "flex": t.SchedClass.BATCH,
     "scale": t.SchedClass.INTERACTIVE,
     "batch": t.SchedClass.BATCH,
+    "standard_only": t.SchedClass.INTERACTIVE,
 }
-"""OpenAI's service tiers, by the scheduling class that serves them."""
+"""OpenAI's and Anthropic's service tiers, by the scheduling class that serves them."""
 
 
 class Body(BaseModel):

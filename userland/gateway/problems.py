@@ -8,6 +8,7 @@ Ollama     {"error": "…"}
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,9 +93,16 @@ _ANTHROPIC = {
 }
 
 
-def body(problem: Problem, path: str, request_id: str) -> dict[str, Any]:
+def speaks_anthropic(path: str, headers: Mapping[str, str]) -> bool:
+    """Whether a request is of Anthropic's API; the models have one path with OpenAI's."""
+    return path.startswith("/v1/messages") or (
+        path.startswith("/v1/models") and "anthropic-version" in headers
+    )
+
+
+def body(problem: Problem, path: str, request_id: str, *, anthropic: bool = False) -> dict[str, Any]:
     """The error in the shape of the API that `path` belongs to."""
-    if path.startswith("/v1/messages"):
+    if anthropic:
         kind = _ANTHROPIC.get(problem.status, "api_error")
         return {
             "type": "error",

@@ -1,0 +1,200 @@
+"""Messages through Anthropic's own client, and what it cannot show over plain HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+
+import anthropic
+import httpx
+import pytest
+from llmasos.syscalls import table
+from llmasos.userland.client import Client
+
+from .conftest import Gateway, soon
+
+HELLO = [{"role": "user", "content": "w1 w2"}]
+GREEDY = {"temperature": 0}
+"""The newest client has no argument for it."""
+
+
+@pytest.fixture
+def claude(gateway: Gateway) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=gateway.url, api_key=gateway.keys["alice"], max_retries=0) as client:
+        yield client
+
+
+def ask(claude: anthropic.Anthropic, **options: object) -> anthropic.types.Message:
+    asked = {"model": "tiny", "messages": HELLO, "max_tokens": 6, "extra_body": GREEDY, **options}
+    return claude.messages.create(**asked)  # type: ignore[no-any-return,call-overload]
+
+
+def test_a_message_is_answered_as_it_streams(claude: anthropic.Anthropic) -> None:
+    whole = ask(claude)
+    assert (whole.type, whole.role, whole.stop_reason) == ("message", "assistant", "max_tokens")
+    (block,) = whole.content
+    assert block.type == "text"
+    with claude.messages.stream(model="tiny", messages=HELLO, max_tokens=6, extra_body=GREEDY) as stream:
+        text = "".join(stream.text_stream)
+        last = stream.get_final_message()
+    assert text == block.text
+    assert last.content[0].text == text
+    assert last.stop_reason == "max_tokens"
+    assert last.usage.output_tokens == whole.usage.output_tokens == 6
+    read = last.usage.cache_read_input_tokens or 0
+    assert (
+        last.usage.input_tokens + read
+        == claude.messages.count_tokens(model="tiny", messages=HELLO).input_tokens
+    )
+
+
+def test_events_come_in_the_order_that_clients_expect(claude: anthropic.Anthropic) -> None:
+    events = [event.type for event in ask(claude, stream=True)]
+    assert events[:2] == ["message_start", "content_block_start"]
+    assert set(events[2:-3]) == {"content_block_delta"}
+    assert events[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+
+
+def test_async_clients_are_answered_too(gateway: Gateway) -> None:
+    async def both() -> tuple[str, str]:
+        async with anthropic.AsyncAnthropic(base_url=gateway.url, api_key=gateway.keys["alice"]) as claude:
+            asked = {"model": "tiny", "messages": HELLO, "max_tokens": 3, "extra_body": GREEDY}
+            whole = await claude.messages.create(**asked)
+            async with claude.messages.stream(**asked) as stream:
+                return whole.content[0].text, "".join([piece async for piece in stream.text_stream])
+
+    whole, streamed = asyncio.run(both())
+    assert whole == streamed
+
+
+def test_input_that_was_there_already_is_told_apart(claude: anthropic.Anthropic) -> None:
+    messages = [{"role": "user", "content": " ".join(f"w{n}" for n in range(300, 364))}]
+    ask(claude, messages=messages)
+    usage = ask(claude, messages=messages).usage
+    assert usage.cache_read_input_tokens
+    assert usage.cache_read_input_tokens >= 48
+    whole = claude.messages.count_tokens(model="tiny", messages=messages).input_tokens
+    assert usage.input_tokens + usage.cache_read_input_tokens == whole
+
+
+def test_blocks_and_turns_make_one_conversation(claude: anthropic.Anthropic) -> None:
+    def tokens(messages: list, **options: object) -> int:
+        return claude.messages.count_tokens(model="tiny", messages=messages, **options).input_tokens
+
+    cached = {"type": "text", "text": "w2", "cache_control": {"type": "ephemeral"}}
+    blocks = [{"role": "user", "content": [{"type": "text", "text": "w1"}, cached]}]
+    turns = [{"role": "user", "content": "w1"}, {"role": "user", "content": "w2"}]
+    assert tokens(blocks) == tokens(turns) == tokens(HELLO)
+    assert tokens(HELLO, system="w9 w8") == tokens(HELLO, system=[{"type": "text", "text": "w9 w8"}])
+    assert tokens(HELLO, system="w9 w8") > tokens(HELLO)
+
+
+def test_the_assistants_last_words_are_gone_on_with(claude: anthropic.Anthropic) -> None:
+    whole = ask(claude).content[0].text
+    begun = " ".join(whole.split()[:2])
+    rest = ask(claude, messages=[*HELLO, {"role": "assistant", "content": begun}], max_tokens=4)
+    assert (begun + rest.content[0].text).split() == whole.split()
+
+
+def test_what_ended_an_answer_is_told(claude: anthropic.Anthropic) -> None:
+    text = ask(claude).content[0].text
+    word = text.split()[3]
+    stopped = ask(claude, stop_sequences=["never", word])
+    assert (stopped.stop_reason, stopped.stop_sequence) == ("stop_sequence", word)
+    assert stopped.content[0].text == text.partition(word)[0]
+    long = [{"role": "user", "content": "w1 " * 500}]
+    full = ask(claude, messages=long, max_tokens=5000)
+    assert full.stop_reason == "model_context_window_exceeded"
+    assert 0 < full.usage.output_tokens < 12
+    taken_in = ask(claude, max_tokens=0)
+    assert (taken_in.content, taken_in.usage.output_tokens) == ([], 0)
+    late = ask(claude, model="slow", max_tokens=400, extra_body={**GREEDY, "deadline_ms": 300})
+    assert late.stop_reason == "deadline"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"max_tokens": None}, "max_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+        ({"colour": "red"}, "colour"),
+        ({"temperature": 1.5}, "temperature"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "blocks.0.type"),
+        ({"messages": [{"role": "assistant", "content": "w1"}]}, "first"),
+        ({"messages": [{"role": "user", "content": "w1 " * 600}]}, "context 512"),
+        ({"service_tier": "gold"}, "service tier"),
+    ],
+)
+def test_what_is_not_done_is_named(http: httpx.Client, body: dict, said: str) -> None:
+    answer = http.post("/v1/messages", json={"model": "tiny", "messages": HELLO, "max_tokens": 1, **body})
+    assert answer.status_code == 400
+    told = answer.json()
+    assert (told["type"], told["error"]["type"]) == ("error", "invalid_request_error")
+    assert said in told["error"]["message"]
+    assert told["request_id"] == answer.headers["request-id"]
+
+
+def test_options_that_ask_for_nothing_are_taken(claude: anthropic.Anthropic) -> None:
+    ask(claude, thinking={"type": "disabled"}, metadata={"user_id": "u1"}, service_tier="standard_only")
+
+
+def test_errors_have_the_class_that_clients_know(claude: anthropic.Anthropic, gateway: Gateway) -> None:
+    with pytest.raises(anthropic.NotFoundError, match="does not exist"):
+        ask(claude, model="claude-9")
+    with pytest.raises(anthropic.BadRequestError, match="no chat template"):
+        ask(claude, model="plain")
+    with pytest.raises(anthropic.NotFoundError, match="not_found_error"):
+        claude.models.retrieve("claude-9")
+    stranger = anthropic.Anthropic(base_url=gateway.url, api_key="sk-wrong", max_retries=0)
+    with pytest.raises(anthropic.AuthenticationError):
+        ask(stranger)
+
+
+def test_models_have_anthropics_shape_for_its_clients(claude: anthropic.Anthropic) -> None:
+    first = claude.models.list(limit=1)
+    assert first.has_more
+    every = [model.id for model in claude.models.list(limit=1)]
+    assert every == [model.id for model in claude.models.list()]
+    assert {"tiny", "slow"} <= set(every)
+    before = claude.models.list(before_id=every[2], limit=1)
+    assert [model.id for model in before.data] == [every[1]]
+    assert claude.models.retrieve("tiny").max_input_tokens == 512
+    with pytest.raises(anthropic.BadRequestError, match="limit"):
+        claude.models.list(limit=0)
+
+
+def test_who_hangs_up_frees_his_process(gateway: Gateway, kernel: Client) -> None:
+    def running() -> int:
+        return len([row for row in kernel.ps() if row.owner == "bob"])
+
+    body = {"model": "slow", "messages": HELLO, "max_tokens": 400, "stream": True}
+    with gateway.http("bob") as http, http.stream("POST", "/v1/messages", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        assert running() == 1
+    soon(lambda: running() == 0)
+
+
+def test_a_killed_answer_is_told_so(http: httpx.Client, kernel: Client) -> None:
+    body = {"model": "slow", "messages": HELLO, "max_tokens": 400, "stream": True}
+    with http.stream("POST", "/v1/messages", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        (row,) = [row for row in kernel.ps() if row.owner == "alice"]
+        kernel.kill(row.pid)
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert events[-2]["delta"]["stop_reason"] == "killed"
+
+
+def test_a_full_queue_is_a_429_also_of_a_stream(gateway: Gateway, kernel: Client) -> None:
+    kernel.call(table.SetQuota("bob", table.t.Quota(queue=1)))
+    body = {"model": "slow", "messages": HELLO, "max_tokens": 400, "stream": True}
+    try:
+        with gateway.http("bob") as http, http.stream("POST", "/v1/messages", json=body) as running:
+            assert running.status_code == 200
+            refused = http.post("/v1/messages", json=body)
+            assert refused.status_code == 429
+            assert refused.json()["error"]["type"] == "rate_limit_error"
+    finally:
+        kernel.call(table.SetQuota("bob", None))

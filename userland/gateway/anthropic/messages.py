@@ -1,0 +1,205 @@
+"""/v1/messages, and how many tokens they are."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Annotated, Any
+
+import msgspec
+from fastapi import APIRouter, Depends, Request
+from llmasos.syscalls import errors
+from llmasos.syscalls import types as t
+from pydantic import Field
+from starlette.responses import Response
+
+from ...chat import encode_chat
+from ...completion import Completion
+from ...llm import LLM
+from .. import problems
+from ..answers import Asked, Usage, ask, sampling_options
+from ..callers import Caller, authenticated
+from ..errors_doc import documented
+from ..http import EventStream, attend, json, new_id
+from ..options import Body, Placed
+from .content import CacheControl, Message, Text, as_messages
+
+router = APIRouter(prefix="/v1/messages", tags=["anthropic"])
+
+# `deadline` and `killed` are no words of Anthropic's: to call them anything else would be a lie.
+REASONS = {
+    t.Finish.STOP: "end_turn",
+    t.Finish.LENGTH: "max_tokens",
+    t.Finish.CANCELLED: "cancelled",
+    t.Finish.KILLED: "killed",
+    t.Finish.DEADLINE: "deadline",
+}
+
+StopSequence = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class Metadata(Body):
+    user_id: str | None = Field(None, max_length=512)
+
+
+class Conversation(Placed):
+    """What counts as the input of an answer."""
+
+    NOT_DONE = {
+        "container": (),
+        "context_management": (),
+        "diagnostics": (),
+        "inference_geo": (),
+        "mcp_servers": ([],),
+        "speed": ("standard",),
+        "thinking": ({"type": "disabled"},),
+        "user_profile_id": (),
+        "workspace_id": (),
+    }
+
+    model: str = Field(min_length=1, max_length=256)
+    messages: list[Message] = Field(min_length=1, max_length=4096)
+    system: Text | None = None
+    cache_control: CacheControl | None = Field(None, description="Equal beginnings are shared anyway.")
+
+    def encode(self, llm: LLM) -> list[int]:
+        """A conversation that ends with the assistant's words goes on with them."""
+        messages = as_messages(self.system, self.messages)
+        begun = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
+        if not messages:
+            raise errors.InvalidArgument("messages: the first one has to be the user's", field="messages")
+        return [
+            *encode_chat(llm.tokenizer, messages, model=llm.model),
+            *llm.tokenizer.encode(begun, start=False),
+        ]
+
+
+class MessagesRequest(Conversation):
+    max_tokens: int = Field(ge=0, lt=2**31, description="0: only takes the input in, for what comes next.")
+    metadata: Metadata | None = None
+    stop_sequences: list[StopSequence] | None = Field(None, max_length=64)
+    temperature: float | None = Field(None, ge=0, le=1)
+    top_p: float | None = Field(None, gt=0, le=1)
+    top_k: int | None = Field(None, ge=0, lt=2**31)
+    stream: bool = False
+
+
+@router.post("", summary="Answer a conversation", responses=documented())
+async def create(
+    request: Request, body: MessagesRequest, caller: Annotated[Caller, Depends(authenticated)]
+) -> Response:
+    """An answer that would leave the model's context ends there with stop_reason
+    `model_context_window_exceeded`; input that alone does not fit is a 400."""
+    llm = await caller.llm(body.model_name(body.model))
+    tokens = body.encode(llm)
+    room = llm.context_length - len(tokens)
+    longest = min(body.max_tokens, room) if room > 0 else body.max_tokens
+    options = sampling_options(
+        llm,
+        temperature=body.temperature,
+        top_p=body.top_p,
+        top_k=body.top_k,
+        stop=body.stop_sequences,
+        max_new_tokens=longest,
+    )
+    asked = await ask(caller, llm, [tokens], options, body, no_tokens=longest == 0)
+    answering = _Answering(asked, body, full=longest < body.max_tokens)
+    if body.stream:
+        parts, request_id = answering.events(), request.state.request_id
+        return await EventStream(parts, lambda problem: _failed(problem, request_id), idle=PING).begun()
+    return json(await attend(request, answering.whole()))
+
+
+class Count(Conversation):
+    pass
+
+
+@router.post("/count_tokens", summary="Tokens of a conversation", responses=documented())
+async def count(body: Count, caller: Annotated[Caller, Depends(authenticated)]) -> Response:
+    llm = await caller.llm(body.model_name(body.model))
+    return json({"input_tokens": len(body.encode(llm))})
+
+
+class _Answering:
+    """One answer, whole or as events. `full`: its bound is the model's context."""
+
+    def __init__(self, asked: Asked, body: MessagesRequest, *, full: bool) -> None:
+        self._asked, self._body, self._full = asked, body, full
+        self._head: dict[str, Any] = {
+            "id": new_id("msg_"),
+            "type": "message",
+            "role": "assistant",
+            "model": body.model,
+        }
+        if asked.pid is not None:
+            self._head["pid"] = asked.pid
+
+    async def whole(self) -> dict[str, Any]:
+        done = (await self._asked.whole())[0]
+        content = [{"type": "text", "text": done.text}] if done.text else []
+        return {
+            **self._head,
+            "content": content,
+            **self._end(done),
+            "usage": self._usage(self._asked.usage),
+        }
+
+    async def events(self) -> AsyncIterator[bytes]:
+        begun = False
+        open_block = False
+        async for delta in self._asked.deltas():
+            if not begun:
+                begun = True
+                prompt = self._asked.parts[0].prompt
+                message: dict[str, Any] = {
+                    **self._head,
+                    "content": [],
+                    "stop_reason": None,
+                    "stop_sequence": None,
+                }
+                yield event("message_start", message={**message, "usage": self._usage(Usage(prompt))})
+                yield PING
+            if delta.text:
+                if not open_block:
+                    open_block = True
+                    yield event("content_block_start", index=0, content_block={"type": "text", "text": ""})
+                yield event("content_block_delta", index=0, delta={"type": "text_delta", "text": delta.text})
+            if delta.done is not None:
+                if open_block:
+                    yield event("content_block_stop", index=0)
+                yield event(
+                    "message_delta", delta=self._end(delta.done), usage=self._usage(self._asked.usage)
+                )
+        yield event("message_stop")
+
+    def _end(self, done: Completion) -> dict[str, Any]:
+        reason = REASONS[done.finish]
+        if done.stop:
+            reason = "stop_sequence"
+        elif done.finish is t.Finish.LENGTH and self._full:
+            reason = "model_context_window_exceeded"
+        return {"stop_reason": reason, "stop_sequence": done.stop or None}
+
+    def _usage(self, used: Usage) -> dict[str, Any]:
+        """Anthropic's input_tokens are those that were not in a cache."""
+        sched_class, _ = self._body.place()
+        batch = sched_class in (t.SchedClass.BATCH, t.SchedClass.IDLE)
+        return {
+            "input_tokens": used.prompt - used.cached,
+            "cache_creation_input_tokens": 0,
+            "cache_read_input_tokens": used.cached,
+            "output_tokens": used.generated,
+            "service_tier": "batch" if batch else "standard",
+        }
+
+
+def event(type: str, **fields: Any) -> bytes:
+    data = msgspec.json.encode({"type": type, **fields})
+    return b"event: " + type.encode() + b"\ndata: " + data + b"\n\n"
+
+
+PING = event("ping")
+
+
+def _failed(problem: errors.LLMasOSError, request_id: str) -> bytes:
+    body = problems.body(problems.problem_of(problem), "", request_id, anthropic=True)
+    return b"event: error\ndata: " + msgspec.json.encode(body) + b"\n\n"
