@@ -9,6 +9,7 @@ from llmasos.syscalls import table
 from llmasos.syscalls import types as t
 
 from .tokenizer import Detokenizer, StopStrings, Tokenizer
+from .tools import Call, CallReader, Piece
 
 
 class TokenScore(NamedTuple):
@@ -27,7 +28,11 @@ class Completion(str):
     """
 
     text: str
-    """The answer without the prompt."""
+    """The answer without the prompt, and without calls of tools."""
+    tool_calls: list[Call]
+    """The tools that the model wants to be called."""
+    called: bool
+    """Whether the answer ended with tool_calls, all of them whole."""
     tokens: list[int]
     """Generated ids, with the stop token if there was one."""
     finish: t.Finish
@@ -46,21 +51,30 @@ class Completion(str):
 
 
 class Answer:
-    """One answer while it comes. `context` are the ids before it, `prefix` text to begin the result with."""
+    """One answer while it comes. `context` are the ids before it, `prefix` text to begin the result with;
+    `reader` tells calls of tools from words."""
 
     def __init__(
-        self, tokenizer: Tokenizer, context: Sequence[int], stop: Sequence[str] = (), prefix: str = ""
+        self,
+        tokenizer: Tokenizer,
+        context: Sequence[int],
+        stop: Sequence[str] = (),
+        prefix: str = "",
+        reader: CallReader | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, context)
         self._stops = StopStrings(stop)
         self._prefix = prefix
+        self._reader = reader
         self._context_tokens = len(context)
         self._context = context
         self._scores: list[t.Chosen] = []
         self._prompt_scores: list[t.Chosen] = []
         self.tokens: list[int] = []
         self.text = ""
+        self.pieces: list[Piece] = []
+        """What the last feed or flush brought, words and calls."""
 
     @property
     def stopped(self) -> bool:
@@ -69,6 +83,7 @@ class Answer:
 
     def feed(self, event: t.InferEvent) -> str:
         """Takes tokens in and returns the text that is certain now."""
+        self.pieces = []
         if self.stopped:
             return ""
         self.tokens += event.tokens
@@ -78,10 +93,8 @@ class Answer:
 
     def flush(self) -> str:
         """The text held back, once the stream has ended."""
-        if self.stopped:
-            return ""
-        last = self._stops.feed(self._detokenizer.flush())
-        return self._grow(last + self._stops.flush())
+        last = "" if self.stopped else self._stops.feed(self._detokenizer.flush())
+        return self._grow(last + self._stops.flush(), ended=True)
 
     def completion(
         self, reply: table.InferReply, *, finish: t.Finish | None = None, score: float | None = None
@@ -91,12 +104,19 @@ class Answer:
         done.text, done.tokens, done.score = self.text, self.tokens, score
         done.stop = self._stops.found
         done.finish = t.Finish.STOP if self.stopped else finish or reply.finish
+        done.tool_calls = self._reader.calls if self._reader is not None else []
+        done.called = self._reader is not None and self._reader.whole and done.finish is t.Finish.STOP
         done.logprobs = self.scores() if self._scores else None
         done.prompt_tokens, done.cached_tokens = self._context_tokens, reply.cached_tokens
         done.seed = reply.seed
         return done
 
-    def _grow(self, piece: str) -> str:
+    def _grow(self, piece: str, *, ended: bool = False) -> str:
+        if self._reader is not None:
+            self.pieces = self._reader.feed(piece) + (self._reader.flush() if ended else [])
+            piece = "".join(words for words in self.pieces if isinstance(words, str))
+        else:
+            self.pieces = [piece] if piece else []
         self.text += piece
         return piece
 

@@ -58,7 +58,7 @@ class Options(TypedDict, total=False):
     response_format: Any
     """What the answer has to look like, as OpenAI has it ({"type": "json_object"}, {"type": "json_schema",
     "json_schema": {"schema": …}}), or a pydantic model."""
-    structured_outputs: Mapping[str, Any] | None
+    structured_outputs: Mapping[str, Any] | t.Grammar | None
     """The same as vLLM has it: one of json (a schema), json_object, regex, choice, grammar (Lark)."""
     max_time: float | None
     """Seconds after which the answer ends as it is, with finish "deadline"; waiting in the queue counts."""

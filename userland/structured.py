@@ -24,11 +24,13 @@ _KINDS = {
 
 
 def grammar_of(
-    response_format: Any = None, structured_outputs: Mapping[str, Any] | None = None
+    response_format: Any = None, structured_outputs: Mapping[str, Any] | t.Grammar | None = None
 ) -> t.Grammar | None:
-    """The grammar that either asks for; None: none. Raises InvalidArgument naming the field."""
+    """The grammar that either asks for, or is; None: none. Raises InvalidArgument naming the field."""
     if response_format is not None and structured_outputs is not None:
         raise _invalid("structured_outputs", "either response_format or structured_outputs")
+    if isinstance(structured_outputs, t.Grammar):
+        return structured_outputs
     if structured_outputs is not None:
         return _from_outputs(structured_outputs)
     if response_format is None:

@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 from llmasos.syscalls import errors
+from llmasos.syscalls import types as t
 
 from .tokenizer import overlap
 
@@ -121,8 +123,9 @@ class Tool:
 
     @classmethod
     def from_openai(cls, given: Any) -> Tool:
-        """From {"type": "function", "function": {"name", "description", "parameters", "strict"}}."""
-        function = given.get("function") if isinstance(given, Mapping) else None
+        """From {"type": "function", "function": {"name", "description", "parameters", "strict"}}, or with
+        all in one object, as the Responses API has it."""
+        function = given.get("function", given) if isinstance(given, Mapping) else None
         if not isinstance(function, Mapping) or given.get("type", "function") != "function":
             raise errors.InvalidArgument(
                 "a tool has to be a function",
@@ -222,13 +225,53 @@ class Toolbox:
         if self.only is not None and (missing := self.only - set(names)):
             raise errors.InvalidArgument(f"no tool has the name {min(missing)!r}", field="tool_choice")
 
+    @classmethod
+    def from_openai(
+        cls, tools: Sequence[Any] | None, choice: Any = None, parallel: bool = True
+    ) -> Toolbox | None:
+        """From `tools`, `tool_choice` and `parallel_tool_calls` of OpenAI. None: nothing may be called,
+        and the model is not told of the tools. Raises InvalidArgument."""
+        only, mode = None, "auto" if choice is None else choice
+        if isinstance(choice, Mapping):
+            mode = "required"
+            wanted: Any = [choice]
+            if choice.get("type") == "allowed_tools":
+                inner = choice.get("allowed_tools", choice)
+                mode, wanted = inner.get("mode"), inner.get("tools")
+            only = frozenset(_name_of(one) for one in wanted)
+        if mode not in ("none", "auto", "required"):
+            raise errors.InvalidArgument(
+                "tool_choice is none, auto, required, or an object that names a function", field="tool_choice"
+            )
+        if not tools and mode == "required":
+            raise errors.InvalidArgument("tool_choice needs tools", field="tool_choice")
+        if not tools or mode == "none":
+            return None
+        known = [tool if isinstance(tool, Tool) else Tool.from_openai(tool) for tool in tools]
+        return cls(known, only, mode == "required", parallel)
+
     @property
     def callable(self) -> list[Tool]:
         return [tool for tool in self.tools if self.only is None or tool.name in self.only]
 
-    def lark(self, template: str, answer: Mapping[str, Any] | None = None) -> str:
-        """The grammar of answers, for a model with this chat template. With `answer`, a JSON schema, what is
-        no call has to match it."""
+    def grammar(self, template: str, answer: t.Grammar | None = None) -> t.Grammar:
+        """What answers of a model with this chat template have to match; what is no call `answer`, if given.
+        Raises InvalidArgument."""
+        if answer is not None and answer.kind is not t.GrammarKind.JSON_SCHEMA:
+            raise errors.InvalidArgument(
+                "only JSON goes together with tools",
+                hint="leave out the tools, or tool_choice none",
+                field="structured_outputs",
+            )
+        try:
+            text = self._lark(template, json.loads(answer.text) if answer else None)
+            return msgspec.convert({"kind": t.GrammarKind.LARK, "text": text}, t.Grammar)
+        except (msgspec.ValidationError, RecursionError):
+            raise errors.InvalidArgument("the schemas of the tools are too big", field="tools") from None
+        except ValueError:
+            raise errors.InvalidArgument("it is not valid JSON", field="structured_outputs.json") from None
+
+    def _lark(self, template: str, answer: Any) -> str:
         form = format_of(template)
         trigger = form.begin.strip()
         names = [f"call_{number}" for number in range(len(self.callable))]
@@ -426,6 +469,19 @@ def _in_hermes(call: Mapping[str, Any]) -> str:
     arguments = json.dumps(function["arguments"], ensure_ascii=False)
     name = json.dumps(function["name"], ensure_ascii=False)
     return f'{HERMES.begin}{{"name": {name}, "{HERMES.key}": {arguments}{HERMES.tail}'
+
+
+def _name_of(choice: Any) -> str:
+    """Of {"type": "function", "function": {"name": …}}, or the same in one object."""
+    function = choice.get("function", choice) if isinstance(choice, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or choice.get("type") != "function":
+        raise errors.InvalidArgument(
+            "tool_choice names no function",
+            hint='{"type": "function", "function": {"name": …}}',
+            field="tool_choice",
+        )
+    return name
 
 
 def _quoted(text: str) -> str:

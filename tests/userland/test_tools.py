@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 from llmasos.syscalls import errors
+from llmasos.syscalls import types as t
 from llmasos.userland.chat import encode_chat, render
+from llmasos.userland.structured import json_schema
 from llmasos.userland.tokenizer import Tokenizer
 from llmasos.userland.tools import (
     HERMES,
@@ -42,6 +44,7 @@ HERMES_TEMPLATE = (
 LLAMA_TEMPLATE = (
     '{# tools: {"name": function name, "parameters": dictionary of argument name and its value} #}'
 )
+INTEGERS = {"type": "object", "additionalProperties": {"type": "integer"}}
 CALLED = [
     {"role": "user", "content": "Well?"},
     {
@@ -78,9 +81,9 @@ def hermes(bytes_model: dict[str, bytes]) -> Tokenizer:
     return Tokenizer({**bytes_model, "chat_template.jinja": HERMES_TEMPLATE.encode()})
 
 
-def admitted(engine: LLTokenizer, lark: str, text: str) -> str:
+def admitted(engine: LLTokenizer, grammar: t.Grammar, text: str) -> str:
     """What the grammar takes of `text`, and "$" if the answer may end there."""
-    matcher = LLMatcher(engine, lark)
+    matcher = LLMatcher(engine, grammar.text)
     assert not matcher.is_error(), matcher.get_error()
     tokens = engine.tokenize_bytes(text.encode())
     taken = matcher.try_consume_tokens(tokens)
@@ -100,7 +103,7 @@ NOW = written("clock", "{}")
     ["", "Hello.", "1 < 2, {x} <tool", ULM, f"Let me see.\n{ULM}", f"{ULM}\n{NOW}", f"{NOW}\n{NOW}\n{ULM}"],
 )
 def test_words_and_calls_are_answers(engine: LLTokenizer, text: str) -> None:
-    assert admitted(engine, Toolbox([WEATHER, CLOCK]).lark(TEMPLATE), text) == f"{text}$"
+    assert admitted(engine, Toolbox([WEATHER, CLOCK]).grammar(TEMPLATE), text) == f"{text}$"
 
 
 @pytest.mark.parametrize(
@@ -114,20 +117,20 @@ def test_words_and_calls_are_answers(engine: LLTokenizer, text: str) -> None:
     ],
 )
 def test_what_is_no_call_of_a_tool_is_no_answer(engine: LLTokenizer, text: str, taken: str) -> None:
-    assert admitted(engine, Toolbox([WEATHER, CLOCK]).lark(TEMPLATE), text) == taken
+    assert admitted(engine, Toolbox([WEATHER, CLOCK]).grammar(TEMPLATE), text) == taken
 
 
 def test_choices_narrow_the_grammar(engine: LLTokenizer) -> None:
     tools = [WEATHER, CLOCK]
-    required = Toolbox(tools, required=True).lark(TEMPLATE)
+    required = Toolbox(tools, required=True).grammar(TEMPLATE)
     assert admitted(engine, required, "Hello") == ""
     assert admitted(engine, required, f"{ULM}\n{NOW}") == f"{ULM}\n{NOW}$"
-    named = Toolbox(tools, frozenset({"clock"}), required=True).lark(TEMPLATE)
+    named = Toolbox(tools, frozenset({"clock"}), required=True).grammar(TEMPLATE)
     assert admitted(engine, named, ULM) == '<tool_call>\n{"name": "'
     assert admitted(engine, named, NOW) == f"{NOW}$"
-    single = Toolbox(tools, parallel=False).lark(TEMPLATE)
+    single = Toolbox(tools, parallel=False).grammar(TEMPLATE)
     assert admitted(engine, single, f"{NOW}\n{NOW}") == f"{NOW}$"
-    shaped = Toolbox(tools).lark(TEMPLATE, {"type": "object", "additionalProperties": {"type": "integer"}})
+    shaped = Toolbox(tools).grammar(TEMPLATE, json_schema(INTEGERS, ""))
     assert admitted(engine, shaped, NOW) == f"{NOW}$"
     assert admitted(engine, shaped, '{"a":1}') == '{"a":1}$'
     assert admitted(engine, shaped, "Hello") == ""
@@ -135,7 +138,7 @@ def test_choices_narrow_the_grammar(engine: LLTokenizer) -> None:
 
 def test_llama_calls_at_the_beginning_or_not_at_all(engine: LLTokenizer) -> None:
     assert (format_of(LLAMA_TEMPLATE), format_of(HERMES_TEMPLATE), format_of("")) == (LLAMA, HERMES, HERMES)
-    auto = Toolbox([WEATHER, CLOCK]).lark(LLAMA_TEMPLATE)
+    auto = Toolbox([WEATHER, CLOCK]).grammar(LLAMA_TEMPLATE)
     call = '{"name": "get_weather", "parameters": {"city": "Ulm"}}'
     for text in ("", "Hello {", call):
         assert admitted(engine, auto, text) == f"{text}$"
@@ -151,8 +154,8 @@ def test_llama_calls_at_the_beginning_or_not_at_all(engine: LLTokenizer) -> None
 
 def test_a_strict_schema_is_held_to_or_refused(engine: LLTokenizer) -> None:
     odd = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}, "required": ["a"]}
-    assert LLMatcher(engine, Toolbox([Tool("f", "", odd, strict=True)]).lark(TEMPLATE)).is_error()
-    assert not LLMatcher(engine, Toolbox([Tool("f", "", odd)]).lark(TEMPLATE)).is_error()
+    assert LLMatcher(engine, Toolbox([Tool("f", "", odd, strict=True)]).grammar(TEMPLATE).text).is_error()
+    assert not LLMatcher(engine, Toolbox([Tool("f", "", odd)]).grammar(TEMPLATE).text).is_error()
 
 
 def test_whatever_the_grammar_admits_matches_the_schema(engine: LLTokenizer) -> None:
@@ -173,7 +176,7 @@ def test_whatever_the_grammar_admits_matches_the_schema(engine: LLTokenizer) -> 
     box = Toolbox([Tool("f", "", parameters, strict=True)], required=True, parallel=False)
     for seed in range(5):
         dice = random.Random(seed)
-        matcher, made = LLMatcher(engine, box.lark(TEMPLATE)), bytearray()
+        matcher, made = LLMatcher(engine, box.grammar(TEMPLATE).text), bytearray()
         while not matcher.is_stopped():
             bias = matcher.compute_logit_bias()
             allowed = [token for token in range(256) if bias[token]]
@@ -309,3 +312,57 @@ def test_a_toolbox_knows_its_tools() -> None:
         Toolbox([CLOCK, CLOCK])
     with pytest.raises(errors.InvalidArgument, match="1 to 128"):
         Toolbox([])
+
+
+@pytest.mark.parametrize(
+    ("choice", "only", "required"),
+    [
+        (None, None, False),
+        ("auto", None, False),
+        ("required", None, True),
+        ({"type": "function", "function": {"name": "f"}}, {"f"}, True),
+        ({"type": "function", "name": "g"}, {"g"}, True),
+        (
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {"mode": "auto", "tools": [{"type": "function", "function": {"name": "g"}}]},
+            },
+            {"g"},
+            False,
+        ),
+        (
+            {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "g"}]},
+            {"g"},
+            True,
+        ),
+    ],
+)
+def test_openai_s_choices(choice: object, only: set[str] | None, required: bool) -> None:
+    tools = [
+        {"type": "function", "function": {"name": "f"}},
+        {"type": "function", "name": "g", "strict": True},
+    ]
+    box = Toolbox.from_openai(tools, choice, parallel=False)
+    assert box is not None
+    assert (box.only, box.required, box.parallel) == (only, required, False)
+    assert [(tool.name, tool.strict) for tool in box.tools] == [("f", False), ("g", True)]
+    assert Toolbox.from_openai(tools, "none") is None
+    assert Toolbox.from_openai([], "auto") is None
+
+
+@pytest.mark.parametrize(
+    "choice", ["some", {"type": "custom"}, {"type": "function", "name": "h"}, "required", 3]
+)
+def test_a_bad_choice_is_refused(choice: object) -> None:
+    tools = [] if choice == "required" else [{"type": "function", "name": "f"}]
+    with pytest.raises(errors.InvalidArgument) as caught:
+        Toolbox.from_openai(tools, choice)
+    assert caught.value.details["field"] == "tool_choice"
+
+
+def test_big_schemas_and_other_grammars_are_refused() -> None:
+    big = Tool("f", "", {"properties": {"a": {"enum": ["x" * 70_000]}}})
+    with pytest.raises(errors.InvalidArgument, match="too big"):
+        Toolbox([big]).grammar(TEMPLATE)
+    with pytest.raises(errors.InvalidArgument, match="only JSON"):
+        Toolbox([CLOCK]).grammar(TEMPLATE, t.Grammar(t.GrammarKind.REGEX, "a+"))

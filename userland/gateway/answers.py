@@ -15,6 +15,8 @@ from ..aio import AsyncStream
 from ..completion import Answer, Completion
 from ..generation import Options
 from ..llm import LLM
+from ..structured import grammar_of
+from ..tools import Piece, Toolbox
 from .callers import Caller
 from .options import Placed
 
@@ -24,13 +26,14 @@ MOST_ANSWERS = 128
 
 @dataclass(slots=True)
 class Delta:
-    """What came of answer `index`: `text` that is certain now, `tokens` of it are new. The last one has
-    `done`."""
+    """What came of answer `index`: `text` that is certain now, `tokens` of it are new; `pieces` are the same
+    text with the calls of tools in between. The last one has `done`."""
 
     index: int
     text: str
     tokens: int
     answer: Answer
+    pieces: list[Piece]
     done: Completion | None = None
 
 
@@ -120,7 +123,7 @@ class Asked:
                 if answer.stopped:
                     stream.cancel()
                 if text or event.tokens:
-                    yield Delta(index, text, len(answer.tokens) - before, answer)
+                    yield Delta(index, text, len(answer.tokens) - before, answer, answer.pieces)
         reply = stream.reply
         text = answer.flush()
         done = answer.completion(reply)
@@ -129,7 +132,7 @@ class Asked:
         used = Usage(part.prompt, done.cached_tokens) if part.first else Usage()
         used.generated = len(answer.tokens)
         self.usage.add(used)
-        yield Delta(index, text, 0, answer, done)
+        yield Delta(index, text, 0, answer, answer.pieces, done)
 
 
 async def ask(
@@ -142,15 +145,22 @@ async def ask(
     n: int = 1,
     prompt_scores: bool = False,
     no_tokens: bool = False,
+    toolbox: Toolbox | None = None,
+    call_prefix: str = "call_",
 ) -> Asked:
     """Plans the answers to `prompts`, `n` to each. `options` are those of `LLM.generate`. `prompt_scores`
-    asks for the prompts' log probabilities too; with `no_tokens` that is all. Raises ContextOverflow,
-    InvalidArgument, NoSuchProcess."""
+    asks for the prompts' log probabilities too; with `no_tokens` that is all. With a
+    `toolbox`, of which the prompts tell, answers may be calls, whose ids begin with `call_prefix`. Raises
+    ContextOverflow, InvalidArgument, NoSuchProcess."""
     if len(prompts) * n > MOST_ANSWERS:
         raise errors.InvalidArgument(f"more than {MOST_ANSWERS} answers in one request", field="n")
     if not all(prompts):
         raise errors.InvalidArgument("the prompt is empty", field="prompt")
     sched_class, nice = body.place()
+    template = llm.tokenizer.template
+    if toolbox is not None:
+        shape = grammar_of(options.pop("response_format", None), options.get("structured_outputs"))
+        options["structured_outputs"] = toolbox.grammar(template, shape)
     asked = Asked(caller)
     held: list[int] = []
     if body.pid is not None or body.fork_of is not None:
@@ -180,7 +190,8 @@ async def ask(
                 sched_class=sched_class,
                 nice=nice,
             )
-            answer = Answer(llm.tokenizer, prompt, plan.stop)
+            reader = toolbox.reader(template, call_prefix) if toolbox is not None else None
+            answer = Answer(llm.tokenizer, prompt, plan.stop, reader=reader)
             asked.parts.append(_Part(call, answer, len(prompt), len(held), number == 0))
     return asked
 
