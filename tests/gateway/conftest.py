@@ -50,6 +50,7 @@ def serve(keys: dict[str, str]) -> Iterator[Gateway]:
     app = build(None, ApiKeys(folder()) if keys else None)
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
+    app.state.ending = lambda: server.should_exit
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -6,6 +6,7 @@ import gzip
 import json
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,7 +18,7 @@ from llmasos.userland.gateway.access import ApiKeys, folder
 from llmasos.userland.gateway.console.feed import patch
 from llmasos.userland.gateway.console.page import FILES
 
-from .conftest import Gateway
+from .conftest import Gateway, serve
 
 MOST_BYTES = 60_000
 """Of the whole page, before it is packed."""
@@ -115,6 +116,17 @@ def test_the_stream_asks_for_a_key_and_ends_with_it(gateway: Gateway) -> None:
             until(lambda state: state["caller"]["tenant"] == "guest")
             keys.revoke("guest")
             assert until(lambda state: False)["error"]["code"] == "invalid_api_key"
+
+
+def test_the_stream_ends_with_the_server(home: Path) -> None:
+    gateways = serve({})
+    gateway = next(gateways)
+    with httpx.stream("GET", f"{gateway.url}/v1/console/events", timeout=30) as answer:
+        lines = answer.iter_lines()
+        assert next(lines)
+        gateway.server.should_exit = True
+        assert not any("error" in line for line in lines)  # it comes to its end
+    next(gateways, None)
 
 
 def test_browsers_come_to_the_console_and_clients_of_ollama_do_not(gateway: Gateway) -> None:

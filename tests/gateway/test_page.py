@@ -280,7 +280,7 @@ def test_a_run_draws_its_curve(opened: Open, kernel: Client, tmp_path: Path) -> 
         run = carol.call(table.Train("learner", "rows", "counts", recipe))
         expect(page.locator("#training")).to_be_visible()
         expect(page.locator("#run option")).to_have_text(f"{run.pid} · learner of carol")
-        expect(page.locator("#run-facts")).to_contain_text("step 8 of 8", timeout=120_000)
+        expect(page.locator("#run-facts")).to_contain_text("step 8 of 8", timeout=300_000)
         told = list(carol.stream(table.Follow(run.pid)))
         losses = {event.step: event.loss for event in told if event.phase == "train"}
         expect(page.locator("#curve figcaption")).to_contain_text(f"loss {losses[8]:.3f}")

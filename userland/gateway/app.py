@@ -98,6 +98,7 @@ def build(address: str | None, keys: ApiKeys | None) -> FastAPI:
         docs_url="/docs",
         redoc_url=None,
     )
+    app.state.ending = lambda: False
     app.state.body_limit = lambda path: files.MOST_UPLOAD if path == "/v1/files" else MOST_BODY
     handle_errors(app)
     _document(app)

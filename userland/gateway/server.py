@@ -59,7 +59,9 @@ def serve(
         h11_max_incomplete_event_size=MOST_HEADERS,
         timeout_graceful_shutdown=DRAIN_S,
     )
-    uvicorn.Server(config).run()
+    server = uvicorn.Server(config)
+    app.state.ending = lambda: server.should_exit
+    server.run()
 
 
 def is_loopback(host: str) -> bool:

@@ -55,7 +55,7 @@ async def events(request: Request, caller: Annotated[Caller, Depends(authenticat
 async def _patches(request: Request, caller: Caller) -> AsyncIterator[bytes]:
     watch = Watch(caller)
     before: dict[str, Any] = {}
-    while True:
+    while not request.app.state.ending():  # a stream without an end would keep the server from its own
         after = await watch.look()
         yield event(patch(before, after))
         before = after

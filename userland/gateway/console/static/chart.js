@@ -92,7 +92,7 @@ export class Chart {
     const found = this.series.slice(0, MOST_NAMED).map((one) => [one, near(one.points)]);
     const at = found[0][1][0];
     for (const side of ["x1", "x2"]) setAttribute(this.cursor, side, ((at - this.scale.x0) * this.scale.x).toFixed(1));
-    const told = found.map(([{ name, label = name }, [, y]]) => [name, `${found.length > 1 ? `${label} ` : ""}${this.format(y)}`]);
+    const told = found.map(([{ name, label = name }, [, y]]) => [name, `${label} ${this.format(y)}`]);
     if (share !== null) told.push(["", `at ${this.formatX(at)}`]);
     const texts = new Map(told);
     const classes = new Map(found.map(([one]) => [one.name, `key ${one.className}`]));

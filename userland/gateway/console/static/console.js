@@ -68,7 +68,7 @@ function show(state) {
 function link(problem, state) {
   const at = byId("link");
   setClass(at, `link ${problem ? "problem" : "there"}`);
-  if (problem) setText(at, problem);
+  if (problem) setText(at, `not connected: ${problem}`);
   else if (state) setText(at, state.caller.tenant);
 }
 
