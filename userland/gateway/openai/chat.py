@@ -13,17 +13,19 @@ from starlette.responses import Response
 
 from ...chat import encode_chat
 from ...completion import Completion
+from ...tools import Arguments, Begun, Piece
 from ..answers import Asked, ask
 from ..callers import Caller, authenticated
 from ..errors_doc import documented
 from ..http import attend, json, new_id
+from .constraints import Constrained
 from .messages import Message, as_messages
 from .shared import DONE, REASONS, Sampled, chat_score, event, stream, usage
 
 router = APIRouter(prefix="/v1/chat/completions", tags=["openai"])
 
 
-class ChatRequest(Sampled):
+class ChatRequest(Sampled, Constrained):
     NOT_DONE = {
         "audio": (),
         "function_call": ("none",),
@@ -63,13 +65,17 @@ async def create(
 async def prepare(caller: Caller, body: ChatRequest) -> tuple[Asked, dict[str, Any]]:
     """What is to be generated, and the head of the answer. Raises what is wrong with the request."""
     llm = await caller.llm(body.model_name(body.model))
-    tokens = encode_chat(llm.tokenizer, as_messages(body.messages), model=llm.model)
+    toolbox = body.toolbox()
+    tools = toolbox.tools if toolbox is not None else ()
+    tokens = encode_chat(llm.tokenizer, as_messages(body.messages), model=llm.model, tools=tools)
     if body.top_logprobs is not None and not body.logprobs:
         raise errors.InvalidArgument("top_logprobs needs logprobs: true", field="top_logprobs")
     scores = (body.top_logprobs or 0) if body.logprobs else None
     room = llm.context_length - len(tokens)
     longest = body.max_completion_tokens or body.max_tokens or max(room, 0)
-    asked = await ask(caller, llm, [tokens], body.options(llm, longest, scores), body, n=body.n)
+    shape = body.response_format.model_dump(by_alias=True) if body.response_format else None
+    options = body.options(llm, longest, scores, shape)
+    asked = await ask(caller, llm, [tokens], options, body, n=body.n, toolbox=toolbox)
     head = {
         "id": new_id("chatcmpl-"),
         "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -97,10 +103,32 @@ def _choice(index: int, done: Completion) -> dict[str, Any]:
     )
     return {
         "index": index,
-        "message": {"role": "assistant", "content": done.text, "refusal": None},
+        "message": {
+            "role": "assistant",
+            "content": (done.text or None) if done.tool_calls else done.text,
+            "refusal": None,
+            **({"tool_calls": [call.shown() for call in done.tool_calls]} if done.tool_calls else {}),
+        },
         "logprobs": scores,
-        "finish_reason": REASONS[done.finish],
+        "finish_reason": _reason(done),
     }
+
+
+def _reason(done: Completion) -> str:
+    return "tool_calls" if done.called else REASONS[done.finish]
+
+
+def _shown(piece: Piece) -> dict[str, Any]:
+    """A piece of an answer as the change of a message."""
+    match piece:
+        case Begun(index, id_, name):
+            function = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": index, "id": id_, "type": "function", "function": function}]}
+        case Arguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+        case str():
+            return {"content": piece}
+    return {}
 
 
 async def _chunks(asked: Asked, head: dict[str, Any], body: ChatRequest) -> AsyncIterator[bytes]:
@@ -120,16 +148,19 @@ async def _chunks(asked: Asked, head: dict[str, Any], body: ChatRequest) -> Asyn
         index = delta.index
         if index not in begun:
             begun.add(index)
-            yield chunk(index, {"role": "assistant", "content": "", "refusal": None})
+            # Of an answer that is calls and nothing else, the content stays null.
+            yield chunk(index, {"role": "assistant", "content": None if body.tools else "", "refusal": None})
         scores = None
         if body.logprobs and len(delta.answer.tokens) > told[index]:
             fresh = delta.answer.scores(told[index])
             told[index] = len(delta.answer.tokens)
             scores = {"content": [chat_score(score) for score in fresh], "refusal": None}
-        if delta.text or scores:
-            yield chunk(index, {"content": delta.text}, scores=scores)
+        changes = [change for piece in delta.pieces if (change := _shown(piece))]
+        for change in changes or ([{}] if scores else []):
+            yield chunk(index, change, scores=scores)
+            scores = None
         if delta.done is not None:
-            yield chunk(index, {}, REASONS[delta.done.finish])
+            yield chunk(index, {}, _reason(delta.done))
     if with_usage:
         yield event({**head, "choices": [], "usage": usage(asked.usage)})
     yield DONE

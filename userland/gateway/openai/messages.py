@@ -9,10 +9,28 @@ from pydantic import Field
 
 from ..options import Body
 
+_ROLES = {"developer": "system", "function": "tool"}
+_ADDED: dict[str, Any] = {"index": True, "function": {"parsed_arguments": True}}
+
 
 class TextPart(Body):
     type: Literal["text", "input_text", "output_text"]
     text: str
+
+
+class CalledFunction(Body):
+    name: str = Field(min_length=1, max_length=128)
+    arguments: str = Field(description="JSON.")
+    parsed_arguments: Any = Field(None, description="OpenAI's client adds it; it changes nothing.")
+
+
+class ToolCall(Body):
+    """A call that the model asked for, sent back."""
+
+    id: str = Field(max_length=128)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
 
 
 class Message(Body):
@@ -21,6 +39,10 @@ class Message(Body):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
     name: str | None = Field(None, max_length=256)
+    tool_calls: list[ToolCall] | None = Field(None, max_length=128)
+    tool_call_id: str | None = Field(None, max_length=128)
+    refusal: None = None
+    parsed: Any = Field(None, description="OpenAI's client adds it; it changes nothing.")
 
     def text(self) -> str:
         if isinstance(self.content, list):
@@ -29,7 +51,17 @@ class Message(Body):
 
 
 def as_messages(messages: list[Message]) -> list[dict[str, Any]]:
-    """What templates take: `developer` is what they call `system`. Raises InvalidArgument."""
+    """What templates take: `developer` is what they call `system`, `function` what they call `tool`. Raises
+    InvalidArgument."""
     if not messages:
         raise errors.InvalidArgument("messages is empty", field="messages")
-    return [{"role": "system" if m.role == "developer" else m.role, "content": m.text()} for m in messages]
+    found: list[dict[str, Any]] = []
+    for message in messages:
+        made: dict[str, Any] = {"role": _ROLES.get(message.role, message.role), "content": message.text()}
+        if message.tool_calls and message.role == "assistant":
+            made["tool_calls"] = [call.model_dump(exclude=_ADDED) for call in message.tool_calls]
+        if made["role"] == "tool":
+            known = {"tool_call_id": message.tool_call_id, "name": message.name}
+            made |= {key: value for key, value in known.items() if value is not None}
+        found.append(made)
+    return found

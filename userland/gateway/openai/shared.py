@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import Annotated, Any
 
 import msgspec
@@ -13,6 +13,7 @@ from pydantic import Field
 from ...completion import TokenScore
 from ...generation import Options
 from ...llm import LLM
+from ...structured import grammar_of
 from .. import problems
 from ..answers import Usage, sampling_options
 from ..http import EventStream
@@ -42,8 +43,8 @@ class StreamOptions(Body):
 
 
 class Sampling(Placed):
-    """How tokens are chosen. `top_k`, `min_p`, `repetition_penalty` and `min_tokens` are extensions, as in
-    vLLM."""
+    """How tokens are chosen. `top_k`, `min_p`, `repetition_penalty`, `min_tokens` and `structured_outputs`
+    are extensions, as in vLLM."""
 
     model: str = Field(min_length=1, max_length=256)
     temperature: float | None = Field(None, ge=0, le=2)
@@ -57,10 +58,21 @@ class Sampling(Placed):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     min_tokens: int | None = Field(None, ge=0, lt=2**31)
+    structured_outputs: dict[str, Any] | None = Field(
+        None, description="As in vLLM: one of json (a schema), json_object, regex, choice, grammar (Lark)."
+    )
 
-    def options(self, llm: LLM, max_tokens: int | None, logprobs: int | None) -> Options:
+    def options(
+        self,
+        llm: LLM,
+        max_tokens: int | None,
+        logprobs: int | None,
+        response_format: Mapping[str, Any] | None = None,
+    ) -> Options:
+        """Raises InvalidArgument."""
         return sampling_options(
             llm,
+            structured_outputs=grammar_of(response_format, self.structured_outputs),
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=None if self.top_k is None else max(0, self.top_k),
