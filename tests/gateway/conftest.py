@@ -1,4 +1,5 @@
-"""The gateway over real sockets, before a real daemon with the null driver, whose models speak in words."""
+"""The gateway over real sockets, before a real daemon with the null driver, whose models speak in words, and
+one in bytes."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from llmasos.userland.daemon import ensure_daemon
 from llmasos.userland.gateway.access import ApiKeys, folder
 from llmasos.userland.gateway.app import build
 
-from ..llsh.conftest import add_model
+from ..llsh.conftest import add_model, put_model
+from ..userland.conftest import STOP, byte_tokenizer, model_files
 
 
 @dataclass
@@ -72,6 +74,8 @@ def home() -> Iterator[Path]:
     add_model(made, "slow", max_position_embeddings=512, llmasos_null_step_seconds=0.05)
     before = {name: os.environ.pop(name, None) for name in ("LLMASOS_HOME", "LLMASOS_SOCKET")}
     os.environ["LLMASOS_HOME"] = str(made)
+    files = {path: data.decode() for path, data in model_files(byte_tokenizer()).items()}
+    put_model(made, "bytes", files, {"vocab_size": STOP + 1, "max_position_embeddings": 4096})
     with ensure_daemon() as client:
         soon(lambda: client.call(table.Lsdev()).devices[0].state == "ready")
     yield made

@@ -46,12 +46,17 @@ def add_model(home: Path, name: str, *, template: str = TEMPLATE, **config: obje
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     made.add_special_tokens(["<|im_start|>", "<|im_end|>"])
     files = {
-        "config.json": json.dumps({"model_type": "null", "vocab_size": WORDS + 3, **config}),
         "tokenizer.json": made.to_str(),
         "tokenizer_config.json": json.dumps({"eos_token": "<|im_end|>", "add_bos_token": False}),
         "generation_config.json": json.dumps({"eos_token_id": WORDS + 1}),
         **({"chat_template.jinja": template} if template else {}),
     }
+    put_model(home, name, files, {"vocab_size": WORDS + 3, **config})
+
+
+def put_model(home: Path, name: str, files: dict[str, str], config: dict[str, object]) -> None:
+    """A model of the null driver with these files and this configuration."""
+    files = {"config.json": json.dumps({"model_type": "null", **config}), **files}
     store = ModelFS(home)
     stored = [ManifestFile(path, *store.put_bytes(text.encode())) for path, text in files.items()]
     manifest = Manifest(
@@ -60,7 +65,7 @@ def add_model(home: Path, name: str, *, template: str = TEMPLATE, **config: obje
         architecture="null",
         parameters=135_000_000,
         quantization="F32",
-        context_length=512,
+        context_length=config.get("max_position_embeddings", 512),
         license="apache-2.0",
         created=time.time(),
         files=stored,

@@ -62,6 +62,10 @@ _TABLE: list[tuple[type[errors.LLMasOSError], int, str, str | None]] = [
 ]
 
 
+# What the kernel calls otherwise.
+_FIELDS = {"sampling.grammar": "response_format"}
+
+
 def problem_of(error: errors.LLMasOSError) -> Problem:
     """What HTTP says of an error of the kernel."""
     status, type_, code = next(
@@ -74,7 +78,7 @@ def problem_of(error: errors.LLMasOSError) -> Problem:
         type_,
         code,
         f"{error.message} ({error.hint})" if error.hint else error.message,
-        str(field) if field else None,
+        _FIELDS.get(field, field) if isinstance(field, str) else None,
         max(1, math.ceil(float(seconds))) if status in (429, 503) else None,
     )
 
