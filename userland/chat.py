@@ -105,13 +105,21 @@ def encode_chat(
     model: str = "",
     tools: Sequence[Tool] = (),
     answer: bool = True,
+    continue_final_message: bool = False,
 ) -> list[int]:
     """Token ids of a conversation, ready for the model's answer if `answer`; it is told of `tools`.
+    `continue_final_message`: if the assistant has said something last, the answer goes on with it.
 
     Raises UnsupportedModel when the model has no chat template, InvalidArgument when the template refuses
     the messages (for example their order).
     """
-    return tokenizer.encode_parts(render(tokenizer, messages, model=model, tools=tools, answer=answer))
+    begun = ""
+    if continue_final_message and not isinstance(messages, str) and len(messages) > 1:
+        last = messages[-1]
+        if last.get("role") == "assistant" and not last.get("tool_calls"):
+            messages, begun = messages[:-1], last["content"]
+    parts = render(tokenizer, messages, model=model, tools=tools, answer=answer)
+    return [*tokenizer.encode_parts(parts), *tokenizer.encode(begun, start=False)]
 
 
 def render(

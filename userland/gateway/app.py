@@ -18,6 +18,9 @@ from .anthropic import messages
 from .callers import Callers
 from .console import feed, page
 from .http import MOST_BODY, Frame, handle_errors
+from .ollama import chat as ollama_chat
+from .ollama import generate
+from .ollama import models as ollama_models
 from .openai import batches, chat, completions, files, models, responses
 from .store import Store, gateway_folder
 from .works import Works
@@ -37,6 +40,9 @@ ROUTERS = (
     responses.router,
     batches.router,
     messages.router,
+    generate.router,
+    ollama_chat.router,
+    ollama_models.router,
     processes.router,
     machine.router,
     feed.router,

@@ -1,0 +1,238 @@
+"""Ollama's API through its own client, and what it cannot show over plain HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import httpx
+import ollama
+import pytest
+from llmasos.syscalls import table
+from llmasos.userland.client import Client
+from llmasos.userland.gateway.ollama.shared import rfc3339
+
+from .conftest import Gateway, soon
+
+HELLO = [{"role": "user", "content": "w1 w2"}]
+GREEDY = {"temperature": 0, "num_predict": 6}
+
+
+def client(gateway: Gateway, tenant: str = "alice") -> ollama.Client:
+    return ollama.Client(gateway.url, headers={"authorization": f"Bearer {gateway.keys[tenant]}"})
+
+
+@pytest.fixture
+def llama(gateway: Gateway) -> Iterator[ollama.Client]:
+    with client(gateway) as made:
+        yield made
+
+
+def test_a_chat_streams_what_it_answers_at_once(llama: ollama.Client) -> None:
+    whole = llama.chat("tiny", HELLO, options=GREEDY)
+    assert whole.message.role == "assistant"
+    assert (whole.done, whole.done_reason, whole.eval_count) == (True, "length", 6)
+    parts = list(llama.chat("tiny", HELLO, options=GREEDY, stream=True))
+    assert "".join(part.message.content or "" for part in parts) == whole.message.content
+    assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
+    assert parts[-1].prompt_eval_count == whole.prompt_eval_count
+    durations = [whole.load_duration, whole.prompt_eval_duration, whole.eval_duration]
+    assert all(isinstance(one, int) and one > 0 for one in durations)
+    assert sum(one or 0 for one in durations) == whole.total_duration
+    assert datetime.fromisoformat(whole.created_at or "").tzinfo is not None
+
+
+def test_generate_goes_through_the_template_or_not(llama: ollama.Client) -> None:
+    said = llama.chat("tiny", [{"role": "system", "content": "w9"}, *HELLO], options=GREEDY)
+    generated = llama.generate("tiny", "w1 w2", system="w9", options=GREEDY)
+    assert generated.response == said.message.content
+    assert generated.context
+    parts = list(llama.generate("tiny", "w1 w2", system="w9", options=GREEDY, stream=True))
+    assert "".join(part.response or "" for part in parts) == generated.response
+    raw = llama.generate("tiny", "w5 w6", raw=True, options=GREEDY)
+    assert raw.prompt_eval_count == 2
+    assert raw.context is None
+    spelled = llama.generate("tiny", "<|im_start|> w5", raw=True, options=GREEDY)
+    assert spelled.prompt_eval_count == 2
+    base = llama.generate("plain", "w5 w6", options=GREEDY)
+    assert base.prompt_eval_count == 2
+
+
+def test_a_context_is_gone_on_with(llama: ollama.Client) -> None:
+    first = llama.generate("plain", "w1 w2", options=GREEDY)
+    both = llama.generate("plain", "w3", context=first.context, options=GREEDY)
+    assert first.context is not None
+    assert both.prompt_eval_count == len(first.context) + 1
+    assert both.context is not None
+    assert both.context[: len(first.context)] == first.context
+
+
+async def _both(gateway: Gateway) -> tuple[str | None, str]:
+    made = ollama.AsyncClient(gateway.url, headers={"authorization": f"Bearer {gateway.keys['bob']}"})
+    async with made as llama:
+        whole = await llama.chat("tiny", HELLO, options=GREEDY)
+        parts = [part async for part in await llama.chat("tiny", HELLO, options=GREEDY, stream=True)]
+    return whole.message.content, "".join(part.message.content or "" for part in parts)
+
+
+def test_async_clients_are_answered_too(gateway: Gateway) -> None:
+    whole, streamed = asyncio.run(_both(gateway))
+    assert whole == streamed
+
+
+def test_the_assistants_last_words_are_gone_on_with(llama: ollama.Client) -> None:
+    whole = (llama.chat("tiny", HELLO, options=GREEDY).message.content or "").split()
+    begun = [*HELLO, {"role": "assistant", "content": " ".join(whole[:2])}]
+    rest = llama.chat("tiny", begun, options={**GREEDY, "num_predict": 4}).message.content or ""
+    assert rest.split() == whole[2:]
+
+
+def test_options_do_what_they_say(llama: ollama.Client) -> None:
+    text = llama.generate("tiny", "w1 w2", options=GREEDY).response
+    word = text.split()[3]
+    stopped = llama.generate("tiny", "w1 w2", options={**GREEDY, "stop": [word]})
+    assert (stopped.response, stopped.done_reason) == (text.partition(word)[0], "stop")
+    drawn = [llama.generate("tiny", "w1", options={"seed": 7, "num_predict": 4}).response for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    full = llama.generate("plain", "w1 " * 20, options={"temperature": 0, "num_ctx": 24})
+    assert (full.done_reason, full.eval_count) == ("length", 4)
+    scored = llama.generate("tiny", "w1", options=GREEDY, logprobs=True, top_logprobs=2)
+    assert scored.logprobs is not None
+    assert len(scored.logprobs) == 6
+    assert scored.logprobs[0].top_logprobs is not None
+    assert scored.logprobs[0].logprob == scored.logprobs[0].top_logprobs[0].logprob
+
+
+def test_an_empty_request_loads_the_model(llama: ollama.Client) -> None:
+    assert llama.generate("plain").done_reason == "load"
+    assert llama.chat("plain").done_reason == "load"
+    assert "plain:latest" in {model.model for model in llama.ps().models}
+    with pytest.raises(ollama.ResponseError, match="keep_alive"):
+        llama.generate("plain", keep_alive=0)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"options": {"mirostat": 2}}, "mirostat"),
+        ({"options": {"num_thread": 4}}, "num_thread"),
+        ({"options": {"colour": "red"}}, "colour"),
+        ({"options": {"repeat_penalty": 1.2, "repeat_last_n": 64}}, "repeat_last_n"),
+        ({"options": {"num_ctx": 2}}, "context 2"),
+        ({"think": True}, "think"),
+        ({"images": ["AAAA"]}, "images"),
+        ({"template": "{{ .Prompt }}"}, "template"),
+        ({"suffix": "w1"}, "suffix"),
+        ({"prompt": "w1 " * 600}, "context 512"),
+        ({"top_logprobs": 2}, "logprobs"),
+        ({"context": [10**6]}, "vocabulary"),
+        ({"format": "yaml"}, "format"),
+    ],
+)
+def test_what_is_not_done_is_named(http: httpx.Client, body: dict, said: str) -> None:
+    answer = http.post("/api/generate", json={"model": "tiny", "prompt": "w1 w2 w3", **body})
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]
+
+
+def test_options_that_ask_for_nothing_are_taken(llama: ollama.Client) -> None:
+    options = {**GREEDY, "mirostat": 0, "num_keep": 4, "repeat_last_n": 64, "use_mmap": True}
+    llama.chat("tiny", HELLO, options=options, keep_alive="5m", think=False, format="")
+
+
+def test_errors_have_ollamas_shape(llama: ollama.Client, gateway: Gateway) -> None:
+    with pytest.raises(ollama.ResponseError, match="does not exist") as missing:
+        llama.chat("llama9", HELLO)
+    assert missing.value.status_code == 404
+    with pytest.raises(ollama.ResponseError) as missing:
+        list(llama.generate("llama9", "w1", stream=True))
+    assert missing.value.status_code == 404
+    with pytest.raises(ollama.ResponseError, match="no chat template"):
+        llama.chat("plain", HELLO)
+    with pytest.raises(ollama.ResponseError) as stranger:
+        ollama.Client(gateway.url).list()
+    assert stranger.value.status_code == 401
+
+
+def test_what_there_is_is_listed_and_shown(llama: ollama.Client, gateway: Gateway) -> None:
+    tiny = next(model for model in llama.list().models if model.model == "tiny:latest")
+    assert tiny.details is not None
+    assert tiny.details.parameter_size == "135M"
+    assert len(tiny.digest or "") == 64
+    assert tiny.modified_at is not None
+    shown = llama.show("tiny")
+    assert shown.modelinfo is not None
+    assert shown.modelinfo["null.context_length"] == 512
+    assert shown.license == "apache-2.0"
+    assert "im_start" in (shown.template or "")
+    assert shown.capabilities == ["completion", "tools"]
+    assert httpx.get(f"{gateway.url}/").text == "Ollama is running"
+    assert httpx.get(f"{gateway.url}/api/version").json()["version"]
+
+
+def test_models_are_copied_by_who_may(gateway: Gateway, kernel: Client) -> None:
+    carol = client(gateway, "carol")
+    with pytest.raises(ollama.ResponseError) as refused:
+        client(gateway).copy("tiny", "mine")
+    assert refused.value.status_code == 403
+    carol.copy("tiny", "mine")
+    carol.create("ours", from_="tiny")
+    assert {"mine:latest", "ours:latest"} <= {model.model for model in carol.list().models}
+    with pytest.raises(ollama.ResponseError) as refused:
+        carol.copy("tiny", "plain")  # a name that everybody has
+    assert refused.value.status_code == 403
+    with pytest.raises(ollama.ResponseError, match="system"):
+        carol.create("theirs", from_="tiny", system="w1")
+    with pytest.raises(ollama.ResponseError) as missing:
+        carol.copy("llama9", "mine2")
+    assert missing.value.status_code == 404
+    for name in ("mine", "ours"):
+        with pytest.raises(ollama.ResponseError) as refused:
+            carol.delete(name)  # everybody has it now
+        assert refused.value.status_code == 403
+        kernel.call(table.Unlink(f"/models/{name}"))
+
+
+def test_a_pull_tells_how_it_goes_or_fails(gateway: Gateway) -> None:
+    with pytest.raises(ollama.ResponseError) as refused:
+        client(gateway).pull("nobody-has-this")
+    assert refused.value.status_code == 403
+    with pytest.raises(ollama.ResponseError):
+        client(gateway, "carol").pull("nobody-has-this")
+    with pytest.raises(ollama.ResponseError):
+        list(client(gateway, "carol").pull("nobody-has-this", stream=True))
+
+
+def test_who_hangs_up_frees_his_process(gateway: Gateway, kernel: Client) -> None:
+    def running() -> int:
+        return len([row for row in kernel.ps() if row.owner == "bob"])
+
+    for path, body in (
+        ("/api/chat", {"model": "slow", "messages": HELLO}),
+        ("/api/generate", {"model": "slow", "prompt": "w1 w2"}),
+    ):
+        with gateway.http("bob") as http, http.stream("POST", path, json=body) as answer:
+            lines = answer.iter_lines()
+            assert json.loads(next(lines))["done"] is False
+            assert running() == 1
+        soon(lambda: running() == 0)
+        with gateway.http("bob") as http, pytest.raises(httpx.ReadTimeout):
+            http.post(path, json={**body, "stream": False}, timeout=0.5)
+        soon(lambda: running() == 0)
+
+
+def test_a_killed_answer_is_told_so(http: httpx.Client, kernel: Client) -> None:
+    with http.stream("POST", "/api/chat", json={"model": "slow", "messages": HELLO}) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        (row,) = [row for row in kernel.ps() if row.owner == "alice"]
+        kernel.kill(row.pid)
+        told = [json.loads(line) for line in lines]
+    assert (told[-1]["done"], told[-1]["done_reason"]) == (True, "killed")
+
+
+def test_times_are_utc() -> None:
+    assert rfc3339(0) == "1970-01-01T00:00:00Z"
+    assert datetime.fromisoformat(rfc3339(1.5)) == datetime.fromtimestamp(1.5, UTC)
