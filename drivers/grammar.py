@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 MOST_CHOICES = 4096
 
+_JSON = {"whitespace_pattern": r"[ \n]{1,20}"}
+"""Between the parts of a JSON text models may put white space as they were taught, but not for ever."""
+
 
 @cache
 def _limits() -> LLParserLimits:
@@ -65,7 +68,7 @@ def _source(grammar: t.Grammar) -> str:
                 schema = {}
             if not isinstance(schema, dict):
                 raise TypeError("a JSON schema is an object")
-            return str(LLMatcher.grammar_from_json_schema(schema))
+            return str(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON))
         case t.GrammarKind.REGEX:
             return str(LLMatcher.grammar_from_regex(_ascii_classes(grammar.text)))
         case t.GrammarKind.CHOICE:
@@ -100,6 +103,21 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=True)
 
 
+def _with_end(text: bytes, id_: int) -> str:
+    """A tokenizer.json with one more token, for the end. What ends a sequence's text is for that to say, so
+    it must be none that the model has."""
+    made = msgspec.json.decode(text)
+    end = {"id": id_, "content": "<|end of the grammar|>", "special": True, "normalized": False}
+    end |= dict.fromkeys(("single_word", "lstrip", "rstrip"), False)
+    made["added_tokens"] = [*(made.get("added_tokens") or []), end]
+    return msgspec.json.encode(made).decode()
+
+
+def blank(vocab_size: int) -> array[int]:
+    """A mask of no token: a bit for each and one more, in words of 32."""
+    return array("I", bytes(4 * (vocab_size // 32 + 1)))
+
+
 class Vocabulary:
     """A model's tokens as text. `files` are the model's; reading them takes a fifth of a second and 50 MB, so
     it is done when somebody first needs it."""
@@ -109,10 +127,6 @@ class Vocabulary:
         self._tokenizer: LLTokenizer | None = None
         self.size = size
 
-    def blank(self) -> array[int]:
-        """A mask of no token: a bit each, in words of 32."""
-        return array("I", bytes(-(-self.size // 32) * 4))
-
     def constraint(self, grammar: t.Grammar, stops: list[int]) -> Constraint:
         """Raises UnsupportedModel, InvalidArgument."""
         from llguidance import LLMatcher, LLTokenizer
@@ -121,25 +135,24 @@ class Vocabulary:
             if self._file is None:
                 raise errors.UnsupportedModel("the model has no tokenizer.json, which grammars need")
             try:
-                text = Path(self._file.path).read_text()
-                self._tokenizer = LLTokenizer(text, n_vocab=self.size)
-            except (OSError, ValueError) as problem:
+                text = _with_end(Path(self._file.path).read_bytes(), self.size)
+                self._tokenizer = LLTokenizer(text, n_vocab=self.size + 1, eos_token=self.size)
+            except (OSError, ValueError, TypeError, KeyError) as problem:
                 raise errors.UnsupportedModel(
                     f"grammars cannot read the model's tokenizer: {problem}"
                 ) from None
         matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=_limits())
         if matcher.is_error():
             raise errors.InvalidArgument(f"the grammar: {matcher.get_error()}", field="sampling.grammar")
-        return Constraint(matcher, self._tokenizer.eos_tokens, stops, self)
+        return Constraint(matcher, [stop for stop in stops if stop < self.size], self.size)
 
 
 class Constraint:
     """What a sequence may say next. `stops` end it where its text may end; they are no part of the text."""
 
-    def __init__(self, matcher: LLMatcher, ends: list[int], stops: list[int], vocabulary: Vocabulary) -> None:
-        self._matcher, self._ends = matcher, ends
-        self._stops = [stop for stop in stops if stop < vocabulary.size]
-        self._none = vocabulary.blank()
+    def __init__(self, matcher: LLMatcher, stops: list[int], vocab_size: int) -> None:
+        self._matcher, self._stops = matcher, stops
+        self._none = blank(vocab_size)
         self._fed: list[int] = []
 
     def mask(self, tokens: array[int], first: int, position: int, out: array[int]) -> str:
@@ -155,9 +168,6 @@ class Constraint:
             matcher.unsafe_compute_mask_ptr(out.buffer_info()[0], 4 * len(out))
             if matcher.is_error():
                 return f"the grammar: {matcher.get_error()}"
-            # What the tokenizer takes for the end need not be what this sequence stops at.
-            for end in self._ends:
-                out[end // 32] &= ~(1 << end % 32)
         if matcher.is_accepting():
             for stop in self._stops:
                 out[stop // 32] |= 1 << stop % 32

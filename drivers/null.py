@@ -26,7 +26,7 @@ from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
 
 from .base import BLOCK_TOKENS, Batch, Description, File, Loaded, LoadSpec, SeqOut, StepResult
-from .grammar import Vocabulary
+from .grammar import Vocabulary, blank
 from .mirror import Choice, Mirror, Piece, Sequence, Step
 
 _SLOT = 8  # bytes: the token and the checksum of its history, both u32
@@ -130,7 +130,7 @@ class Resident:
         self.memory = memory
         self.mirror = Mirror(loaded.blocks, loaded.vocab_size, loaded.context_length, vocabulary)
         self.marks = {0: 0}
-        self.mask = vocabulary.blank()
+        self.mask = blank(loaded.vocab_size)
         self._pool: dict[int, bytearray] = {}
 
     def block(self, block: int) -> bytes | bytearray:

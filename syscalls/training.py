@@ -94,11 +94,11 @@ class Recipe(Wire, frozen=True):
     short examples share one, and see nothing of each other. A step is `per_device_train_batch_size` rows,
     `gradient_accumulation_steps` times, on each data-parallel rank. `max_steps` 0: `num_train_epochs` times
     all data. `warmup_ratio` counts when `warmup_steps` is 0. With `completion_only_loss` what was asked
-    (prompts, all but the assistant's messages) is read and not learnt. `validation_split`: this part of the data is kept to measure on, and the
-    data set's last `validation_rows`, every `eval_steps` steps (0: after each epoch, and at the end);
-    `early_stopping_patience` 0: never stop early. `save_steps` 0: about every half a minute. `bf16` None:
-    where the device computes it faster. `dtype`: of the resident base weights (as in spawn_model). `config`:
-    for `pretrain`, a JSON object that replaces fields of the model's config.json.
+    (prompts, all but the assistant's messages) is read and not learnt. `validation_split`: this part of the
+    data is kept to measure on, and the data set's last `validation_rows`, every `eval_steps` steps (0: after
+    each epoch, and at the end); `early_stopping_patience` 0: never stop early. `save_steps` 0: about every
+    half a minute. `bf16` None: where the device computes it faster. `dtype`: of the resident base weights (as
+    in spawn_model). `config`: for `pretrain`, a JSON object that replaces fields of the model's config.json.
     """
 
     method: Method = Method.LORA

@@ -17,6 +17,7 @@ import numpy as np
 from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
 
+from .. import grammar
 from ..base import BLOCK_TOKENS
 from ..mirror import Choice, Piece
 from . import library
@@ -72,8 +73,7 @@ class NativeModel:
             (ctypes.c_float * (MAX_PICKS * MOST_LISTED))(),
         )
         self._stops: list[array[int]] = []
-        words = -(-self.architecture.vocab_size // 32)
-        self._masks = [array("I", bytes(4 * words)) for _ in range(MAX_PICKS)]
+        self._masks = [grammar.blank(self.architecture.vocab_size) for _ in range(MAX_PICKS)]
         self._step = Step(
             runs=self._runs,
             picks=self._picks,

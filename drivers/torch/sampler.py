@@ -10,13 +10,13 @@ repeats itself.
 from __future__ import annotations
 
 import math
-from array import array
 from typing import Any
 
 import numpy as np
 import torch
 from llmasos.syscalls import types as t
 
+from ..grammar import blank
 from ..mirror import Choice, Sequence
 from .transfer import fetch, send
 
@@ -151,9 +151,9 @@ def _constrain(scores: torch.Tensor, rows: list[tuple[int, Sequence, int]]) -> N
     if not rows:
         return
     size = scores.shape[1]
-    masks = np.zeros((len(rows), -(-size // 32)), np.uint32)
+    masks = np.zeros((len(rows), size // 32 + 1), np.uint32)
     for row, (_, sequence, position) in enumerate(rows):
-        mask = array("I", bytes(masks[row].nbytes))
+        mask = blank(size)
         if not sequence.mask(position, mask):
             masks[row] = mask
     bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, :size]

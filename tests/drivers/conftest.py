@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from llmasos.drivers import base, null
@@ -124,6 +125,16 @@ class Tiny:
         return out[len(tokens) :]
 
 
+def characters() -> str:
+    """A tokenizer.json of VOCAB tokens: the printable characters of ASCII, and two special ones."""
+    byte = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    shown = [byte.pre_tokenize_str(chr(code))[0][0] for code in range(32, 127)]
+    made = tokenizers.Tokenizer(tokenizers.models.BPE({text: n for n, text in enumerate(shown)}, []))
+    made.pre_tokenizer, made.decoder = byte, tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<|end|>", "<|other|>"])
+    return str(made.to_str())
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
     made: dict[str, Tiny] = {}
@@ -139,6 +150,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Tiny]:
                         parameter += 0.1 * torch.randn_like(parameter)
             model.save_pretrained(folder)
             (folder / "tensors.json").write_text(json.dumps(index_of(folder / "model.safetensors")))
+            (folder / "tokenizer.json").write_text(characters())
             made[name] = Tiny(folder, model)
         return made[name]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -343,3 +345,100 @@ def test_the_loaded_model_says_what_computes_it(subject: Any) -> None:
     loaded = subject.kernel.loaded
     assert loaded.engine
     assert loaded.kv_dtype in ("float32", "bfloat16", "int8")
+
+
+# Grammars: token n is the n-th printable character of ASCII, then two special tokens.
+
+END = 95
+SCHEMA = """{"type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 999},
+"b": {"enum": ["x", "yy"]}}, "required": ["a", "b"], "additionalProperties": false}"""
+GRAMMARS = [
+    t.Grammar(t.GrammarKind.JSON_SCHEMA, SCHEMA),
+    t.Grammar(t.GrammarKind.REGEX, r"\d{4}-\d{2}( \w{1,9}){2}!"),
+    t.Grammar(t.GrammarKind.CHOICE, '["yes","yellow","no"]'),
+    t.Grammar(t.GrammarKind.LARK, 'start: "[" item ("," item)? "]"\nitem: /[a-c]{1,6}/ | "(" /x{0,3}/ ")"'),
+]
+OPTIONS = [{}, {"temperature": 1.5, "seed": 3}, {"repetition_penalty": 1.3}]
+
+
+def text_of(tokens: list[int]) -> str:
+    return "".join(chr(32 + token) for token in tokens if token < END)
+
+
+def matches(grammar: t.Grammar, text: str) -> bool:
+    match grammar.kind:
+        case t.GrammarKind.JSON_SCHEMA:
+            found = json.loads(text)
+            return set(found) == {"a", "b"} and 0 <= found["a"] <= 999 and found["b"] in ("x", "yy")
+        case t.GrammarKind.REGEX:
+            return re.fullmatch(grammar.text, text, re.ASCII) is not None
+        case t.GrammarKind.CHOICE:
+            return text in ("yes", "yellow", "no")
+    item = r"([a-c]{1,6}|\(x{0,3}\))"
+    return re.fullmatch(rf"\[{item}(,{item})?\]", text) is not None
+
+
+def constrained(kernel: Any, seqs: list[Any], draft: int = 0) -> list[list[int]]:
+    """Generates until all have stopped."""
+    running = list(seqs)
+    for _ in range(200):
+        if not running:
+            return [seq.tokens[seq.prompt_length :] for seq in seqs]
+        outs = kernel.step([(s, len(s.tokens) - s.computed) for s in running], draft=draft)
+        assert not [out.error for out in outs if out.error]
+        running = [seq for seq, out in zip(running, outs, strict=True) if not out.stop]
+    raise AssertionError("it does not end")
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("grammar", GRAMMARS, ids=lambda g: g.kind)
+def test_what_a_grammar_says_comes_alone_beside_others_and_with_guesses(
+    subject: Any, grammar: t.Grammar, options: dict[str, Any]
+) -> None:
+    kernel = subject.kernel
+    options = {**options, "grammar": grammar, "stop_token_ids": [END]}
+    plain = prompt(30, seed=9)
+    alone = constrained(kernel, [kernel.open(prompt(20), **options)])[0]
+    assert alone[-1] == END
+    assert matches(grammar, text_of(alone)), text_of(alone)
+    free = kernel.open(plain)
+    beside = [kernel.open(prompt(20), **options), kernel.open(prompt(20), **options)]
+    for _ in range(3):
+        kernel.step([(seq, len(seq.tokens) - seq.computed) for seq in (*beside, free)])
+    assert free.tokens[30:] == subject.greedy(plain, 3)
+    assert constrained(kernel, [kernel.open(prompt(20), **options)], draft=6) == [alone]
+
+
+def test_a_recomputed_sequence_is_where_it_was_in_its_grammar(subject: Any) -> None:
+    kernel = subject.kernel
+    options = {"grammar": GRAMMARS[0], "stop_token_ids": [END]}
+    whole = constrained(kernel, [kernel.open(prompt(20), **options)])[0]
+    seq = kernel.open(prompt(20), **options)
+    kernel.generate([seq], 6)
+    kernel.reopen(seq)
+    assert constrained(kernel, [seq], draft=3) == [whole]
+
+
+def test_beams_keep_to_a_grammar(subject: Any) -> None:
+    kernel = subject.kernel
+    seq = kernel.open(prompt(20), grammar=GRAMMARS[2], stop_token_ids=[END])
+    [out] = kernel.step([(seq, 20)], beams=8)
+    assert {text_of([beam.token]) for beam in out.beams} == {"y", "n"}
+    ended = kernel.open(
+        [*prompt(20), *[ord(c) - 32 for c in "no"]],
+        prompt_length=20,
+        grammar=GRAMMARS[2],
+        stop_token_ids=[END],
+    )
+    [out] = kernel.step([(ended, 22)], beams=8)
+    assert [beam.token for beam in out.beams] == [END]
+
+
+def test_a_grammar_that_cannot_be_fails_alone(subject: Any) -> None:
+    kernel = subject.kernel
+    bad = kernel.open(prompt(20), grammar=t.Grammar(t.GrammarKind.REGEX, "(a"), stop_token_ids=[END])
+    good = kernel.open(prompt(20))
+    broken, fine = kernel.step([(bad, 20), (good, 20)])
+    assert "grammar" in broken.error
+    assert not fine.error
+    assert good.tokens[20:] == subject.greedy(prompt(20), 1)
