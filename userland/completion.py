@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from llmasos.syscalls import table
 from llmasos.syscalls import types as t
@@ -48,6 +48,12 @@ class Completion(str):
     cached_tokens: int
     """Of the tokens that `infer` was given, how many were shared with an earlier prompt."""
     seed: int
+
+    @property
+    def message(self) -> dict[str, Any]:
+        """The answer as the assistant's message, for the conversation that goes on."""
+        calls = {"tool_calls": [call.shown() for call in self.tool_calls]} if self.tool_calls else {}
+        return {"role": "assistant", "content": self.text, **calls}
 
 
 class Answer:

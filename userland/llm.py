@@ -29,6 +29,7 @@ from .models import ensure_model
 from .process import Process
 from .text_stream import TextStream
 from .tokenizer import Tokenizer
+from .tools import CallReader, Toolbox
 from .training import TrainingRun, bar_for, follow, make_recipe, send_dataset, start
 
 Prompts = list[str] | tuple[str, ...]
@@ -171,21 +172,44 @@ class LLM:
 
     @overload
     def chat(
-        self, messages: str | Sequence[Message], *, stream: Literal[False] = False, **options: Unpack[Options]
+        self,
+        messages: str | Sequence[Message],
+        *,
+        stream: Literal[False] = False,
+        tools: Sequence[Any] | None = None,
+        tool_choice: Any = None,
+        **options: Unpack[Options],
     ) -> Completion: ...
     @overload
     def chat(
-        self, messages: str | Sequence[Message], *, stream: Literal[True], **options: Unpack[Options]
+        self,
+        messages: str | Sequence[Message],
+        *,
+        stream: Literal[True],
+        tools: Sequence[Any] | None = None,
+        tool_choice: Any = None,
+        **options: Unpack[Options],
     ) -> TextStream: ...
     def chat(
-        self, messages: str | Sequence[Message], *, stream: bool = False, **options: Unpack[Options]
+        self,
+        messages: str | Sequence[Message],
+        *,
+        stream: bool = False,
+        tools: Sequence[Any] | None = None,
+        tool_choice: Any = None,
+        **options: Unpack[Options],
     ) -> Completion | TextStream:
         """Answers a conversation: [{"role": "user", "content": "…"}, …], or what the user says.
 
-        Raises UnsupportedModel when the model has no chat template.
+        `tools` are functions that the model may ask to be called, as OpenAI's API has them, `tool_choice` is
+        "auto", "none", "required" or names one. The completion's `tool_calls` are what it wants; append its
+        `message` and the results, [{"role": "tool", "tool_call_id": "…", "content": "…"}], and chat again.
+
+        Raises UnsupportedModel when the model has no chat template, InvalidArgument.
         """
         check_names(options, "chat")
-        pieces = self._stream(encode_chat(self.tokenizer, messages, model=self.model), options)
+        tokens, options, reader = self._conversation(messages, tools, tool_choice, options)
+        pieces = self._stream(tokens, options, reader)
         if stream:
             return pieces
         with pieces:
@@ -193,11 +217,18 @@ class LLM:
                 pass
         return pieces.completion
 
-    async def achat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Completion:
+    async def achat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        tools: Sequence[Any] | None = None,
+        tool_choice: Any = None,
+        **options: Unpack[Options],
+    ) -> Completion:
         """`chat` for asyncio."""
         check_names(options, "achat")
-        tokens = encode_chat(self.tokenizer, messages, model=self.model)
-        call, answer = self._one_shot(tokens, self.plan(options, len(tokens)), options)
+        tokens, options, reader = self._conversation(messages, tools, tool_choice, options)
+        call, answer = self._one_shot(tokens, self.plan(options, len(tokens)), options, reader=reader)
         flow = _complete([call], [answer])
         return (await adrive(self._async(), flow))[0]
 
@@ -332,8 +363,19 @@ class LLM:
             raise errors.InvalidArgument(f"{self.model} has no BOS token to begin with", field="prompt")
         return [self.tokenizer.bos_id]
 
-    def _stream(self, tokens: list[int], options: Options) -> TextStream:
-        call, answer = self._one_shot(tokens, self.plan(options, len(tokens)), options)
+    def _conversation(
+        self, messages: str | Sequence[Message], tools: Sequence[Any] | None, choice: Any, options: Options
+    ) -> tuple[list[int], Options, CallReader | None]:
+        """The prompt, the options, and who reads calls of tools out of the answer."""
+        template, toolbox = self.tokenizer.template, Toolbox.from_openai(tools, choice)
+        told = toolbox.tools if toolbox is not None else ()
+        tokens = encode_chat(self.tokenizer, messages, model=self.model, tools=told)
+        if toolbox is None:
+            return tokens, options, None
+        return tokens, toolbox.applied(options, template), toolbox.reader(template)
+
+    def _stream(self, tokens: list[int], options: Options, reader: CallReader | None = None) -> TextStream:
+        call, answer = self._one_shot(tokens, self.plan(options, len(tokens)), options, reader=reader)
         return TextStream(self.client.stream(call), answer)
 
     async def _astream(self, tokens: list[int], options: Options) -> AsyncIterator[str]:
@@ -421,7 +463,12 @@ class LLM:
         return completions
 
     def _one_shot(
-        self, tokens: list[int], plan: Plan, options: Options, full: bool | None = None
+        self,
+        tokens: list[int],
+        plan: Plan,
+        options: Options,
+        full: bool | None = None,
+        reader: CallReader | None = None,
     ) -> tuple[table.Infer, Answer]:
         call = self._infer(
             tokens,
@@ -431,11 +478,11 @@ class LLM:
             deadline_ms=plan.deadline_ms,
         )
         full = bool(options.get("return_full_text")) if full is None else full
-        return call, self._answer(tokens, plan, full)
+        return call, self._answer(tokens, plan, full, reader)
 
-    def _answer(self, tokens: list[int], plan: Plan, full: bool) -> Answer:
+    def _answer(self, tokens: list[int], plan: Plan, full: bool, reader: CallReader | None = None) -> Answer:
         prefix = self.tokenizer.decode(tokens) if full else ""
-        return Answer(self.tokenizer, tokens, plan.stop, prefix)
+        return Answer(self.tokenizer, tokens, plan.stop, prefix, reader)
 
     def _infer(
         self,

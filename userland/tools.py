@@ -22,6 +22,8 @@ import msgspec
 from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
 
+from .generation import Options
+from .structured import grammar_of
 from .tokenizer import overlap
 
 MOST_TOOLS = 128
@@ -253,6 +255,13 @@ class Toolbox:
     @property
     def callable(self) -> list[Tool]:
         return [tool for tool in self.tools if self.only is None or tool.name in self.only]
+
+    def applied(self, options: Options, template: str) -> Options:
+        """`options` with the grammar of the tools; what they ask for themselves, words have to match. Raises
+        InvalidArgument."""
+        words = grammar_of(options.get("response_format"), options.get("structured_outputs"))
+        grammar = self.grammar(template, words)
+        return {**options, "response_format": None, "structured_outputs": grammar}
 
     def grammar(self, template: str, answer: t.Grammar | None = None) -> t.Grammar:
         """What answers of a model with this chat template have to match; what is no call `answer`, if given.

@@ -165,6 +165,37 @@ def test_chat_uses_the_template(llm: LLM, kernel: Any) -> None:
         assert "".join(pieces) == " there"
 
 
+def test_chat_tells_calls_of_tools_from_words(kernel: Any, client: Client) -> None:
+    kernel.context_length = 4096
+    llm = LLM.from_pretrained("tiny", client=client)
+    call = '<tool_call>\n{"name": "clock", "arguments": {"zone": "Ulm"}}\n</tool_call>'
+    says(kernel, llm.tokenizer, f"Let me look.\n{call}<|im_end|>")
+    zone = {"type": "object", "properties": {"zone": {"type": "string"}}}
+    tools = [{"type": "function", "function": {"name": "clock", "parameters": zone}}]
+    done = llm.chat("What time is it?", tools=tools)
+    assert (done, done.called) == ("Let me look.", True)
+    assert [(one.name, one.arguments) for one in done.tool_calls] == [("clock", '{"zone": "Ulm"}')]
+    grammar = kernel.calls[-1].sampling.grammar
+    assert grammar.kind is t.GrammarKind.LARK
+    assert "# Tools" in prompts(llm, kernel)[0]
+    with llm.chat("Hi", tools=tools, stream=True) as pieces:
+        assert list("".join(pieces)) == list("Let me look.")
+    assert pieces.completion.tool_calls[0].name == "clock"
+
+    async def main() -> None:
+        result = {"role": "tool", "tool_call_id": done.tool_calls[0].id, "content": "noon"}
+        asked = [{"role": "user", "content": "What time is it?"}, done.message, result]
+        again = await llm.achat(asked, tools=tools, tool_choice="none")
+        assert (again.text, again.tool_calls, again.called) == (f"Let me look.\n{call}", [], False)
+
+    asyncio.run(main())
+    assert kernel.calls[-1].sampling.grammar is None
+    last = prompts(llm, kernel)[-1]
+    assert f"assistant\nLet me look.\n{call}<|im_end|>\n<|im_start|>user\n<tool_response>\nnoon" in last
+    cut = llm.chat("Hi", tools=tools, max_new_tokens=60)
+    assert (cut.finish, cut.called, cut.tool_calls[0].arguments) == (t.Finish.LENGTH, False, '{"zo')
+
+
 def test_logprobs(llm: LLM, kernel: Any) -> None:
     kernel.score = lambda tokens: [math.nan, *(-float(i) for i in range(1, len(tokens)))]
     scores = llm.logprobs("abc")

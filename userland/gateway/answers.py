@@ -15,7 +15,6 @@ from ..aio import AsyncStream
 from ..completion import Answer, Completion
 from ..generation import Options
 from ..llm import LLM
-from ..structured import grammar_of
 from ..tools import Piece, Toolbox
 from .callers import Caller
 from .options import Placed
@@ -159,8 +158,7 @@ async def ask(
     sched_class, nice = body.place()
     template = llm.tokenizer.template
     if toolbox is not None:
-        shape = grammar_of(options.pop("response_format", None), options.get("structured_outputs"))
-        options["structured_outputs"] = toolbox.grammar(template, shape)
+        options = toolbox.applied(options, template)
     asked = Asked(caller)
     held: list[int] = []
     if body.pid is not None or body.fork_of is not None:
