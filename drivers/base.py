@@ -59,7 +59,8 @@ class Loaded(Struct, frozen=True):
     """A resident model. `blocks` is the number of KV blocks in its pool, all free. `engine` says in a line
     what computes it and, where it is not the fastest that the device has, why. `kv_layout` names how a
     block's bytes are laid out: devices of one layout can take each other's blocks. `repeats`: its steps are
-    done in as many rounds as a batch asks for, else in one."""
+    done in as many rounds as a batch asks for, else in one. One that `encodes` is an encoder: it makes rows of
+    `width` numbers, has no blocks and takes no steps."""
 
     handle: int
     dtype: str
@@ -72,6 +73,8 @@ class Loaded(Struct, frozen=True):
     weights_bytes: int
     kv_layout: str = ""
     repeats: bool = False
+    encodes: t.Encodes | None = None
+    width: int = 0
 
 
 class SeqOpen(Struct, frozen=True, array_like=True):
@@ -159,6 +162,27 @@ class StepResult(Struct, frozen=True):
     rounds: int = 1
 
 
+class Encode(Struct, frozen=True, tag="encode"):
+    """A step of an encoder. `tokens` (packed u32) are sequences one behind the other, `lengths` how many
+    tokens each has, and `pairs` where in each the second of two texts begins, 0: there is none. Answered by Encoded, or
+    Failed."""
+
+    ticket: int
+    handle: int
+    tokens: bytes
+    lengths: list[int]
+    pairs: list[int]
+
+
+class Encoded(Struct, frozen=True, tag="encoded"):
+    """Rows of float32 (little-endian), of Loaded.width numbers each: one a sequence in their order, or one a
+    token where the model encodes tokens. `seconds` is the time on the device."""
+
+    ticket: int
+    data: bytes
+    seconds: float
+
+
 class Driver(Protocol):
     """A device. Methods raise errors of `llmasos.syscalls.errors`: UnsupportedModel, Corrupt, NeverFits
     (the memory cannot hold the weights, or not one context), DeviceFault."""
@@ -182,6 +206,9 @@ class Driver(Protocol):
 
     def collect(self, ticket: int) -> StepResult:
         """Waits for a step."""
+
+    def encode(self, encode: Encode) -> Encoded:
+        """Runs an encoder over whole sequences, behind the steps that were submitted."""
 
     def export_blocks(self, handle: int, blocks: list[int]) -> bytes:
         """The KV of `blocks` in a format that `import_blocks` of the same driver, model and dtype takes."""
@@ -411,6 +438,7 @@ ToWorker = (
     | LoadAdapter
     | UnloadAdapter
     | Step
+    | Encode
     | Export
     | Import
     | Relay
@@ -423,6 +451,7 @@ FromWorker = (
     Attach
     | LoadDone
     | StepDone
+    | Encoded
     | Moved
     | Failed
     | Note

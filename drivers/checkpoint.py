@@ -12,7 +12,7 @@ import hashlib
 import math
 import mmap
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -140,6 +140,13 @@ class Checkpoint:
     def drop_prefix(self, prefix: str) -> None:
         """Drops `prefix` from the names that have it: some checkpoints carry it, some do not."""
         self._entries = {name.removeprefix(prefix): entry for name, entry in self._entries.items()}
+
+    def rename(self, change: Callable[[str], str]) -> None:
+        """Calls the tensors what `change` makes of their names. Raises Corrupt when two get the same."""
+        renamed = {change(name): entry for name, entry in self._entries.items()}
+        if len(renamed) < len(self._entries):
+            raise errors.Corrupt("two tensors of the model are the same by other names")
+        self._entries = renamed
 
     @property
     def numel(self) -> int:

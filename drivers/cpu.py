@@ -12,7 +12,7 @@ from collections.abc import Callable
 from llmasos.syscalls import errors
 from msgspec.structs import replace
 
-from .base import Batch, Description, Driver, File, Loaded, LoadSpec, StepResult
+from .base import Batch, Description, Driver, Encode, Encoded, File, Loaded, LoadSpec, StepResult
 from .native.executor import NativeDriver
 from .native.library import NoEngine
 
@@ -77,6 +77,9 @@ class CpuDriver:
         if (driver := self._tickets.pop(ticket, None)) is None:
             raise errors.DeviceFault(f"no step with ticket {ticket} was submitted")
         return driver.collect(ticket)
+
+    def encode(self, encode: Encode) -> Encoded:
+        return self._driver(encode.handle).encode(encode)
 
     def export_blocks(self, handle: int, blocks: list[int]) -> bytes:
         return self._driver(handle).export_blocks(handle, blocks)

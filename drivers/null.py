@@ -11,6 +11,7 @@ Imports nothing heavy: a worker with this driver starts in the time of the inter
 
 from __future__ import annotations
 
+import array
 import hashlib
 import itertools
 import time
@@ -25,7 +26,18 @@ import msgspec
 from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
 
-from .base import BLOCK_TOKENS, Batch, Description, File, Loaded, LoadSpec, SeqOut, StepResult
+from .base import (
+    BLOCK_TOKENS,
+    Batch,
+    Description,
+    Encode,
+    Encoded,
+    File,
+    Loaded,
+    LoadSpec,
+    SeqOut,
+    StepResult,
+)
 from .grammar import Vocabulary, blank
 from .mirror import Choice, Mirror, Piece, Sequence, Step
 
@@ -120,6 +132,12 @@ def next_token(
     return scores.best(1, sampling.stop_token_ids if young else ())[0].token
 
 
+def vector(tokens: Tokens[int], width: int, second: int = 0) -> list[float]:
+    """The row that this driver encodes a text to: exact float32, a hash of all of it."""
+    mark = zlib.crc32(t.pack_tokens(tokens), second)
+    return [(mark * (place + 1) % 65_521) / 65_536 for place in range(width)]
+
+
 class Resident:
     """A loaded model: its mirror and its slots, one bytearray of 16 slots a block, made when first used.
     `marks` are those of its adapters; 0 is the model as it is."""
@@ -159,8 +177,9 @@ class Resident:
 
 class NullDriver:
     """Loads any config.json: `max_position_embeddings` (4096), `vocab_size` (50257), and for tests
-    `llmasos_null_blocks` (4096), `llmasos_null_step_seconds` (0: no sleep in a step) and
-    `llmasos_null_memory` (tokens that a forgetful model remembers; 0: all)."""
+    `llmasos_null_blocks` (4096), `llmasos_null_step_seconds` (0: no sleep in a step),
+    `llmasos_null_memory` (tokens that a forgetful model remembers; 0: all), and `llmasos_null_encodes`: it is
+    an encoder, whose rows have `hidden_size` (8) numbers."""
 
     name = "null"
 
@@ -186,6 +205,7 @@ class NullDriver:
                 f"{self.name} has no dtype {spec.dtype!r}", hint="leave dtype empty"
             )
         config = _config(spec)
+        encodes = t.Encodes(config["llmasos_null_encodes"]) if "llmasos_null_encodes" in config else None
         loaded = Loaded(
             handle=spec.handle,
             dtype=spec.dtype or "float32",
@@ -193,13 +213,15 @@ class NullDriver:
             engine="hashes of the history",
             context_length=_number(config, "max_position_embeddings", "n_positions", default=4096),
             vocab_size=_number(config, "vocab_size", default=50257),
-            blocks=_number(config, "llmasos_null_blocks", default=4096),
+            blocks=0 if encodes else _number(config, "llmasos_null_blocks", default=4096),
             block_bytes=_BLOCK,
             weights_bytes=0,
             repeats=True,
             kv_layout="slots",
+            encodes=encodes,
+            width=_number(config, "hidden_size", default=8) if encodes else 0,
         )
-        if loaded.blocks * BLOCK_TOKENS < loaded.context_length:
+        if not encodes and loaded.blocks * BLOCK_TOKENS < loaded.context_length:
             raise errors.NeverFits(
                 f"{loaded.blocks} blocks of {BLOCK_TOKENS} tokens cannot hold one context of "
                 f"{loaded.context_length} tokens",
@@ -243,6 +265,22 @@ class NullDriver:
         while resident.mirror.again(step):
             seconds += self._round(resident, step)
         return StepResult(ticket, step.outputs, self._finish(ticket, seconds), step.rounds)
+
+    def encode(self, encode: Encode) -> Encoded:
+        resident = self._resident(encode.handle)
+        loaded, seconds = resident.loaded, resident.step_seconds
+        if loaded.encodes is None:
+            raise errors.DeviceFault(f"model {encode.handle} is no encoder")
+        if seconds:
+            time.sleep(seconds)
+        tokens, rows, at = t.unpack_tokens(encode.tokens), array.array("f"), 0
+        for length, second in zip(encode.lengths, encode.pairs, strict=True):
+            text = tokens[at : at + length]
+            at += length
+            each = ([token] for token in text) if loaded.encodes is t.Encodes.TOKENS else (text,)
+            for part in each:
+                rows.extend(vector(part, loaded.width, second))
+        return Encoded(encode.ticket, rows.tobytes(), seconds)
 
     def _round(self, resident: Resident, step: Step) -> float:
         """Computes a round and returns the seconds that it took."""

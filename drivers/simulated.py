@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from . import base
-from .base import Batch, Description, SeqOut, StepResult
+from .base import Batch, Description, Encode, Encoded, SeqOut, StepResult
 from .mirror import Choice, Piece, Step
 from .null import NullDriver, Resident
 
@@ -77,6 +77,11 @@ class SimulatedDriver(NullDriver):
         self._submitted[batch.ticket] = self.clock()
         return super().submit(batch)
 
+    def encode(self, encode: Encode) -> Encoded:
+        self._submitted[encode.ticket] = self.clock()
+        seconds = self._step_time.fixed + self._step_time.prefill_token * sum(encode.lengths)
+        return replace(super().encode(encode), seconds=self._finish(encode.ticket, seconds))
+
     def _round(self, resident: Resident, step: Step) -> float:
         seconds = self._step_time.of(step)
         super()._round(resident, step)  # in no time: of this machine the simulation is not about
@@ -128,18 +133,21 @@ class SimulatedWorker:
         self.pause = pause
         self.wake = wake
         self.landed = float("-inf")
-        self.held: deque[base.Step] = deque()
-        self.running: StepResult | None = None
+        self.held: deque[base.Step | base.Encode] = deque()
+        self.running: StepResult | Encoded | None = None
         self.ends = float("inf")
 
     def begin(self, now: float) -> None:
         """Starts the first step that is held, if none runs."""
         if self.running is None and self.held:
-            batch = self.held.popleft().batch
-            self.running = self.driver.collect(self.driver.submit(batch))
+            step = self.held.popleft()
+            if isinstance(step, base.Encode):
+                self.running = self.driver.encode(step)
+            else:
+                self.running = self.driver.collect(self.driver.submit(step.batch))
             self.ends = now + self.running.seconds + (self.pause if now == self.landed else self.wake)
 
-    def land(self, now: float) -> StepResult | None:
+    def land(self, now: float) -> StepResult | Encoded | None:
         """The result of the step that has ended by `now`."""
         if self.running is None or now < self.ends:
             return None

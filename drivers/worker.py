@@ -133,6 +133,8 @@ class Worker:
                     opened.difference_update(batch.closes)
                     opened.update(opening.seq for opening in batch.opens)
                     self._send(base.StepDone(self._driver.collect(self._driver.submit(batch))))
+                case base.Encode(ticket, handle):
+                    self._send(self._driver.encode(message))
                 case base.Export() | base.Import() | base.Relay():
                     ticket = message.ticket
                     self._send(kv_file.carry_out(self._driver, self._loaded, message))

@@ -28,6 +28,7 @@ from .shares import Shares
 
 if TYPE_CHECKING:
     from .adapters import Adapter
+    from .encoding import Encoding
 
 Ready = Callable[[errors.LLMasOSError | None], None]
 Answered = Callable[[base.Moved | errors.LLMasOSError], None]
@@ -68,6 +69,7 @@ class Pool:
     waiters: list[Ready] = field(default_factory=list)
     retried: bool = False
     deaths: int = 0
+    served: int = 0  # the ticket of its last step
 
     @property
     def ready(self) -> bool:
@@ -103,6 +105,8 @@ class Pool:
             if process.swap is None:
                 process.computed = 0
             process.mirror = Mirror()
+            if process.encoding is not None:
+                process.encoding.lose()
             self.queue.touch(process)
 
     def forsake(self, process: Process) -> None:
@@ -128,6 +132,7 @@ class Pool:
             blocks_total=self.memory.total,
             blocks_free=self.memory.free,
             processes=sum(1 for p in self.processes if p.beam_of is None and p.exit is None),
+            encodes=loaded.encodes if loaded else None,
         )
 
 
@@ -145,9 +150,19 @@ class Part:
     epoch: int
 
 
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """What a step of an encoder does for one process: encode `count` texts from `first` on."""
+
+    process: Process
+    encoding: Encoding
+    first: int
+    count: int
+
+
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A step that was sent and not yet collected: its parts in the order of the batch. `keys` name the
+    """A step that was sent and not yet collected: its parts in the order of the batch, or an encoder's texts. `keys` name the
     blocks that it fills with prompts; `rows` and `tokens`, `rounds` times, are what it was expected to take
     its time by."""
 
@@ -159,6 +174,7 @@ class Flight:
     rows: int
     tokens: int
     rounds: int
+    texts: list[Texts] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)

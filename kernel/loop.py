@@ -24,7 +24,7 @@ from llmasos.drivers import base
 from llmasos.syscalls import errors
 from llmasos.syscalls.types import FileInfo, Finish
 
-from . import migration, planning, residency, search, swapping, training, trap
+from . import encoding, migration, planning, residency, search, swapping, training, trap
 from .audit import Audit
 from .config import LIVE, Config, changed
 from .devices import Device, Flight, Pool
@@ -207,6 +207,8 @@ class Kernel:
                 residency.load_done(self, device, device.loading, message)
             case base.StepDone() if device and device.flights:
                 self._step_done(device, device.flights[0], message.result)
+            case base.Encoded() if device and device.flights:
+                self._encoded(device, device.flights[0], message)
             case base.Moved() if device and message.ticket in device.orders:
                 device.orders.pop(message.ticket)(message)
             case base.Failed() if device and message.ticket in device.orders:
@@ -243,6 +245,11 @@ class Kernel:
             pool.forget()
             residency.expect_worker(self, device, pool)
         device.pools = [pool for pool in device.pools if pool.processes or pool.awaited]
+        for texts in flight.texts if flight else ():
+            texts.encoding.crashes += 1
+            if texts.process.encoding is texts.encoding and texts.encoding.crashes >= self.config.crash_limit:
+                died = errors.DeviceFault(f"the driver died {texts.encoding.crashes} times on this")
+                self.fail(texts.process, died)
         # Beams share one infer, which was in one death.
         running = {id(part.infer): part for part in flight.parts} if flight else {}
         for part in running.values():
@@ -267,7 +274,7 @@ class Kernel:
         training.advance(self)
         for device in self.devices.values():
             planning.advance(self, device)
-        if self.draining and not any(p.infer for p in self.processes):
+        if self.draining and not any(p.infer or p.encoding for p in self.processes):
             loading = any(pool.awaited for d in self.devices.values() for pool in d.pools)
             saving = any(process.run and process.run.ready for process in self.trainers.values())
             if not loading and not saving:
@@ -320,7 +327,9 @@ class Kernel:
             for pool in device.pools:
                 residency.tell(pool, errors.ShuttingDown("the daemon is shutting down"))
         for process in list(self.processes):
-            if process.beam_of is None:
+            if process.encoding is not None:
+                self.fail(process, errors.ShuttingDown("the daemon is shutting down"))
+            elif process.beam_of is None:
                 self.processes.end_infer(process, Finish.KILLED)
         if not any(isinstance(effect, Exited) for effect in self.effects):
             self.effects.append(Exited())
@@ -339,12 +348,25 @@ class Kernel:
                 process.coming -= part.sample
                 process.guesses -= part.extra
             process.pool.queue.touch(process)
+        for texts in flight.texts:
+            texts.process.flights -= 1
+            texts.process.pool.queue.touch(texts.process)
         return flight
+
+    def _encoded(self, device: Device, flight: Flight, answer: base.Encoded) -> None:
+        size = sum(encoding.row_bytes(flight.pool, texts) for texts in flight.texts)
+        if answer.ticket != flight.ticket or len(answer.data) != size:
+            self._not_asked(device)
+            return
+        encoding.landed(self, device, self._landed(device), answer)
+
+    def _not_asked(self, device: Device) -> None:
+        self.log.warn(f"{device.name}: answer to a step that was not asked")
+        self.effects.append(KillWorker(device.worker_pid))
 
     def _step_done(self, device: Device, flight: Flight, result: base.StepResult) -> None:
         if result.ticket != flight.ticket or len(result.outputs) != len(flight.parts):
-            self.log.warn(f"{device.name}: answer to a step that was not asked")
-            self.effects.append(KillWorker(device.worker_pid))
+            self._not_asked(device)
             return
         self._landed(device)
         self.recorder.landed(flight.ticket, result.seconds, "done", result.rounds)
@@ -437,6 +459,9 @@ class Kernel:
             if flying:
                 self.fail(process, error)
         swapping.spoil(flight.pool, spoiled, flight.ticket)
+        for texts in flight.texts:
+            if texts.process.encoding is texts.encoding:
+                self.fail(texts.process, error)
 
     def _forget_kv(self, process: Process) -> None:
         """After a failed step nobody knows what was written: the context is computed anew."""

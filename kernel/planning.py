@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llmasos.drivers import base
 
-from . import grants, residency, scheduler, swapping, watchdog
+from . import encoding, grants, residency, scheduler, swapping, watchdog
 from .claims import Claims
 from .devices import Device, Flight, Part, Pool, build
 from .effects import ToWorker
@@ -68,15 +68,15 @@ def places(kernel: Kernel, pool: Pool) -> dict[int, int]:
 
 
 def _next_pool(kernel: Kernel, device: Device) -> Pool | None:
-    """The one whose first process goes before those of the others, and before who trains; None: nobody can
-    run, or who trains is to go first."""
+    """The one whose first process goes before those of the others, and before who trains; those of one tenant
+    take turns. None: nobody can run, or who trains is to go first."""
     ready = [pool for pool in device.pools if pool.ready and len(pool.queue)]
     trains = device.granted is None and len(device.runs) > 0
     if len(ready) + trains < 2:
         return ready[0] if ready else None
     aging_s = kernel.config.aging_s
     heads = [(head, pool) for pool in ready if (head := pool.queue.head(aging_s)) is not None]
-    first, chosen = min(heads, key=lambda one: one[0], default=(None, None))
+    first, chosen = min(heads, key=lambda one: (one[0][:-1], one[1].served), default=(None, None))
     if trains and (head := device.runs.head(aging_s)) is not None and (first is None or head < first):
         return None
     return chosen
@@ -89,6 +89,12 @@ def _estimate(pool: Pool, process: Process) -> float:
 
 def _plan(kernel: Kernel, device: Device, pool: Pool) -> bool:
     """Sends the next step. False: nothing can be sent now."""
+    if pool.loaded is not None and pool.loaded.encodes:
+        taken = pool.queue.take(kernel.config.aging_s, lambda process: 0.0)  # a step may be one tenant's
+        try:
+            return encoding.plan(kernel, device, pool, taken)
+        finally:
+            pool.queue.settle()
     taken = pool.queue.take(kernel.config.aging_s, lambda process: _estimate(pool, process))
     try:
         return _divide(kernel, device, pool, taken)
@@ -285,6 +291,12 @@ def _send(
     kernel.recorder.sent(device.name, flight, len(pool.queue))
     batch = build(pool, parts, copies, flight.ticket, rounds)
     kernel.effects.append(ToWorker(device.worker, base.Step(batch)))
+    sent(kernel, device, flight)
+
+
+def sent(kernel: Kernel, device: Device, flight: Flight) -> None:
+    """Books that a step is on its way."""
+    flight.pool.served = flight.ticket
     device.flights.append(flight)
     if len(device.flights) == 1:
         watch(kernel, device)

@@ -26,6 +26,7 @@ from .tiers import KvFile
 if TYPE_CHECKING:
     from .adapters import Adapter
     from .devices import Pool
+    from .encoding import Encoding
     from .infer import Infer
     from .run import Run
 
@@ -97,6 +98,7 @@ class Process:
     beam_of: Process | None = None  # a beam's group leader; beams live and die with it
     adapter: Adapter | None = None  # what its model adds to the pool's
     run: Run | None = None  # it trains, and has no infers
+    encoding: Encoding | None = None  # it encodes, and has none either
 
     @property
     def model(self) -> str:
@@ -132,6 +134,8 @@ class Process:
         infer = self.infer
         if self.run is not None:
             return self.run.waits and self.exit is None and not self.stopped
+        if self.encoding is not None:
+            return self.encoding.waits and not self.stopped
         return (
             infer is not None
             and self.exit is None
@@ -192,7 +196,7 @@ class Process:
             return State.RUNNING if self.flights else State.READY if self.run.waits else State.NEW
         if not self.pool.ready or (self.adapter and not self.adapter.loaded):
             return State.NEW
-        steps = [self, *self.infer.members] if self.infer else []
+        steps = [self, *self.infer.members] if self.infer else [self] if self.encoding else []
         if any(p.flights for p in steps):
             return State.RUNNING
         if self.swap is not None:
@@ -214,6 +218,7 @@ class Process:
         return "wait" if self.state is State.ZOMBIE else ""
 
     def info(self, now: float, queue_place: int) -> ProcessInfo:
+        work = self.encoding
         return ProcessInfo(
             pid=self.pid,
             parent=self.parent,
@@ -225,8 +230,14 @@ class Process:
             nice=self.nice,
             state=self.state,
             waiting_for=self.waiting_for,
-            context=self.run.steps if self.run else len(self.tokens),
-            computed=self.run.step if self.run else 0 if self.swap else self.computed,
+            context=self.run.steps if self.run else work.total if work else len(self.tokens),
+            computed=self.run.step
+            if self.run
+            else work.computed
+            if work
+            else 0
+            if self.swap
+            else self.computed,
             blocks=sum(len(p.table.blocks) for p in [self, *(self.infer.members if self.infer else [])]),
             generated=self.run.tokens if self.run else self.generated,
             tokens_per_s=round(self.infer.rate(now) if self.infer else self.run.pace if self.run else 0.0, 2),

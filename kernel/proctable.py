@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llmasos.syscalls import errors
-from llmasos.syscalls.table import ForkReply, InferReply, WaitReply
+from llmasos.syscalls.table import EncodeReply, ForkReply, InferReply, WaitReply
 from llmasos.syscalls.types import BLOCK_TOKENS, Finish, SchedClass, Signal
 
 from .config import Config
@@ -164,6 +164,8 @@ class ProcessTable:
             raise errors.ProcessBusy(
                 f"process {process.pid} trains", hint="spawn one, or ask for the model that it makes"
             )
+        if process.encoding is not None:
+            raise errors.ProcessBusy(f"process {process.pid} encodes, and ends with that", hint="spawn one")
         if process.infer is not None:
             raise errors.ProcessBusy(f"process {process.pid} has an infer running", hint="wait or cancel it")
 
@@ -199,8 +201,11 @@ class ProcessTable:
                     self.end(process, Exit(_EXIT_CODES[signal], f"signal {signal}"))
 
     def end_infer(self, process: Process, finish: Finish) -> None:
-        """Delivers what is left, answers the infer and lets go of its beams. May end the process too."""
+        """Delivers what is left, answers the infer and lets go of its beams. May end the process too. Half an
+        encode is worth nothing: it fails."""
         infer = process.infer
+        if process.encoding is not None:
+            self.fail_infer(process, errors.ProcessEnded(f"process {process.pid} was {finish}"))
         if infer is None:
             return
         # What the reader has no credit for is dropped: the context has it, and the reply tells how much.
@@ -227,8 +232,21 @@ class ProcessTable:
         )
         self._after_infer(process, infer.reap, infer.leave, Exit(0, f"infer ended: {finish}"))
 
+    def end_encoding(self, process: Process) -> None:
+        """Answers an encode that is complete; its process goes with it."""
+        encoding, loaded = process.encoding, process.pool.loaded
+        assert encoding is not None
+        assert loaded is not None
+        self._sessions.reply(
+            encoding.request, EncodeReply(encoding.total, loaded.width, bytes(encoding.rows))
+        )
+        self._after_infer(process, True, False, Exit(0, "encoded"))
+
     def fail_infer(self, process: Process, error: errors.LLMasOSError) -> None:
         infer = process.infer
+        if process.encoding is not None:
+            self._sessions.fail(process.encoding.request, error)
+            self._after_infer(process, True, False, Exit(1, f"encode failed: {type(error).__name__}"))
         if infer is None:
             return
         self._detach(process)
@@ -251,11 +269,10 @@ class ProcessTable:
         process.pool.close(process)
 
     def _after_infer(self, process: Process, reap: bool, leave: bool, how: Exit) -> None:
-        if reap:
-            process.exit = how
-            self.reap(process)
-        elif leave:
+        if reap or leave:
             self.end(process, how)
+        if reap and process.pid in self._rows:
+            self.reap(process)
 
     def end(self, process: Process, how: Exit) -> None:
         """Makes a zombie, or removes the process when somebody waits or nobody ever can. What became of one
@@ -361,7 +378,7 @@ class ProcessTable:
         process.pool.holders.discard(process)
         process.pool.close(process)
         process.pool.forsake(process)
-        process.infer = None
+        process.infer = process.encoding = None
         self._ledger.gone(process)
         self._quotas.born(process.owner, -1)
         del self._rows[process.pid]

@@ -29,8 +29,8 @@ class Push(msgspec.Struct, frozen=True):
 
 
 class Work(msgspec.Struct, frozen=True, array_like=True):
-    """What a step did for one process: `count` positions from `start`; a token if `sample`, guessing at most
-    `draft` more a round."""
+    """What a step did for one process: `count` positions, or of an encoder texts, from `start`; a token if
+    `sample`, guessing at most `draft` more a round."""
 
     pid: int
     start: int
@@ -86,6 +86,7 @@ class Recorder:
             Work(p.process.pid, p.process.computed + p.process.ahead, p.count, p.sample, p.draft)
             for p in flight.parts
         ]
+        work += [Work(one.process.pid, one.first, one.count, False, 0) for one in flight.texts]
         decision = Decision(
             self._now(),
             device,

@@ -160,6 +160,8 @@ def must_be_single(process: Process) -> None:
         raise errors.ProcessEnded(f"process {process.pid} has ended", hint="only `wait` applies to it")
     if process.run is not None:
         raise errors.ProcessBusy(f"process {process.pid} trains", hint="it stays on its device")
+    if process.encoding is not None:
+        raise errors.ProcessBusy(f"process {process.pid} encodes, and ends with that")
     if process.infer is not None and process.infer.beams is not None:
         raise errors.ProcessBusy(
             f"process {process.pid} runs a beam search", hint="wait for its end or cancel it"

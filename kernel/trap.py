@@ -14,7 +14,19 @@ import msgspec
 from llmasos.syscalls import errors, table, wire
 from llmasos.syscalls import types as t
 
-from . import adapters, faults, files, following, migration, planning, residency, resume, snapshots, training
+from . import (
+    adapters,
+    encoding,
+    faults,
+    files,
+    following,
+    migration,
+    planning,
+    residency,
+    resume,
+    snapshots,
+    training,
+)
 from .beams import BeamSearch
 from .infer import Infer
 from .modelfs import dataset_files
@@ -145,6 +157,9 @@ def _dispatch(
             return None
         case table.Infer():
             _infer(kernel, session, request, call, credits_)
+            return None
+        case table.Encode():
+            _encode(kernel, session, request, call)
             return None
         case table.Fork():
             _refuse_new_work(kernel)
@@ -343,14 +358,18 @@ def _refuse_new_work(kernel: Kernel) -> None:
 
 
 def _new_process(
-    kernel: Kernel, session: Session, call: table.SpawnModel | table.Infer, model: str, detached: bool
+    kernel: Kernel,
+    session: Session,
+    call: table.SpawnModel | table.Infer | table.Encode,
+    model: str,
+    detached: bool,
 ) -> Process:
     _refuse_new_work(kernel)
     session.subject.require_priority(call.sched_class, call.nice)
     kernel.processes.room_for(session.subject.path, 1)
     manifest = kernel.store.resolve(model, session.subject.may_command)
     pool, adapter = residency.place(kernel, manifest, call.device, call.dtype)
-    label = call.label if isinstance(call, table.SpawnModel) else "infer"
+    label = "infer" if isinstance(call, table.Infer) else call.label
     return kernel.processes.spawn(
         session.subject.path,
         None if detached else session.key,
@@ -372,7 +391,10 @@ def _spawn(kernel: Kernel, session: Session, request: Request, call: table.Spawn
     def ready(error: errors.LLMasOSError | None) -> None:
         if cancelled:
             return
-        if error is not None or pool.loaded is None:
+        loaded = pool.loaded
+        if error is None and loaded is not None and loaded.encodes:
+            error = _generates_nothing(process)
+        if error is not None or loaded is None:
             kernel.processes.discard(process)
             kernel.sessions.fail(request, error or errors.DeviceUnavailable("the device went away"))
             return
@@ -384,7 +406,7 @@ def _spawn(kernel: Kernel, session: Session, request: Request, call: table.Spawn
                 model=process.model,
                 digest=process.digest,
                 device=pool.device_name,
-                context_length=pool.loaded.context_length,
+                context_length=loaded.context_length,
             ),
         )
 
@@ -396,6 +418,12 @@ def _spawn(kernel: Kernel, session: Session, request: Request, call: table.Spawn
 
     kernel.sessions.on_cancel(request, cancel)
     adapters.when_ready(kernel, pool, process.adapter, ready)
+
+
+def _generates_nothing(process: Process) -> errors.UnsupportedModel:
+    return errors.UnsupportedModel(
+        f"{process.model} is an encoder: it generates no text", hint="call encode, or `llsh embed`"
+    )
 
 
 def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer, credits_: int) -> None:
@@ -497,6 +525,15 @@ def _admit(kernel: Kernel, session: Session, request: Request, call: table.Infer
     adapters.when_ready(kernel, process.pool, process.adapter, start)
 
 
+def _encode(kernel: Kernel, session: Session, request: Request, call: table.Encode) -> None:
+    encoding.check(call)
+    _refuse_new_work(kernel)
+    over = kernel.quotas.start(session.subject.path, sum(call.lengths), kernel.now())
+    kernel.sessions.on_close(request, over)
+    process = _new_process(kernel, session, call, call.model, detached=False)
+    encoding.encode(kernel, request, call, process)
+
+
 def _check_beams(kernel: Kernel, session: Session, call: table.Infer, beams: t.Beams) -> None:
     if beams.num_return_sequences > beams.num_beams:
         raise errors.InvalidArgument(
@@ -515,6 +552,8 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
     """Appends the input and makes the process runnable. Raises what `table.Infer` names."""
     loaded = process.pool.loaded
     assert loaded is not None
+    if loaded.encodes:
+        raise _generates_nothing(process)
     tokens = t.unpack_tokens(call.tokens)
     length = len(process.tokens) + len(tokens)
     if length == 0:

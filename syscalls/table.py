@@ -22,7 +22,11 @@ from msgspec import Meta
 from . import training
 from . import types as t
 
-VERSION = 5
+VERSION = 6
+
+MOST_SEQUENCES = 1024
+MAX_ENCODED = 16 * 1024 * 1024
+"""Of one `encode`: sequences, and bytes of the reply."""
 
 
 class Call(t.Wire, frozen=True):
@@ -163,6 +167,44 @@ class Infer(Call, frozen=True):
     device: Annotated[str, Meta(max_length=32)] = ""
     dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16|float8|int8|int4)$")] = ""
     public: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+
+
+class EncodeReply(t.Wire, frozen=True):
+    """What an encoder made: `data` are float32 in little-endian order, row by row, each row `width` long. A
+    row a sequence, in the order that they were sent; for Encodes.TOKENS a row a token. `tokens`: of input."""
+
+    tokens: int
+    width: int
+    data: bytes = b""
+
+
+class Encode(Call, frozen=True):
+    """Runs an encoder over sequences, each by itself, and returns what it `encodes` them to.
+
+    `tokens` are the sequences one behind the other (packed u32), with the special tokens that the model wants;
+    `lengths` how many tokens each has. `pairs`, if not empty: where in each sequence the second of two texts
+    begins, 0 in one that has none. It is a process until it is answered. `deadline_ms` as in `infer`.
+
+    Raises NoSuchModel, UnsupportedModel (it does not encode to that), ContextOverflow (a sequence is longer
+    than the model takes; nothing is ever cut off), InvalidArgument (also: the reply would be over
+    MAX_ENCODED bytes), TimedOut (the deadline), ProcessEnded (it was killed), QueueFull, QuotaExceeded,
+    TooManyProcesses, DeviceFault."""
+
+    name = "encode"
+    needs = t.Capability.INFER
+    Reply = EncodeReply
+    payload = "tokens"
+    model: t.Text
+    encodes: t.Encodes = t.Encodes.EMBED
+    tokens: bytes = b""
+    lengths: Annotated[list[t.Length], Meta(max_length=MOST_SEQUENCES)] = []
+    pairs: Annotated[list[t.Count], Meta(max_length=MOST_SEQUENCES)] = []
+    sched_class: t.SchedClass = t.SchedClass.INTERACTIVE
+    nice: Annotated[int, Meta(ge=-20, le=19)] = 0
+    device: Annotated[str, Meta(max_length=32)] = ""
+    dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16|float8|int8|int4)$")] = ""
+    label: Annotated[str, Meta(max_length=64)] = ""
+    deadline_ms: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
 
 
 class ForkReply(t.Wire, frozen=True):
@@ -615,6 +657,7 @@ Syscall = Union[
     Whoami,
     SpawnModel,
     Infer,
+    Encode,
     Fork,
     Wait,
     Train,
@@ -648,7 +691,7 @@ Syscall = Union[
 ]
 
 READ_ONLY: frozenset[type[Call]] = frozenset(
-    {Hello, Whoami, Ps, StatProcess, Ls, Stat, Read, ReadAudit, Df, Lsdev, Keys}
+    {Hello, Whoami, Encode, Ps, StatProcess, Ls, Stat, Read, ReadAudit, Df, Lsdev, Keys}
 )
 """Calls that change nothing: asked again, they may be answered anew. The answers of all others are kept until
 the client cannot want them any more, except those of streams, which begin again or go on."""
@@ -658,7 +701,7 @@ BY_NAME: dict[str, type[Call]] = {call.name: call for call in typing.get_args(Sy
 
 def reply_payload(call: type[Call]) -> str:
     """Name of the reply's bytes field that travels as a raw frame, or ""."""
-    return "data" if call.Reply is ReadReply else ""
+    return "data" if call.Reply in (ReadReply, EncodeReply) else ""
 
 
 @functools.cache

@@ -23,6 +23,9 @@ Path_ = Annotated[str, Meta(min_length=1, max_length=512)]
 Pid = Annotated[int, Meta(ge=1, le=2**53)]
 TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 
+Length = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+
 _SNAPSHOT = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z"
 _TENANT = r"^[a-z0-9][a-z0-9._-]*\Z"
 _KEY = r"^[0-9a-f]{64}\Z"
@@ -232,6 +235,14 @@ class ProcessInfo(Wire, frozen=True):
     preemptions: int = 0  # how often others took its memory while an infer ran
 
 
+class Encodes(enum.StrEnum):
+    """What an encoder makes of a sequence: the one thing that it was trained for."""
+
+    EMBED = "embed"  # one vector, pooled and normalised as the model's own files say
+    CLASSIFY = "classify"  # a logit for each label (of a cross-encoder: one, the score of a pair)
+    TOKENS = "tokens"  # for each token a logit for each label
+
+
 class KeyInfo(Wire, frozen=True):
     """A public key that may come in over tcp, as whom, and with which rights."""
 
@@ -305,6 +316,7 @@ class PoolInfo(Wire, frozen=True):
     blocks_total: int
     blocks_free: int
     processes: int
+    encodes: Encodes | None = None  # an encoder: it has no KV
 
 
 class DeviceInfo(Wire, frozen=True):

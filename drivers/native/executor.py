@@ -17,7 +17,7 @@ from llmasos.syscalls import errors
 
 from .. import adapter as peft
 from .. import host
-from ..base import Batch, Description, File, Loaded, LoadSpec, StepResult
+from ..base import Batch, Description, Encode, Encoded, File, Loaded, LoadSpec, StepResult
 from ..checkpoint import read_json
 from ..families import describe
 from ..grammar import Vocabulary
@@ -195,6 +195,9 @@ class NativeDriver:
             resident.mirror.forget(batch)
             raise
         return StepResult(ticket, step.outputs, time.perf_counter() - begun, step.rounds)
+
+    def encode(self, encode: Encode) -> Encoded:
+        raise errors.DeviceFault("the native engine computes no encoders")
 
     def export_blocks(self, handle: int, blocks: list[int]) -> bytes:
         return self._resident(handle).model.read_blocks(blocks)

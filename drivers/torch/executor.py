@@ -13,18 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from llmasos.syscalls import errors
 
 from .. import adapter as peft
-from ..base import Batch, Description, File, Loaded, LoadSpec, SeqOut, StepResult
+from ..base import Batch, Description, Encode, Encoded, File, Loaded, LoadSpec, SeqOut, StepResult
 from ..families import describe
+from ..families import encoder as encoders
 from ..grammar import Vocabulary
 from ..mirror import Mirror
 from ..room import holders, kv_blocks, size_text
 from . import host, linear, quantised
 from .attention import Coming, KvPool
 from .config import Config, Shape
+from .encoder import TorchEncoder
 from .flight import Flight
 from .graphs import StaticDecode
 from .lora import AdapterBank
@@ -81,6 +84,7 @@ class TorchDriver:
         elif "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, host.physical_cores() // self._here))
         self._residents: dict[int, Resident] = {}
+        self._encoders: dict[int, TorchEncoder] = {}
         self._tickets: dict[int, _Ticket] = {}
         self._settled = 0.0  # when the last step ended
 
@@ -154,13 +158,47 @@ class TorchDriver:
                 hint=f"one of {', '.join(known)}, or none: what suits the model",
             )
         self.unload(spec.handle)
+        checkpoint = Checkpoint(spec.files)
+        config = Config(checkpoint.config)
         with torch.inference_mode():
-            resident = self._twice(lambda: self._load(spec), "loading a model")
+            if encoders.is_encoder(config):
+                return self._twice(lambda: self._load_encoder(spec, config, checkpoint), "loading a model")
+            resident = self._twice(lambda: self._load(spec, config, checkpoint), "loading a model")
         self._residents[spec.handle] = resident
         return resident.loaded
 
-    def _load(self, spec: LoadSpec) -> Resident:
-        checkpoint = Checkpoint(spec.files)
+    def _load_encoder(self, spec: LoadSpec, config: Config, checkpoint: Checkpoint) -> Loaded:
+        """In the type that the weights are stored in: it costs little, and others compare the vectors."""
+        if self._ranks is not None:
+            raise errors.UnsupportedModel("a group computes no encoders", hint="choose a single device")
+        halved = checkpoint.stored in ("BF16", "F16") and (
+            self._device.type == "cuda" or host.computes_bfloat16()
+        )
+        name = spec.dtype or ("bfloat16" if halved else "float32")
+        if name not in _DTYPES:
+            raise errors.UnsupportedModel(
+                f"encoders are not computed in {name}", hint=f"one of {', '.join(_DTYPES)}, or none"
+            )
+        described = encoders.describe(config, spec.files, checkpoint)
+        self._check_weights(checkpoint, 4)
+        encoder = TorchEncoder(described, checkpoint, self._device, _DTYPES[name])
+        self._encoders[spec.handle] = encoder
+        cuda = self._device.type == "cuda"
+        return Loaded(
+            handle=spec.handle,
+            dtype=name,
+            kv_dtype="",
+            engine=f"torch {torch.__version__}, no padding" if cuda else self._engine(_DTYPES[name]),
+            context_length=described.context_length,
+            vocab_size=described.vocab_size,
+            blocks=0,
+            block_bytes=0,
+            weights_bytes=encoder.weights_bytes,
+            encodes=described.encodes,
+            width=described.width,
+        )
+
+    def _load(self, spec: LoadSpec, config: Config, checkpoint: Checkpoint) -> Resident:
         name = self._dtype(spec, checkpoint)
         format_ = name if name in quantised.FORMATS else ""
         kv_name = "bfloat16" if format_ else name
@@ -170,7 +208,6 @@ class TorchDriver:
                 f"{self._name} keeps KV in {kv_name} beside weights in {name}, not in {spec.kv_dtype[:32]!r}",
                 hint="leave kv_dtype empty",
             )
-        config = Config(checkpoint.config)
         shape = family_of(config).shape_of(config)
         self._check_weights(checkpoint, quantised.BYTES.get(format_, dtype.itemsize))
         model = build(config, checkpoint, self._device, dtype, format_, self._ranks)
@@ -223,6 +260,8 @@ class TorchDriver:
         return kv_blocks(self._name, length, block_bytes, free, fraction, most, self._holders())
 
     def unload(self, handle: int) -> None:
+        if self._encoders.pop(handle, None) is not None:
+            self._drop_caches()
         if (resident := self._residents.pop(handle, None)) is not None:
             self._tickets = {n: t for n, t in self._tickets.items() if t.resident is not resident}
             self._drop_caches()
@@ -302,6 +341,19 @@ class TorchDriver:
         assert found.outputs is not None
         return StepResult(ticket, found.outputs, found.seconds)
 
+    def encode(self, encode: Encode) -> Encoded:
+        if (encoder := self._encoders.get(encode.handle)) is None:
+            raise errors.DeviceFault(f"no encoder is loaded under handle {encode.handle}")
+        begun = time.perf_counter()
+        tokens = np.frombuffer(encode.tokens, "<u4")
+        with torch.inference_mode():
+            rows = self._twice(
+                lambda: encoder.encode(tokens, encode.lengths, encode.pairs),
+                f"encoding {len(tokens)} tokens",
+            )
+        data = rows.astype("<f4", copy=False).tobytes()
+        return Encoded(encode.ticket, data, time.perf_counter() - begun)
+
     def export_blocks(self, handle: int, blocks: list[int]) -> bytes:
         with torch.inference_mode():
             return self._resident(handle).pool.read_blocks(blocks)
@@ -313,6 +365,7 @@ class TorchDriver:
     def close(self) -> None:
         self._tickets.clear()
         self._residents.clear()
+        self._encoders.clear()
         self._drop_caches()
 
     def _resident(self, handle: int) -> Resident:

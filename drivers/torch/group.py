@@ -19,7 +19,7 @@ from llmasos.syscalls import errors
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base import Batch, Description, File, Loaded, LoadSpec, StepResult
+from ..base import Batch, Description, Encode, Encoded, File, Loaded, LoadSpec, StepResult
 from ..launcher import BEAT_S, Place, end
 from .executor import TorchDriver
 from .ranks import Ranks
@@ -187,6 +187,9 @@ class GroupDriver:
         if (result := self._results.pop(ticket, None)) is None:
             raise errors.DeviceFault(f"no step with ticket {ticket} was submitted")
         return result
+
+    def encode(self, encode: Encode) -> Encoded:
+        raise errors.DeviceFault("a group computes no encoders")
 
     def export_blocks(self, handle: int, blocks: list[int]) -> bytes:
         with self._order:

@@ -59,6 +59,7 @@ class World:
         self.holds_steps = False  # a device that takes its time: `land` ends a step
         self.held: deque[tuple[int, Any]] = deque()
         self.sent: list[base.Batch] = []
+        self.encodes: list[base.Encode] = []
         self.loaded: dict[int, dict[int, base.Loaded]] = {}  # by worker and handle
         self.moves: list[base.Export | base.Import | base.Relay] = []
         self.adapters: list[base.LoadAdapter | base.UnloadAdapter] = []
@@ -144,6 +145,12 @@ class World:
                     self.held.append((worker, message))
                 else:
                     self.kernel.worker_message(worker, base.StepDone(driver.collect(driver.submit(batch))))
+            case base.Encode():
+                self.encodes.append(message)
+                if self.holds_steps:
+                    self.held.append((worker, message))
+                else:
+                    self.kernel.worker_message(worker, driver.encode(message))
 
     def load_adapter(self, worker: int, message: base.LoadAdapter | base.UnloadAdapter) -> None:
         driver = self.drivers[worker]
@@ -170,13 +177,20 @@ class World:
     def land(self, fails: bool = False) -> None:
         """The first step that is held ends, or raises half-way; what was asked about KV files before it,
         too."""
-        while self.held and not isinstance(self.held[0][1], base.Step):
+        while self.held and not isinstance(self.held[0][1], base.Step | base.Encode):
             self.move(*self.held.popleft())
         if not self.held:
             self.flush()
             return
         worker, step = self.held.popleft()
         driver = self.drivers[worker]
+        if isinstance(step, base.Encode):
+            error = errors.to_wire(errors.DeviceFault("raised"))
+            self.kernel.worker_message(
+                worker, base.Failed(0, step.ticket, error) if fails else driver.encode(step)
+            )
+            self.flush()
+            return
         result = driver.collect(driver.submit(step.batch))
         if fails:
             driver._residents[step.batch.handle].mirror.forget(step.batch)
@@ -257,8 +271,9 @@ class Machine(World):
         self.flush()
 
     def answer(self, worker: int, message: base.ToWorker) -> None:
-        if isinstance(message, base.Step):
-            self.sent.append(message.batch)
+        if isinstance(message, base.Step | base.Encode):
+            if isinstance(message, base.Step):
+                self.sent.append(message.batch)
             self.held.append(message)
         elif isinstance(message, base.Export | base.Import | base.Relay):
             self.moves.append(message)
@@ -278,7 +293,11 @@ class Machine(World):
         stops = until if isinstance(until, float) else float("inf")
         while True:
             self.flush()
-            while self.device.running is None and self.held and not isinstance(self.held[0], base.Step):
+            while (
+                self.device.running is None
+                and self.held
+                and not isinstance(self.held[0], base.Step | base.Encode)
+            ):
                 self.move(1, self.held.popleft())
             self.device.begin(self.now)
             if not isinstance(until, float) and until():
@@ -290,7 +309,9 @@ class Machine(World):
                 self.idle += moment - self.now
             self.now = moment
             if done := self.device.land(self.now):
-                self.kernel.worker_message(1, base.StepDone(done))
+                self.kernel.worker_message(
+                    1, base.StepDone(done) if isinstance(done, base.StepResult) else done
+                )
             if self.now >= stops:
                 self.flush()
                 return
