@@ -59,8 +59,8 @@ class Loaded(Struct, frozen=True):
     """A resident model. `blocks` is the number of KV blocks in its pool, all free. `engine` says in a line
     what computes it and, where it is not the fastest that the device has, why. `kv_layout` names how a
     block's bytes are laid out: devices of one layout can take each other's blocks. `repeats`: its steps are
-    done in as many rounds as a batch asks for, else in one. One that `encodes` is an encoder: it makes rows of
-    `width` numbers, has no blocks and takes no steps."""
+    done in as many rounds as a batch asks for, else in one. One that `encodes` is an encoder: it makes rows
+    of `width` numbers, has no blocks and takes no steps."""
 
     handle: int
     dtype: str
@@ -164,8 +164,8 @@ class StepResult(Struct, frozen=True):
 
 class Encode(Struct, frozen=True, tag="encode"):
     """A step of an encoder. `tokens` (packed u32) are sequences one behind the other, `lengths` how many
-    tokens each has, and `pairs` where in each the second of two texts begins, 0: there is none. Answered by Encoded, or
-    Failed."""
+    tokens each has, and `pairs` where in each the second of two texts begins, 0: there is none. Answered by
+    Encoded, or Failed."""
 
     ticket: int
     handle: int

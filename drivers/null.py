@@ -11,7 +11,6 @@ Imports nothing heavy: a worker with this driver starts in the time of the inter
 
 from __future__ import annotations
 
-import array
 import hashlib
 import itertools
 import time
@@ -273,7 +272,7 @@ class NullDriver:
             raise errors.DeviceFault(f"model {encode.handle} is no encoder")
         if seconds:
             time.sleep(seconds)
-        tokens, rows, at = t.unpack_tokens(encode.tokens), array.array("f"), 0
+        tokens, rows, at = t.unpack_tokens(encode.tokens), array("f"), 0
         for length, second in zip(encode.lengths, encode.pairs, strict=True):
             text = tokens[at : at + length]
             at += length

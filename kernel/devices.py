@@ -162,9 +162,9 @@ class Texts:
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """A step that was sent and not yet collected: its parts in the order of the batch, or an encoder's texts. `keys` name the
-    blocks that it fills with prompts; `rows` and `tokens`, `rounds` times, are what it was expected to take
-    its time by."""
+    """A step that was sent and not yet collected: its parts in the order of the batch, or an encoder's texts.
+    `keys` name the blocks that it fills with prompts; `rows` and `tokens`, `rounds` times, are what it was
+    expected to take its time by."""
 
     ticket: int
     pool: Pool

@@ -1,8 +1,8 @@
 """One `encode`: texts that an encoder reads whole, each by itself; its steps, and how it is answered.
 
-It is the work of a process that lives as long as the call, so it queues, is charged, stopped and killed as any
-other. An encoder keeps nothing between texts, so there are no blocks. A step has as many whole texts as its time
-allows; texts are sent and booked in order, and those of a worker that died are sent again.
+It is the work of a process that lives as long as the call, so it queues, is charged, stopped and killed as
+any other. An encoder keeps nothing between texts, so there are no blocks. A step has as many whole texts as
+its time allows; texts are sent and booked in order, and those of a worker that died are sent again.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ MOST_TOKENS = 8192
 
 @dataclass(slots=True, eq=False)
 class Encoding:
-    """`tokens` (packed u32) are the texts, `ends` where each ends, in tokens. Of them `sent` are with the device
-    or computed, and `done` computed: their rows are in `rows`."""
+    """`tokens` (packed u32) are the texts, `ends` where each ends, in tokens. Of them `sent` are with the
+    device or computed, and `done` computed: their rows are in `rows`."""
 
     request: Request
     encodes: t.Encodes

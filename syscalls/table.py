@@ -181,9 +181,9 @@ class EncodeReply(t.Wire, frozen=True):
 class Encode(Call, frozen=True):
     """Runs an encoder over sequences, each by itself, and returns what it `encodes` them to.
 
-    `tokens` are the sequences one behind the other (packed u32), with the special tokens that the model wants;
-    `lengths` how many tokens each has. `pairs`, if not empty: where in each sequence the second of two texts
-    begins, 0 in one that has none. It is a process until it is answered. `deadline_ms` as in `infer`.
+    `tokens` are the sequences one behind the other (packed u32), with the special tokens that the model
+    wants; `lengths` how many tokens each has. `pairs`, if not empty: where in each sequence the second of two
+    texts begins, 0 in one that has none. It is a process until it is answered. `deadline_ms` as in `infer`.
 
     Raises NoSuchModel, UnsupportedModel (it does not encode to that), ContextOverflow (a sequence is longer
     than the model takes; nothing is ever cut off), InvalidArgument (also: the reply would be over

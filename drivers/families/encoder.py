@@ -1,5 +1,5 @@
-"""Encoders of the BERT family as data: BERT, and RoBERTa and DistilBERT, which are BERT with other names of its
-tensors. What is made of a text's vectors is read from the files of sentence-transformers beside them.
+"""Encoders of the BERT family as data: BERT, and RoBERTa and DistilBERT, which are BERT with other names of
+its tensors. What is made of a text's vectors is read from the files of sentence-transformers beside them.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ..model_config import Config
 FAMILIES = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 
 POOLINGS = ("cls", "lasttoken", "max", "mean", "mean_sqrt_len")
-"""What may stand for a text: its first vector, its last, the largest of each component, the mean, the sum over
-the root of the length."""
+"""What may stand for a text: its first vector, its last, the largest of each component, the mean, the sum
+over the root of the length."""
 
 # Class names in config.json's `architectures`, by their ends.
 _TASKS = (
@@ -55,9 +55,9 @@ _IGNORED = (r"cls\..*", r"lm_head\..*", r"vocab_.*", r"pooler\..*", r".*position
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
-    """`positions` of which the first `offset` stand for no token; `segments`: 0 for none. A text's vectors are
-    pooled as `poolings` say, one behind the other, and have length 1 if `normalised`. `head_activation` is
-    that of the layer between the first vector and the labels. `width` numbers are made of a text, or of a
+    """`positions` of which the first `offset` stand for no token; `segments`: 0 for none. A text's vectors
+    are pooled as `poolings` say, one behind the other, and have length 1 if `normalised`. `head_activation`
+    is that of the layer between the first vector and the labels. `width` numbers are made of a text, or of a
     token."""
 
     encodes: Encodes

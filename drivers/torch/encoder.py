@@ -1,5 +1,5 @@
-"""Encoders of the BERT family in torch. No padding anywhere: the tokens of all texts are rows of one matrix, the
-longest texts last, and attention takes the texts of one length together.
+"""Encoders of the BERT family in torch. No padding anywhere: the tokens of all texts are rows of one matrix,
+those of the longest texts last, and attention takes the texts of one length together.
 
 Sums, norms and what is made of the vectors are float32, whatever the matrices are.
 """
@@ -53,15 +53,15 @@ class _Layer(NamedTuple):
 
 
 class _Group(NamedTuple):
-    """`count` texts of `length` tokens, whose rows begin at `start`."""
+    """`texts` of `length` tokens, whose rows begin at `start`."""
 
     start: int
-    count: int
+    texts: int
     length: int
 
     @property
     def rows(self) -> slice:
-        return slice(self.start, self.start + self.count * self.length)
+        return slice(self.start, self.start + self.texts * self.length)
 
 
 class TorchEncoder:
@@ -161,7 +161,7 @@ class TorchEncoder:
         heads, hidden = self.described.heads, self.described.hidden
         out = torch.empty(len(qkv), hidden, dtype=qkv.dtype, device=qkv.device)
         for group in groups:
-            split = qkv[group.rows].view(group.count, group.length, 3, heads, hidden // heads)
+            split = qkv[group.rows].view(group.texts, group.length, 3, heads, hidden // heads)
             q, k, v = split.permute(2, 0, 3, 1, 4)
             seen = functional.scaled_dot_product_attention(q, k, v)
             out[group.rows] = seen.transpose(1, 2).reshape(-1, hidden)
@@ -179,5 +179,5 @@ class TorchEncoder:
         return functional.normalize(pooled, dim=-1) if self.described.normalised else pooled
 
     def _pooled(self, x: torch.Tensor, group: _Group, poolings: tuple[str, ...]) -> torch.Tensor:
-        texts = x[group.rows].view(group.count, group.length, -1)
-        return torch.cat([_POOLINGS[name](texts) for name in poolings], dim=-1)
+        each = x[group.rows].view(group.texts, group.length, -1)
+        return torch.cat([_POOLINGS[name](each) for name in poolings], dim=-1)

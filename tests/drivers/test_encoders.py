@@ -1,4 +1,4 @@
-"""Encoders equal transformers, whatever lengths come together: BERT, RoBERTa, DistilBERT; every pooling; heads."""
+"""Encoders equal transformers, whatever lengths come together: three families, every pooling, the heads."""
 
 from __future__ import annotations
 
@@ -182,10 +182,12 @@ def test_bfloat16_keeps_the_direction(tmp_path: Path) -> None:
 def test_old_names_of_norms_are_read(tmp_path: Path) -> None:
     model = made(tmp_path, "bert")
     index = json.loads((tmp_path / "tensors.json").read_text())["tensors"]
-    old = {
-        f"bert.{name.replace('LayerNorm.weight', 'LayerNorm.gamma').replace('LayerNorm.bias', 'LayerNorm.beta')}": e
-        for name, e in index.items()
-    }
+    words = (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta"))
+    old = {}
+    for name, entry in index.items():
+        for new, before in words:
+            name = name.replace(new, before)
+        old[f"bert.{name}"] = entry
     (tmp_path / "tensors.json").write_text(json.dumps({"tensors": old}))
     driver, _ = load(tmp_path)
     want = torch.stack([hidden(model, text).mean(0) for text in TEXTS]).numpy()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import itertools
 from pathlib import Path
 
 import pytest
@@ -294,7 +295,7 @@ def warm(world: Machine, *calls: table.Call) -> None:
 
 def gaps(world: Machine, id_: int) -> list[float]:
     times = [at for at, answer in world.seen[id_] if answer.kind == wire.Kind.ITEMS]
-    return [after - before for before, after in zip(times, times[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(times)]
 
 
 def test_a_batch_of_texts_does_not_slow_a_chat(tmp_path: Path) -> None:
