@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from typing import Literal
 
 import anthropic
 import httpx
+import jsonschema
+import pydantic
 import pytest
 from llmasos.syscalls import table
 from llmasos.userland.client import Client
@@ -15,6 +18,15 @@ from llmasos.userland.client import Client
 from .conftest import Gateway, soon
 
 HELLO = [{"role": "user", "content": "w1 w2"}]
+CALL = {"type": "tool_use", "id": "t1", "name": "paint", "input": {"colour": "red"}}
+RESULT = {"type": "tool_result", "tool_use_id": "t1", "content": "w3"}
+COLOURS = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "dark": {"type": "boolean"}},
+    "required": ["colour", "dark"],
+    "additionalProperties": False,
+}
+TOOLS = [{"name": "paint", "description": "Paints.", "input_schema": COLOURS}]
 GREEDY = {"temperature": 0}
 """The newest client has no argument for it."""
 
@@ -120,8 +132,12 @@ def test_what_ended_an_answer_is_told(claude: anthropic.Anthropic) -> None:
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
         ({"colour": "red"}, "colour"),
         ({"temperature": 1.5}, "temperature"),
-        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "blocks.0.type"),
-        ({"messages": [{"role": "assistant", "content": "w1"}]}, "first"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "'image'"),
+        ({"messages": [{"role": "user", "content": [RESULT]}]}, "no `tool_use` before it"),
+        ({"messages": [{"role": "user", "content": [CALL]}]}, "`assistant` messages"),
+        ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "tools.0.type"),
+        ({"tool_choice": {"type": "any"}}, "needs tools"),
+        ({"output_config": {"effort": "low"}}, "effort"),
         ({"messages": [{"role": "user", "content": "w1 " * 600}]}, "context 512"),
         ({"service_tier": "gold"}, "service tier"),
     ],
@@ -149,6 +165,68 @@ def test_errors_have_the_class_that_clients_know(claude: anthropic.Anthropic, ga
     stranger = anthropic.Anthropic(base_url=gateway.url, api_key="sk-wrong", max_retries=0)
     with pytest.raises(anthropic.AuthenticationError):
         ask(stranger)
+
+
+def test_tools_are_called_as_their_schemas_want(claude: anthropic.Anthropic) -> None:
+    asked = {"model": "bytes", "max_tokens": 2000, "tools": TOOLS, "tool_choice": {"type": "any"}}
+    whole = ask(claude, **asked)
+    assert whole.stop_reason == "tool_use"
+    calls = [block for block in whole.content if block.type == "tool_use"]
+    assert len(calls) == len(whole.content) > 0
+    for call in calls:
+        assert call.id.startswith("toolu_")
+        assert call.name == "paint"
+        jsonschema.validate(call.input, COLOURS)
+    with claude.messages.stream(messages=HELLO, extra_body=GREEDY, **asked) as stream:
+        kinds = {event.type for event in stream}
+        last = stream.get_final_message()
+    assert "input_json" in kinds
+    assert [(block.name, block.input) for block in last.content] == [(c.name, c.input) for c in calls]
+    assert last.stop_reason == "tool_use"
+
+
+def test_one_call_at_a_time_and_none(claude: anthropic.Anthropic) -> None:
+    named = {"type": "tool", "name": "paint", "disable_parallel_tool_use": True}
+    asked = {"model": "bytes", "max_tokens": 2000, "tools": TOOLS}
+    assert len(ask(claude, tool_choice=named, **asked).content) == 1
+    cut = ask(claude, tool_choice=named, **{**asked, "max_tokens": 50})
+    assert cut.stop_reason == "max_tokens"
+    assert [block.input for block in cut.content if block.type == "tool_use"] in ([], [{}])
+    spoken = ask(claude, tool_choice={"type": "none"}, **{**asked, "max_tokens": 20})
+    assert [block.type for block in spoken.content] == ["text"]
+
+
+def test_results_go_back(claude: anthropic.Anthropic) -> None:
+    def tokens(*more: dict) -> int:
+        messages = [*HELLO, *more]
+        return claude.messages.count_tokens(model="tiny", messages=messages, tools=TOOLS).input_tokens
+
+    asked = {"role": "assistant", "content": [{"type": "text", "text": "w4"}, CALL]}
+    told = {"role": "user", "content": [RESULT, {"type": "text", "text": "w5"}]}
+    assert tokens() < tokens(asked) < tokens(asked, told)
+    answer = ask(claude, messages=[*HELLO, asked, told], max_tokens=3)
+    assert answer.usage.output_tokens == 3
+
+
+def test_output_has_the_shape_that_was_asked_for(claude: anthropic.Anthropic) -> None:
+    class Colour(pydantic.BaseModel):
+        name: Literal["red", "blue"]
+        dark: bool
+
+    parsed = claude.messages.parse(
+        model="bytes", messages=HELLO, max_tokens=400, output_format=Colour, extra_body=GREEDY
+    )
+    assert isinstance(parsed.parsed_output, Colour)
+    shape = {"format": {"type": "json_schema", "schema": COLOURS}}
+    jsonschema.validate(
+        json.loads(ask(claude, model="bytes", max_tokens=400, output_config=shape).content[0].text), COLOURS
+    )
+    with pytest.raises(anthropic.BadRequestError):
+        ask(
+            claude,
+            model="bytes",
+            output_config={"format": {"type": "json_schema", "schema": {"type": "colour"}}},
+        )
 
 
 def test_models_have_anthropics_shape_for_its_clients(claude: anthropic.Anthropic) -> None:

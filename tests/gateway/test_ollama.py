@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from datetime import UTC, datetime
 
 import httpx
+import jsonschema
 import ollama
 import pytest
 from llmasos.syscalls import table
@@ -17,6 +18,13 @@ from llmasos.userland.gateway.ollama.shared import rfc3339
 from .conftest import Gateway, soon
 
 HELLO = [{"role": "user", "content": "w1 w2"}]
+COLOURS = {
+    "type": "object",
+    "properties": {"colour": {"enum": ["red", "blue"]}, "dark": {"type": "boolean"}},
+    "required": ["colour", "dark"],
+    "additionalProperties": False,
+}
+PAINT = {"type": "function", "function": {"name": "paint", "parameters": COLOURS}}
 GREEDY = {"temperature": 0, "num_predict": 6}
 
 
@@ -67,6 +75,67 @@ def test_a_context_is_gone_on_with(llama: ollama.Client) -> None:
     assert both.prompt_eval_count == len(first.context) + 1
     assert both.context is not None
     assert both.context[: len(first.context)] == first.context
+
+
+def test_calls_of_tools_come_whole(llama: ollama.Client) -> None:
+    """The model knows nothing: with a format, what it says is that or a call, as the seed has it."""
+
+    def answers(stream: bool) -> list[list[ollama.ChatResponse]]:
+        made = []
+        for seed in range(6):
+            options = {"seed": seed, "num_predict": 2000}
+            asked = {"tools": [PAINT], "format": COLOURS, "options": options, "stream": stream}
+            answer = llama.chat("bytes", HELLO, **asked)
+            made.append(list(answer) if stream else [answer])
+        return made
+
+    called = []
+    for (whole,), parts in zip(answers(False), answers(True), strict=True):
+        calls = [call for part in parts for call in part.message.tool_calls or []]
+        assert [call.model_dump() for call in calls] == [
+            call.model_dump() for call in whole.message.tool_calls or []
+        ]
+        assert "".join(part.message.content or "" for part in parts) == whole.message.content
+        if not calls:
+            jsonschema.validate(json.loads(whole.message.content or ""), COLOURS)
+        for call in calls:
+            assert call.function.name == "paint"
+            jsonschema.validate(call.function.arguments, COLOURS)
+        called.append(bool(calls))
+    assert set(called) == {True, False}
+
+
+def test_functions_and_results_are_told(llama: ollama.Client) -> None:
+    def paint(colour: str) -> str:
+        """Paints.
+
+        Args:
+          colour: Which one.
+        """
+        return colour
+
+    call = {"function": {"name": "paint", "arguments": {"colour": "red"}}}
+    asked = {"role": "assistant", "content": "", "tool_calls": [call]}
+    told = {"role": "tool", "content": "w3", "tool_name": "paint"}
+    counts = [
+        llama.chat("bytes", messages, tools=[paint], options=GREEDY).prompt_eval_count or 0
+        for messages in ([*HELLO], [*HELLO, asked], [*HELLO, asked, told])
+    ]
+    assert counts == sorted(set(counts))
+    assert counts[0] > (llama.chat("bytes", HELLO, options=GREEDY).prompt_eval_count or 0)
+
+
+def test_answers_have_the_format_that_was_asked_for(llama: ollama.Client) -> None:
+    options = {"temperature": 0, "num_predict": 400}
+    shaped = llama.chat("bytes", HELLO, format=COLOURS, options=options)
+    jsonschema.validate(json.loads(shaped.message.content or ""), COLOURS)
+    generated = llama.generate("bytes", "w1", format=COLOURS, options=options)
+    jsonschema.validate(json.loads(generated.response), COLOURS)
+    begun = llama.generate("bytes", "w1", format="json", options=options).response
+    assert begun.startswith("{")
+    with pytest.raises(ollama.ResponseError) as refused:
+        llama.generate("bytes", "w1", format={"type": "colour"})
+    assert refused.value.status_code == 400
 
 
 async def _both(gateway: Gateway) -> tuple[str | None, str]:

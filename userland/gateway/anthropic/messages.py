@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Iterator
+from typing import Annotated, Any, Literal
 
 import msgspec
 from fastapi import APIRouter, Depends, Request
@@ -15,13 +15,15 @@ from starlette.responses import Response
 from ...chat import encode_chat
 from ...completion import Completion
 from ...llm import LLM
+from ...structured import json_schema
+from ...tools import MOST_TOOLS, Arguments, Begun, Ended, Piece, Toolbox
 from .. import problems
 from ..answers import Asked, Usage, ask, sampling_options
 from ..callers import Caller, authenticated
 from ..errors_doc import documented
 from ..http import EventStream, attend, json, new_id
 from ..options import Body, Placed
-from .content import CacheControl, Message, Text, as_messages
+from .content import CacheControl, Message, Text, ToolChoice, ToolParam, as_messages, toolbox_of
 
 router = APIRouter(prefix="/v1/messages", tags=["anthropic"])
 
@@ -39,6 +41,17 @@ StopSequence = Annotated[str, Field(min_length=1, max_length=256)]
 
 class Metadata(Body):
     user_id: str | None = Field(None, max_length=512)
+
+
+class OutputFormat(Body):
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Body):
+    NOT_DONE = {"effort": (), "task_budget": ()}
+
+    format: OutputFormat | None = None
 
 
 class Conversation(Placed):
@@ -61,16 +74,26 @@ class Conversation(Placed):
     system: Text | None = None
     cache_control: CacheControl | None = Field(None, description="Equal beginnings are shared anyway.")
 
-    def encode(self, llm: LLM) -> list[int]:
+    tools: list[ToolParam] | None = Field(None, max_length=MOST_TOOLS)
+    tool_choice: ToolChoice | None = None
+    output_config: OutputConfig | None = None
+
+    def grammar(self) -> t.Grammar | None:
+        form = self.output_config and self.output_config.format
+        return json_schema(form.schema_, "output_config.format.schema") if form else None
+
+    def toolbox(self) -> Toolbox | None:
+        return toolbox_of(self.tools, self.tool_choice)
+
+    def encode(self, llm: LLM, toolbox: Toolbox | None) -> list[int]:
         """A conversation that ends with the assistant's words goes on with them."""
-        messages = as_messages(self.system, self.messages)
-        begun = messages.pop()["content"] if messages[-1]["role"] == "assistant" else ""
-        if not messages:
-            raise errors.InvalidArgument("messages: the first one has to be the user's", field="messages")
-        return [
-            *encode_chat(llm.tokenizer, messages, model=llm.model),
-            *llm.tokenizer.encode(begun, start=False),
-        ]
+        return encode_chat(
+            llm.tokenizer,
+            as_messages(self.system, self.messages),
+            model=llm.model,
+            tools=toolbox.tools if toolbox else (),
+            continue_final_message=True,
+        )
 
 
 class MessagesRequest(Conversation):
@@ -90,7 +113,8 @@ async def create(
     """An answer that would leave the model's context ends there with stop_reason
     `model_context_window_exceeded`; input that alone does not fit is a 400."""
     llm = await caller.llm(body.model_name(body.model))
-    tokens = body.encode(llm)
+    toolbox = body.toolbox()
+    tokens = body.encode(llm, toolbox)
     room = llm.context_length - len(tokens)
     longest = min(body.max_tokens, room) if room > 0 else body.max_tokens
     options = sampling_options(
@@ -100,8 +124,18 @@ async def create(
         top_k=body.top_k,
         stop=body.stop_sequences,
         max_new_tokens=longest,
+        structured_outputs=body.grammar(),
     )
-    asked = await ask(caller, llm, [tokens], options, body, no_tokens=longest == 0)
+    asked = await ask(
+        caller,
+        llm,
+        [tokens],
+        options,
+        body,
+        no_tokens=longest == 0,
+        toolbox=toolbox,
+        call_prefix="toolu_",
+    )
     answering = _Answering(asked, body, full=longest < body.max_tokens)
     if body.stream:
         parts, request_id = answering.events(), request.state.request_id
@@ -116,7 +150,7 @@ class Count(Conversation):
 @router.post("/count_tokens", summary="Tokens of a conversation", responses=documented())
 async def count(body: Count, caller: Annotated[Caller, Depends(authenticated)]) -> Response:
     llm = await caller.llm(body.model_name(body.model))
-    return json({"input_tokens": len(body.encode(llm))})
+    return json({"input_tokens": len(body.encode(llm, body.toolbox()))})
 
 
 class _Answering:
@@ -134,8 +168,16 @@ class _Answering:
             self._head["pid"] = asked.pid
 
     async def whole(self) -> dict[str, Any]:
-        done = (await self._asked.whole())[0]
-        content = [{"type": "text", "text": done.text}] if done.text else []
+        ended: set[int] = set()
+        async for delta in self._asked.deltas():
+            ended |= {piece.index for piece in delta.pieces if isinstance(piece, Ended)}
+            done = delta.done
+        assert done is not None
+        content: list[dict[str, Any]] = [{"type": "text", "text": done.text}] if done.text else []
+        for index, call in enumerate(done.tool_calls):
+            # Of a call that was cut off the input is empty; stop_reason tells.
+            input_ = msgspec.Raw(call.arguments.encode() if index in ended else b"{}")
+            content.append({"type": "tool_use", "id": call.id, "name": call.name, "input": input_})
         return {
             **self._head,
             "content": content,
@@ -144,37 +186,31 @@ class _Answering:
         }
 
     async def events(self) -> AsyncIterator[bytes]:
+        blocks = _Blocks()
         begun = False
-        open_block = False
         async for delta in self._asked.deltas():
             if not begun:
                 begun = True
                 prompt = self._asked.parts[0].prompt
-                message: dict[str, Any] = {
-                    **self._head,
-                    "content": [],
-                    "stop_reason": None,
-                    "stop_sequence": None,
-                }
+                message: dict[str, Any] = {**self._head, "content": [], **NOT_ENDED}
                 yield event("message_start", message={**message, "usage": self._usage(Usage(prompt))})
                 yield PING
-            if delta.text:
-                if not open_block:
-                    open_block = True
-                    yield event("content_block_start", index=0, content_block={"type": "text", "text": ""})
-                yield event("content_block_delta", index=0, delta={"type": "text_delta", "text": delta.text})
+            for piece in delta.pieces:
+                for told in blocks.add(piece):
+                    yield told
             if delta.done is not None:
-                if open_block:
-                    yield event("content_block_stop", index=0)
-                yield event(
-                    "message_delta", delta=self._end(delta.done), usage=self._usage(self._asked.usage)
-                )
+                for told in blocks.end():
+                    yield told
+                usage = self._usage(self._asked.usage)
+                yield event("message_delta", delta=self._end(delta.done), usage=usage)
         yield event("message_stop")
 
     def _end(self, done: Completion) -> dict[str, Any]:
         reason = REASONS[done.finish]
         if done.stop:
             reason = "stop_sequence"
+        elif done.called:
+            reason = "tool_use"
         elif done.finish is t.Finish.LENGTH and self._full:
             reason = "model_context_window_exceeded"
         return {"stop_reason": reason, "stop_sequence": done.stop or None}
@@ -192,12 +228,48 @@ class _Answering:
         }
 
 
+class _Blocks:
+    """The events of content blocks: words that follow each other are one, each call is one."""
+
+    def __init__(self) -> None:
+        self._index = -1
+        self._open = ""
+
+    def add(self, piece: Piece) -> Iterator[bytes]:
+        match piece:
+            case str():
+                if self._open != "text":
+                    yield from self.end()
+                    yield self._begin({"type": "text", "text": ""})
+                yield self._delta({"type": "text_delta", "text": piece})
+            case Begun():
+                yield from self.end()
+                yield self._begin({"type": "tool_use", "id": piece.id, "name": piece.name, "input": {}})
+            case Arguments():
+                yield self._delta({"type": "input_json_delta", "partial_json": piece.text})
+            case Ended():
+                yield from self.end()
+
+    def end(self) -> Iterator[bytes]:
+        if self._open:
+            self._open = ""
+            yield event("content_block_stop", index=self._index)
+
+    def _begin(self, block: dict[str, Any]) -> bytes:
+        self._index, self._open = self._index + 1, block["type"]
+        return event("content_block_start", index=self._index, content_block=block)
+
+    def _delta(self, delta: dict[str, Any]) -> bytes:
+        return event("content_block_delta", index=self._index, delta=delta)
+
+
 def event(type: str, **fields: Any) -> bytes:
     data = msgspec.json.encode({"type": type, **fields})
     return b"event: " + type.encode() + b"\ndata: " + data + b"\n\n"
 
 
 PING = event("ping")
+NOT_ENDED = {"stop_reason": None, "stop_sequence": None}
 
 
 def _failed(problem: errors.LLMasOSError, request_id: str) -> bytes:

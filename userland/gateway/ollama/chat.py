@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json as jsonlib
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import APIRouter, Depends, Request
 from pydantic import Field
 from starlette.responses import Response
@@ -150,5 +150,5 @@ class _Answering:
 
 def _shown(call: Begun, arguments: str) -> dict[str, Any]:
     """Ollama's arguments are an object, not its text."""
-    function = {"index": call.index, "name": call.name, "arguments": jsonlib.loads(arguments)}
+    function = {"index": call.index, "name": call.name, "arguments": msgspec.Raw(arguments.encode())}
     return {"id": call.id, "function": function}
