@@ -3,6 +3,7 @@ one in bytes."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -65,25 +66,32 @@ def serve(keys: dict[str, str]) -> Iterator[Gateway]:
         thread.join()
 
 
-@pytest.fixture(scope="session")
-def home() -> Iterator[Path]:
+@contextlib.contextmanager
+def daemon(device: str) -> Iterator[Path]:
+    """A daemon with this device, in a home of its own that is everybody's meanwhile."""
     made = Path(tempfile.mkdtemp(prefix="gw", dir="/tmp"))
-    (made / "config.toml").write_text('devices = ["null"]\n')
-    add_model(made, "tiny", max_position_embeddings=512)
-    add_model(made, "plain", template="", max_position_embeddings=512)
-    add_model(made, "slow", max_position_embeddings=512, llmasos_null_step_seconds=0.05)
+    (made / "config.toml").write_text(f'devices = ["{device}"]\n')
     before = {name: os.environ.pop(name, None) for name in ("LLMASOS_HOME", "LLMASOS_SOCKET")}
     os.environ["LLMASOS_HOME"] = str(made)
     files = {path: data.decode() for path, data in model_files(byte_tokenizer()).items()}
     put_model(made, "bytes", files, {"vocab_size": STOP + 1, "max_position_embeddings": 4096})
     with ensure_daemon() as client:
-        soon(lambda: client.call(table.Lsdev()).devices[0].state == "ready")
+        soon(lambda: client.call(table.Lsdev()).devices[0].state == "ready", 30)
     yield made
     with Client() as client:
         client.call(table.Shutdown(0))
     os.environ.pop("LLMASOS_HOME")
     os.environ.update({name: value for name, value in before.items() if value is not None})
     shutil.rmtree(made, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def home() -> Iterator[Path]:
+    with daemon("null") as made:
+        add_model(made, "tiny", max_position_embeddings=512)
+        add_model(made, "plain", template="", max_position_embeddings=512)
+        add_model(made, "slow", max_position_embeddings=512, llmasos_null_step_seconds=0.05)
+        yield made
 
 
 @pytest.fixture(scope="session")

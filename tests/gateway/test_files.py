@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -140,19 +140,23 @@ def test_lines_are_written_once(tmp_path: Path) -> None:
         batch = Kept("a", "batch", "b1", {"n": 0}, {})
         await store.add(batch)
 
-        def count(now: Kept) -> None:
-            now.body["n"] += 1
+        def adding(*lines: tuple[int, str]) -> Callable[[Kept], list[tuple[int, str]]]:
+            def change(now: Kept) -> list[tuple[int, str]]:
+                now.body["n"] += 1
+                return list(lines)
 
-        await store.change(batch, count, lines=[(0, "first"), (2, "third")])
-        await store.change(batch, count, lines=[(1, "second")])
+            return change
+
+        await store.change(batch, adding((0, "first"), (2, "third")))
+        await store.change(batch, adding((1, "second")))
         with pytest.raises(errors.StorageFailed):  # nothing of it happens
-            await store.change(batch, count, lines=[(3, "fourth"), (0, "again")])
+            await store.change(batch, adding((3, "fourth"), (0, "again")))
         assert (await store.get("a", "batch", "b1")).body == {"n": 2}
         assert await store.lines("b1") == [(0, "first"), (1, "second"), (2, "third")]
         assert await store.lines("b1", after=0, limit=1) == [(1, "second")]
         assert await store.lines("b1", limit=2, newest_first=True) == [(2, "third"), (1, "second")]
         file = Kept("a", "file", "f1", {}, {})
-        assert (await store.change(batch, count, bear=[file], without_lines=True)).body == {"n": 3}
+        assert (await store.change(batch, adding(), bear=[file], without_lines=True)).body == {"n": 3}
         assert (await store.get("a", "file", "f1")).id == "f1"
         assert await store.lines("b1") == []
         store.close()

@@ -21,7 +21,7 @@ from .http import MOST_BODY, Frame, handle_errors
 from .ollama import chat as ollama_chat
 from .ollama import generate
 from .ollama import models as ollama_models
-from .openai import batches, chat, completions, files, models, responses
+from .openai import batches, chat, completions, files, fine_tuning, models, responses
 from .store import Store, gateway_folder
 from .works import Works
 
@@ -39,6 +39,7 @@ ROUTERS = (
     files.router,
     responses.router,
     batches.router,
+    fine_tuning.router,
     messages.router,
     generate.router,
     ollama_chat.router,
@@ -86,9 +87,11 @@ def build(address: str | None, keys: ApiKeys | None) -> FastAPI:
         app.state.store = await asyncio.to_thread(Store, gateway_folder())
         app.state.background = responses.Background(app.state.callers, app.state.store, app.state.works)
         app.state.batches = batches.Batches(app.state.callers, app.state.store, app.state.works)
+        app.state.jobs = fine_tuning.Jobs(app.state.callers, app.state.store, app.state.works)
         app.state.works.start("purge", _purge(app.state.store))
         await responses.resume(app)
         await batches.resume(app)
+        await fine_tuning.resume(app)
         try:
             yield
         finally:

@@ -66,6 +66,13 @@ class Caller:
     def tenant(self) -> str:
         return self.client.hello.subject
 
+    def needs(self, right: t.Capability) -> None:
+        """Raises PermissionDenied without it."""
+        if right not in self.rights:
+            raise errors.PermissionDenied(
+                f"the key lacks the right {right}", hint=f"llsh key api new NAME --right {right}"
+            )
+
     async def llm(self, name: str) -> LLM:
         """The model `name`, which has to be there. Raises NoSuchModel, UnsupportedModel."""
         full = full_name(name)

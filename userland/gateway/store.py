@@ -175,19 +175,19 @@ class Store:
     async def change(
         self,
         kept: Kept,
-        change: Callable[[Kept], None],
+        change: Callable[[Kept], Iterable[tuple[int, Any]] | None],
         *,
-        lines: Iterable[tuple[int, Any]] = (),
         bear: Iterable[Kept] = (),
         without_lines: bool = False,
     ) -> Kept:
-        """What `change` made of the object as it is now, in one step with new `lines` by number, the objects
-        that it bears (its lines in another shape: no bound refuses them), and the removal of its lines."""
-        rows = [(kept.id, number, msgspec.json.encode(line)) for number, line in lines]
+        """What `change` made of the object as it is now, in one step with the numbered lines that it returned,
+        the objects that it bears (they are its lines in another shape: no bound refuses them), and the removal
+        of its lines."""
 
         def work(db: sqlite3.Connection) -> Kept:
             now = _get(db, kept.tenant, kept.kind, kept.id)
-            change(now)
+            lines = change(now) or ()
+            rows = [(kept.id, number, msgspec.json.encode(line)) for number, line in lines]
             body, inner = msgspec.json.encode(now.body), msgspec.json.encode(now.inner)
             db.executemany("INSERT INTO lines (id, number, body) VALUES (?, ?, ?)", rows)
             grown = sum(len(row[2]) for row in rows)

@@ -242,10 +242,11 @@ class Batches:
             answer = await self._answer(caller, line, until)
             what = "completed" if answer["response"]["status_code"] == 200 else "failed"
 
-            def count(there: Kept) -> None:
+            def count(there: Kept) -> list[tuple[int, Any]]:
                 there.body["request_counts"][what] += 1
+                return [(number, answer)]
 
-            now = await patiently(lambda: self._store.change(kept, count, lines=[(number, answer)]), until)
+            now = await patiently(lambda: self._store.change(kept, count), until)
 
         try:
             async with asyncio.TaskGroup() as group:

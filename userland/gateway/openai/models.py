@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from llmasos.syscalls import errors, table
+from llmasos.syscalls import table
 from llmasos.syscalls import types as t
 from starlette.responses import Response
 
@@ -40,8 +40,7 @@ async def one(request: Request, model: str, caller: Annotated[Caller, Depends(au
 @router.delete("/{model:path}", summary="Remove a model", responses=documented())
 async def removed(model: str, caller: Annotated[Caller, Depends(authenticated)]) -> Response:
     """What training made for the caller."""
-    if t.Capability.TRAIN not in caller.rights:
-        raise errors.PermissionDenied("the key lacks the right train", hint="llsh key api new --right train")
+    caller.needs(t.Capability.TRAIN)
     llm = await caller.llm(model)
     await caller.aio.call(table.Unlink(f"/models/{llm.model}"))
     return json({"id": model, "object": "model", "deleted": True})
