@@ -92,7 +92,7 @@ def begin(ai: openai.OpenAI, text: str, **options: Any) -> str:
     return ai.fine_tuning.jobs.create(model="tiny", training_file=upload(ai, text), **options).id
 
 
-def has(ai: openai.OpenAI, id: str, *status: str, patience_s: float = 60) -> Any:
+def has(ai: openai.OpenAI, id: str, *status: str, patience_s: float = 300) -> Any:
     soon(lambda: ai.fine_tuning.jobs.retrieve(id).status in status, patience_s)
     return ai.fine_tuning.jobs.retrieve(id)
 
@@ -138,6 +138,15 @@ def test_a_model_is_trained_and_served_at_once(ai: openai.OpenAI, trainer: Gatew
     assert [float(line.split(",")[2]) for line in lines[1:] if line.split(",")[2]][-1] == pytest.approx(
         checkpoint.metrics.valid_loss, rel=1e-4
     )
+    told = [event.id for event in ai.fine_tuning.jobs.list_events(made.id, limit=100)]
+    assert len(set(told)) == len(told) > 30
+    assert [event.id for event in ai.fine_tuning.jobs.list_events(made.id, limit=7)] == told  # all pages
+    first = ai.fine_tuning.jobs.list_events(made.id, limit=2)
+    assert first.has_more
+    assert first.data[0].message.startswith("The model")
+    for nonsense in ("x", "ftevent-1-999", told[0] + "0"):
+        with pytest.raises(openai.NotFoundError):
+            ai.fine_tuning.jobs.list_events(made.id, after=nonsense)
     question = [{"role": "user", "content": "w10 w11 w12 w13"}]
 
     def answer(model: str) -> str | None:
@@ -159,20 +168,6 @@ def test_a_model_is_trained_and_served_at_once(ai: openai.OpenAI, trainer: Gatew
             with pytest.raises(openai.NotFoundError):
                 call(made.id)
         assert not dora.fine_tuning.jobs.list().data
-
-
-def test_events_come_in_pages(ai: openai.OpenAI) -> None:
-    id = begin(ai, said(8), hyperparameters={"n_epochs": 2, "batch_size": 4})
-    assert has(ai, id, *fine_tuning.ENDED).status == "succeeded"
-    all_ = [event.id for event in ai.fine_tuning.jobs.list_events(id, limit=100)]
-    assert len(all_) == len(set(all_)) >= 6
-    assert [event.id for event in ai.fine_tuning.jobs.list_events(id, limit=2)] == all_
-    first = ai.fine_tuning.jobs.list_events(id, limit=2)
-    assert first.has_more
-    assert first.data[0].message.startswith("The model")
-    for nonsense in ("x", "ftevent-1-999", all_[0] + "0"):
-        with pytest.raises(openai.NotFoundError):
-            ai.fine_tuning.jobs.list_events(id, after=nonsense)
 
 
 def test_data_that_is_no_good_says_where(ai: openai.OpenAI, machine: Client) -> None:
@@ -212,7 +207,7 @@ def test_a_job_is_paused_goes_on_and_is_cancelled(ai: openai.OpenAI, machine: Cl
         ai.fine_tuning.jobs.pause(id)
     assert ai.fine_tuning.jobs.resume(id).status == "running"
     before = len(steps(ai, id))
-    soon(lambda: len(steps(ai, id)) > before, 30)
+    soon(lambda: len(steps(ai, id)) > before, 60)
     assert ai.fine_tuning.jobs.cancel(id).status == "cancelled"
     soon(lambda: pid not in [row.pid for row in machine.ps()], 30)
     soon(lambda: not [entry for entry in machine.ls("/datasets") if id in entry.path])
@@ -224,47 +219,32 @@ def test_a_job_is_paused_goes_on_and_is_cancelled(ai: openai.OpenAI, machine: Cl
 
 def test_a_run_that_is_killed_from_elsewhere_has_ended(ai: openai.OpenAI, machine: Client) -> None:
     id = long(ai)
-    machine.kill(has(ai, id, "running").to_dict()["pid"])
-    assert has(ai, id, *fine_tuning.ENDED).status == "cancelled"
-
-
-def test_another_gateway_goes_on_with_it(keys: dict[str, str], machine: Client) -> None:
-    first = serve(keys)
-    with client(next(first), "dora") as ai:
-        id = begin(ai, counting(40), hyperparameters={"n_epochs": 6, "batch_size": 4})
-        job = has(ai, id, "running")
-        made = len(steps(ai, id))
-    assert next(first, None) is None
-    second = serve(keys)
-    with client(next(second), "dora") as ai:
-        done = has(ai, id, *fine_tuning.ENDED)
-        assert (done.status, done.to_dict()["pid"]) == ("succeeded", job.to_dict()["pid"])
-        assert steps(ai, id) == list(range(1, 61))
-        assert made <= 60
-    assert next(second, None) is None
-
-
-def test_a_run_is_found_by_its_job(ai: openai.OpenAI, machine: Client) -> None:
-    id = long(ai)
-    pid = has(ai, id, "running").to_dict()["pid"]
+    pid = has(ai, id, "queued", "running").to_dict()["pid"]
 
     async def story() -> None:
         async with AsyncClient() as aio:
             caller: Any = SimpleNamespace(aio=aio)
-            assert await fine_tuning._pid_of(caller, id) == pid
+            assert await fine_tuning._pid_of(caller, id) == pid  # how a gateway finds it
             assert await fine_tuning._pid_of(caller, "nobody") is None
 
     asyncio.run(story())
-    ai.fine_tuning.jobs.cancel(id)
+    machine.kill(pid)
+    assert has(ai, id, *fine_tuning.ENDED).status == "cancelled"
 
 
-def test_the_kernel_may_die_meanwhile(ai: openai.OpenAI, machine: Client) -> None:
-    id = begin(ai, counting(40), hyperparameters={"n_epochs": 10, "batch_size": 4})
-    has(ai, id, "running")
+def test_gateway_and_kernel_may_end_meanwhile(keys: dict[str, str], machine: Client) -> None:
+    first = serve(keys)
+    with client(next(first), "dora") as ai:
+        id = begin(ai, counting(40), hyperparameters={"n_epochs": 10, "batch_size": 4})
+        pid = has(ai, id, "running").to_dict()["pid"]
+    assert next(first, None) is None
     os.kill(kernel_pid(), signal.SIGKILL)
-    job = has(ai, id, *fine_tuning.ENDED, patience_s=90)
-    assert job.status == "succeeded", job.error
-    assert steps(ai, id) == list(range(1, 101))
+    second = serve(keys)
+    with client(next(second), "dora") as ai:
+        job = has(ai, id, *fine_tuning.ENDED)
+        assert (job.status, job.to_dict()["pid"]) == ("succeeded", pid)
+        assert steps(ai, id) == list(range(1, 101))  # each once
+    assert next(second, None) is None
 
 
 def test_everything_is_there_for_asyncio_too(trainer: Gateway) -> None:
@@ -272,8 +252,7 @@ def test_everything_is_there_for_asyncio_too(trainer: Gateway) -> None:
         async with openai.AsyncOpenAI(base_url=f"{trainer.url}/v1", api_key=trainer.keys["dora"]) as ai:
             file = await ai.files.create(file=("d.jsonl", said(4).encode()), purpose="fine-tune")
             made = await ai.fine_tuning.jobs.create(model="tiny", training_file=file.id)
-            while (await ai.fine_tuning.jobs.retrieve(made.id)).status not in fine_tuning.ENDED:
-                await asyncio.sleep(0.05)
-            assert (await ai.fine_tuning.jobs.retrieve(made.id)).status == "succeeded"
+            assert (await ai.fine_tuning.jobs.retrieve(made.id)).model == "tiny"
+            assert (await ai.fine_tuning.jobs.cancel(made.id)).status == "cancelled"
 
     asyncio.run(story())
