@@ -180,9 +180,9 @@ class Store:
         bear: Iterable[Kept] = (),
         without_lines: bool = False,
     ) -> Kept:
-        """What `change` made of the object as it is now. In the same step come the numbered lines that it gives
-        back and the objects that it bears (its lines in another shape: no bound refuses them), and go its
-        lines."""
+        """What `change` made of the object as it is now. In the same step come the numbered lines that it
+        gives back and the objects that it bears, which no bound refuses: they are its lines in another shape;
+        `without_lines` these go."""
 
         def work(db: sqlite3.Connection) -> Kept:
             now = _get(db, kept.tenant, kept.kind, kept.id)
