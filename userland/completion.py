@@ -95,12 +95,12 @@ class Answer:
         self.tokens += event.tokens
         self._scores += event.logprobs
         self._prompt_scores += event.prompt_logprobs
-        return self._grow(self._stops.feed(self._detokenizer.feed(event.tokens)))
+        return self._grow(self._detokenizer.feed(event.tokens))
 
     def flush(self) -> str:
         """The text held back, once the stream has ended."""
-        last = "" if self.stopped else self._stops.feed(self._detokenizer.flush())
-        return self._grow(last + self._stops.flush(), ended=True)
+        self.pieces = []
+        return "" if self.stopped else self._grow(self._detokenizer.flush(), ended=True)
 
     def completion(
         self, reply: table.InferReply, *, finish: t.Finish | None = None, score: float | None = None
@@ -110,21 +110,37 @@ class Answer:
         done.text, done.tokens, done.score = self.text, self.tokens, score
         done.stop = self._stops.found
         done.finish = t.Finish.STOP if self.stopped else finish or reply.finish
-        done.tool_calls = self._reader.calls if self._reader is not None else []
-        done.called = self._reader is not None and self._reader.whole and done.finish is t.Finish.STOP
+        reader = None if self.stopped else self._reader  # words, which may stop, come before calls
+        done.tool_calls = reader.calls if reader is not None else []
+        done.called = reader is not None and reader.whole and done.finish is t.Finish.STOP
         done.logprobs = self.scores() if self._scores else None
         done.prompt_tokens, done.cached_tokens = self._context_tokens, reply.cached_tokens
         done.seed = reply.seed
         return done
 
-    def _grow(self, piece: str, *, ended: bool = False) -> str:
-        if self._reader is not None:
-            self.pieces = self._reader.feed(piece) + (self._reader.flush() if ended else [])
-            piece = "".join(words for words in self.pieces if isinstance(words, str))
+    def _grow(self, text: str, *, ended: bool = False) -> str:
+        """Stop strings count in words, not in calls."""
+        if self._reader is None:
+            came: list[Piece] = [text]
         else:
-            self.pieces = [piece] if piece else []
-        self.text += piece
-        return piece
+            came = self._reader.feed(text) + (self._reader.flush() if ended else [])
+        for piece in came:
+            if isinstance(piece, str):
+                self._add(self._stops.feed(piece))
+                if self.stopped:
+                    break
+            else:
+                self._add(self._stops.flush())
+                self.pieces.append(piece)
+        if ended:
+            self._add(self._stops.flush())
+        grown = "".join(piece for piece in self.pieces if isinstance(piece, str))
+        self.text += grown
+        return grown
+
+    def _add(self, words: str) -> None:
+        if words:
+            self.pieces.append(words)
 
     def scores(self, first: int = 0) -> list[TokenScore]:
         """Of the tokens so far, without the `first` ones."""

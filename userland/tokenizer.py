@@ -105,7 +105,7 @@ class Tokenizer:
             for match in self._special_pattern.finditer(part.text)
         ]
         whole = "".join(part.text for part in parts)
-        encoding = self._trusting.encode(whole, add_special_tokens=False)
+        encoding = _encoded(self._trusting, whole)
         if self._controls(encoding, whole) == expected:
             return list(encoding.ids)
         return self._encode_runs(parts)
@@ -137,7 +137,7 @@ class Tokenizer:
     def _encode_plain(self, text: str) -> list[int]:
         if not text:
             return []
-        encoding = self._plain.encode(text, add_special_tokens=False)
+        encoding = _encoded(self._plain, text)
         return self._encode_broken(text) if self._controls(encoding, text) else list(encoding.ids)
 
     def _encode_broken(self, text: str) -> list[int]:
@@ -146,7 +146,7 @@ class Tokenizer:
         ids: list[int] = []
         cuts = [match.start() + 1 for match in self._special_pattern.finditer(text)]
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-            encoding = self._plain.encode(text[start:end], add_special_tokens=False)
+            encoding = _encoded(self._plain, text[start:end])
             controls = self._controls(encoding, text[start:end])
             ids += [id_ for id_ in encoding.ids if id_ not in controls]
         return ids
@@ -276,6 +276,13 @@ class StopStrings:
         """What was held back, when the text ends."""
         held, self._held = self._held, ""
         return held
+
+
+def _encoded(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except TypeError:  # half a surrogate pair, which JSON can spell
+        raise errors.InvalidArgument("the text is not valid Unicode", field="prompt") from None
 
 
 def overlap(text: str, mark: str) -> int:

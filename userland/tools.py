@@ -273,20 +273,25 @@ class Toolbox:
                 field="structured_outputs",
             )
         try:
-            text = self._lark(template, json.loads(answer.text) if answer else None)
+            schema = json.loads(answer.text) if answer else None
+            if answer is not None and not isinstance(schema, dict):
+                raise ValueError
+            text = self._lark(template, schema)
             return msgspec.convert({"kind": t.GrammarKind.LARK, "text": text}, t.Grammar)
         except (msgspec.ValidationError, RecursionError):
             raise errors.InvalidArgument("the schemas of the tools are too big", field="tools") from None
         except ValueError:
-            raise errors.InvalidArgument("it is not valid JSON", field="structured_outputs.json") from None
+            raise errors.InvalidArgument(
+                "a JSON schema is an object", field="structured_outputs.json"
+            ) from None
 
-    def _lark(self, template: str, answer: Any) -> str:
+    def _lark(self, template: str, answer: Mapping[str, Any] | None) -> str:
         form = format_of(template)
         trigger = form.begin.strip()
         names = [f"call_{number}" for number in range(len(self.callable))]
         opening, words = _quoted(trigger) if trigger else "", []
         if not self.required and answer is not None:
-            words = [f"words: %json {json.dumps(answer)}"]
+            words = [f"words: %json {json.dumps({**answer, 'x-guidance': _SPACING})}"]
         elif not self.required and trigger:
             # In words, a call begins wherever its first mark stands.
             opening = "opening"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -193,6 +194,26 @@ def test_parse_gives_the_model_s_own_class(ai: openai.OpenAI, gateway: Gateway) 
     assert asyncio.run(parse()) == done.choices[0].message.parsed
 
 
+def test_async_streams_call_too(gateway: Gateway) -> None:
+    async def main() -> tuple[list[str], str | None]:
+        async with openai.AsyncOpenAI(
+            base_url=f"{gateway.url}/v1", api_key=gateway.keys["alice"], max_retries=0
+        ) as client:
+            asked = ask(tools=TOOLS, tool_choice="required", parallel_tool_calls=False, stream=True)
+            names, arguments, reason = [], "", None
+            async for chunk in await client.chat.completions.create(**asked):
+                for call in chunk.choices[0].delta.tool_calls or []:
+                    assert call.function is not None
+                    names += [call.function.name] if call.function.name else []
+                    arguments += call.function.arguments or ""
+                reason = chunk.choices[0].finish_reason or reason
+            jsonschema.validate(json.loads(arguments), SCHEMAS[names[0]])
+            return names, reason
+
+    names, reason = asyncio.run(main())
+    assert (len(names), reason) == (1, "tool_calls")
+
+
 def test_an_answer_in_json_or_a_call(ai: openai.OpenAI) -> None:
     asked = ask(response_format=Colour, tools=openai_tools(), temperature=1, seed=3, n=6)
     for choice in ai.chat.completions.parse(**asked).choices:
@@ -246,6 +267,11 @@ def formatted(schema: Any) -> dict[str, Any]:
         ({"structured_outputs": {"choice": ["a"]}, "tools": TOOLS}, "structured_outputs"),
         ({"tools": tool(parameters={"type": "array"})}, "tools"),
         ({"tools": tool(parameters={"properties": {"a": {"type": "nonsense"}}})}, "response_format"),
+        ({"tools": tool(parameters={"properties": {"a": {"maximum": math.inf}}})}, "response_format"),
+        ({"tools": tool(parameters={"properties": {"\ud800": {}}})}, "prompt"),
+        ({"structured_outputs": {"regex": "\ud800"}}, None),
+        ({"structured_outputs": {"json": "3"}, "tools": TOOLS}, "structured_outputs.json"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "prompt"),
         ({"tools": [*tool(), *tool()]}, "tools"),
         ({"tools": tool(name="a b")}, "tools.0.function.name"),
         ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.type"),
@@ -256,9 +282,11 @@ def formatted(schema: Any) -> dict[str, Any]:
 )
 @pytest.mark.parametrize("streams", [False, True])
 def test_what_cannot_be_held_to_is_refused(
-    http: httpx.Client, options: dict[str, Any], param: str, streams: bool
+    http: httpx.Client, options: dict[str, Any], param: str | None, streams: bool
 ) -> None:
-    answer = http.post("/v1/chat/completions", json=ask(stream=streams, **options))
+    headers = {"content-type": "application/json"}  # httpx itself would not send all of this
+    content = json.dumps({**ask(stream=streams), **options})
+    answer = http.post("/v1/chat/completions", content=content, headers=headers)
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param
     again = http.post("/v1/chat/completions", json=ask(max_tokens=1))

@@ -192,6 +192,9 @@ def test_chat_tells_calls_of_tools_from_words(kernel: Any, client: Client) -> No
     assert kernel.calls[-1].sampling.grammar is None
     last = prompts(llm, kernel)[-1]
     assert f"assistant\nLet me look.\n{call}<|im_end|>\n<|im_start|>user\n<tool_response>\nnoon" in last
+    assert llm.chat("Hi", tools=tools, stop=["zone", "\n"]).called  # these are no words
+    stopped = llm.chat("Hi", tools=tools, stop="look")
+    assert (stopped.text, stopped.finish, stopped.tool_calls) == ("Let me ", t.Finish.STOP, [])
     cut = llm.chat("Hi", tools=tools, max_new_tokens=60)
     assert (cut.finish, cut.called, cut.tool_calls[0].arguments) == (t.Finish.LENGTH, False, '{"zo')
 

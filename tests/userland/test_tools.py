@@ -132,7 +132,7 @@ def test_choices_narrow_the_grammar(engine: LLTokenizer) -> None:
     assert admitted(engine, single, f"{NOW}\n{NOW}") == f"{NOW}$"
     shaped = Toolbox(tools).grammar(TEMPLATE, json_schema(INTEGERS, ""))
     assert admitted(engine, shaped, NOW) == f"{NOW}$"
-    assert admitted(engine, shaped, '{"a":1}') == '{"a":1}$'
+    assert admitted(engine, shaped, '{"a": 1}') == '{"a": 1}$'
     assert admitted(engine, shaped, "Hello") == ""
 
 

@@ -261,6 +261,11 @@ def handle_errors(app: FastAPI) -> None:
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         return refuse(request, invalid_problem(error.errors()[0]))
 
+    @on(UnicodeEncodeError)
+    async def no_unicode(request: Request, error: UnicodeEncodeError) -> Response:
+        """JSON can spell half a surrogate pair, which is no text."""
+        return refuse(request, _bad(400, "a text is not valid Unicode"))
+
     @on(HTTPException)
     async def plain(request: Request, error: HTTPException) -> Response:
         message = str(error.detail)
