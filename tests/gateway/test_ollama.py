@@ -6,16 +6,24 @@ import asyncio
 import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from pathlib import Path
 
 import httpx
 import jsonschema
+import msgspec
 import ollama
 import pytest
+from llmasos.kernel.modelfs.names import parse_name
+from llmasos.kernel.modelfs.store import ModelFS
 from llmasos.syscalls import table
+from llmasos.syscalls import types as t
 from llmasos.userland.client import Client
+from llmasos.userland.gateway.access import ApiKeys, folder
 from llmasos.userland.gateway.ollama.shared import rfc3339
 
+from ..boot.tiny import write_tiny
 from .conftest import Gateway, soon
+from .test_processes import TINY
 
 HELLO = [{"role": "user", "content": "w1 w2"}]
 COLOURS = {
@@ -264,7 +272,45 @@ def test_models_are_copied_by_who_may(gateway: Gateway, kernel: Client) -> None:
         kernel.call(table.Unlink(f"/models/{name}"))
 
 
-def test_a_pull_tells_how_it_goes_or_fails(gateway: Gateway) -> None:
+def test_what_is_ones_own_is_copied_and_deleted(gateway: Gateway, home: Path) -> None:
+    store, carol = ModelFS(home), client(gateway, "carol")
+    store.commit(parse_name("hers"), msgspec.structs.replace(store.resolve("tiny"), owner="carol"))
+    carol.copy("hers", "hers2")
+    for name in ("hers", "hers2"):
+        with pytest.raises(ollama.ResponseError) as hidden:
+            client(gateway).show(name)
+        assert hidden.value.status_code == 404
+        carol.delete(name)
+    assert not {"hers:latest", "hers2:latest"} & {model.model for model in carol.list().models}
+    with pytest.raises(ollama.ResponseError) as gone:
+        carol.delete("hers")
+    assert gone.value.status_code == 404
+
+
+def test_a_pull_tells_how_it_goes(gateway: Gateway, tmp_path: Path) -> None:
+    write_tiny(tmp_path, TINY)
+    rights = (*t.TENANT_RIGHTS, t.Capability.MODELS, t.Capability.FILES)
+    headers = {"authorization": f"Bearer {ApiKeys(folder()).make('erin', 'erin', rights)}"}
+    with httpx.Client(base_url=gateway.url, headers=headers) as erin:
+        soon(lambda: erin.get("/api/tags").status_code == 200)
+        body = {"model": "fetched", "source": f"file:{tmp_path}"}
+        with erin.stream("POST", "/api/pull", json=body) as answer:
+            assert answer.headers["content-type"] == "application/x-ndjson"
+            told = [json.loads(line) for line in answer.iter_lines()]
+        assert told[-1] == {"status": "success"}
+        assert all(0 <= step["completed"] <= step["total"] for step in told[:-1] if "total" in step)
+        assert erin.post("/api/pull", json={**body, "stream": False}).status_code == 403  # nobody replaces
+        for name in ("fetched", "tiny"):
+            again = erin.post("/api/pull", json={"model": name, "stream": False})
+            assert again.json() == {"status": "success"}
+        shown = erin.post("/api/show", json={"name": "fetched"}).json()  # as older clients call it
+        assert shown["details"]["format"] == "safetensors"
+    ApiKeys(folder()).revoke("erin")
+
+
+def test_a_pull_tells_that_it_fails(gateway: Gateway) -> None:
+    statuses = [part.status for part in client(gateway).pull("tiny", stream=True)]
+    assert statuses == ["already there", "success"]
     with pytest.raises(ollama.ResponseError) as refused:
         client(gateway).pull("nobody-has-this")
     assert refused.value.status_code == 403

@@ -7,7 +7,7 @@ from importlib.metadata import version as installed_version
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
-from llmasos.syscalls import table
+from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 from pydantic import Field, model_validator
 from starlette.responses import Response
@@ -117,6 +117,7 @@ async def show(body: ShowRequest, caller: Annotated[Caller, Depends(authenticate
 class PullRequest(Named):
     NOT_DONE = {"insecure": (False,), "password": ("",), "username": ("",)}
 
+    source: str = Field("", max_length=1024, description="An extension, as in /v1/models/pull.")
     stream: bool = True
 
 
@@ -124,15 +125,22 @@ class PullRequest(Named):
 async def pull(
     request: Request, body: PullRequest, caller: Annotated[Caller, Depends(authenticated)]
 ) -> Response:
-    """As JSON lines unless `stream` is false. Hanging up stops it; the next pull goes on where it was. Needs
-    the right `models`."""
+    """As JSON lines unless `stream` is false. A model that is there stays as it is: replacing it is an
+    administrator's act. Hanging up stops a pull; the next one goes on where it was. Needs the right
+    `models`."""
     wanted = remote(body.model)
-    call = table.Pull(wanted.name, wanted.source)
+    call = table.Pull(wanted.name, body.source or wanted.source)
+    there = not body.source and await _is_there(caller, wanted.path)
     if not body.stream:
-        await attend(request, caller.aio.call(call))
+        if not there:
+            await attend(request, caller.aio.call(call))
         return json(SUCCESS)
 
     async def parts() -> AsyncIterator[bytes]:
+        if there:
+            yield line({"status": "already there"})
+            yield line(SUCCESS)
+            return
         async with caller.aio.stream(call) as progress:
             async for step in progress:
                 size = {"total": step.total, "completed": step.done} if step.total else {}
@@ -141,6 +149,14 @@ async def pull(
         yield line(SUCCESS)
 
     return await lines(parts()).begun()
+
+
+async def _is_there(caller: Caller, path: str) -> bool:
+    try:
+        await caller.aio.call(table.Stat(path))
+    except errors.NotFound:
+        return False
+    return True
 
 
 class CreateRequest(Named):
