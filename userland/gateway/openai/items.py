@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, cast
 
+from llmasos.syscalls import errors
 from pydantic import Discriminator, Field, Tag
 
 from ..http import new_id
@@ -85,8 +86,9 @@ def shown(items: str | list[Item]) -> list[dict[str, Any]]:
 
 def as_messages(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The conversation that `shown` items (or a response's output) are, as chat templates take it: calls that
-    follow each other are one message."""
+    follow each other are one message. Raises InvalidArgument for what came of a call that nobody made."""
     found: list[dict[str, Any]] = []
+    called: set[str] = set()
     for item in items:
         match item["type"]:
             case "message":
@@ -101,7 +103,14 @@ def as_messages(items: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
                 if not found or found[-1]["role"] != "assistant":
                     found.append({"role": "assistant", "content": ""})
                 cast(list[Any], found[-1].setdefault("tool_calls", [])).append(call)
+                called.add(item["call_id"])
             case "function_call_output":
+                if item["call_id"] not in called:
+                    raise errors.InvalidArgument(
+                        f"No function call found for the output with call_id {item['call_id']!r}.",
+                        hint="send the call, too, or the previous_response_id",
+                        field="input",
+                    )
                 content = _text(item["output"])
                 found.append({"role": "tool", "tool_call_id": item["call_id"], "content": content})
     return found

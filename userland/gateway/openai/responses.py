@@ -22,6 +22,7 @@ from ..options import Body
 from ..patience import patiently
 from ..store import Kept, Store
 from ..works import Works
+from .constraints import FlatlyConstrained
 from .files import CallerOf, StoreOf, listing
 from .items import Item, as_messages, shown
 from .shared import Metadata, Sampling
@@ -45,21 +46,11 @@ LOG_S = 300.0
 LOGPROBS = "message.output_text.logprobs"
 
 
-class TextFormat(Body):
-    type: Literal["text"] = "text"
-
-
-class TextOptions(Body):
-    NOT_DONE = {"verbosity": ("medium",)}
-
-    format: TextFormat | None = None
-
-
 class StreamOptions(Body):
     NOT_DONE = {"include_obfuscation": (False,)}
 
 
-class ResponseRequest(Sampling):
+class ResponseRequest(Sampling, FlatlyConstrained):
     NOT_DONE = {
         "access_programs": (),
         "background_options": (),
@@ -74,8 +65,6 @@ class ResponseRequest(Sampling):
         "prompt_cache_retention": (),
         "reasoning": ({}, {"effort": "none"}),
         "safety_identifier": (),
-        "tool_choice": ("auto", "none"),
-        "tools": ([],),
         "truncation": ("disabled",),
     }
 
@@ -87,8 +76,6 @@ class ResponseRequest(Sampling):
     max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
     include: list[Literal["message.output_text.logprobs"]] | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    text: TextOptions | None = None
-    parallel_tool_calls: bool | None = None
     metadata: Metadata | None = None
     store: bool = True
     background: bool = False
@@ -113,10 +100,14 @@ async def prepare(
         messages.insert(0, {"role": "system", "content": body.instructions})
     if not messages:
         raise errors.InvalidArgument("the input is empty", field="input")
-    tokens = encode_chat(llm.tokenizer, messages, model=llm.model)
+    toolbox = body.toolbox()
+    tools = toolbox.tools if toolbox is not None else ()
+    tokens = encode_chat(llm.tokenizer, messages, model=llm.model, tools=tools)
     longest = body.max_output_tokens or max(llm.context_length - len(tokens), 0)
     scores = (body.top_logprobs or 0) if body.scored else None
-    asked = await ask(caller, llm, [tokens], body.options(llm, longest, scores), body)
+    shape = body.format
+    options = body.options(llm, longest, scores, shape if shape["type"] != "text" else None)
+    asked = await ask(caller, llm, [tokens], options, body, toolbox=toolbox)
     response: dict[str, Any] = {
         "id": new_id("resp_"),
         "object": "response",
@@ -137,9 +128,9 @@ async def prepare(
         "service_tier": body.service_tier or "auto",
         "store": body.store,
         "temperature": body.temperature,
-        "text": {"format": {"type": "text"}},
-        "tool_choice": "auto",
-        "tools": [],
+        "text": {"format": shape},
+        "tool_choice": body.model_dump(include={"tool_choice"})["tool_choice"] or "auto",
+        "tools": [tool.model_dump() for tool in body.tools or ()],
         "top_logprobs": body.top_logprobs or 0,
         "top_p": body.top_p,
         "truncation": "disabled",

@@ -10,6 +10,7 @@ from typing import Any
 from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
 
+from ...tools import Arguments, Begun, Ended, Piece
 from .. import problems
 from ..answers import Asked, Usage
 from ..http import new_id
@@ -50,9 +51,13 @@ class Teller:
         return {"output_index": len(self.response["output"]) - 1}
 
     @property
-    def _place(self) -> dict[str, Any]:
+    def _call(self) -> dict[str, Any]:
         assert self._item is not None
-        return {"item_id": self._item["id"], **self._output, "content_index": 0}
+        return {"item_id": self._item["id"], **self._output}
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        return {**self._call, "content_index": 0}
 
     def text(self, text: str, scores: Sequence[dict[str, Any]] = ()) -> Iterator[Event]:
         """What the model says, in a message that goes on or begins."""
@@ -75,6 +80,28 @@ class Teller:
         if text or scores:
             yield self._event("output_text.delta", delta=text, logprobs=list(scores), **self._place)
 
+    def piece(self, piece: Piece, scores: Sequence[dict[str, Any]] = ()) -> Iterator[Event]:
+        """What came of the answer; `scores` are those of its tokens, if it is text."""
+        match piece:
+            case str():
+                yield from self.text(piece, scores)
+            case Begun(_, id_, name):
+                call = {
+                    "id": new_id("fc_"),
+                    "type": "function_call",
+                    "status": "in_progress",
+                    "call_id": id_,
+                    "name": name,
+                    "arguments": "",
+                }
+                yield from self._open(call)
+            case Arguments(_, text):
+                assert self._item is not None
+                self._item["arguments"] += text
+                yield self._event("function_call_arguments.delta", delta=text, **self._call)
+            case Ended():
+                yield from self.close()
+
     def close(self, status: str = "completed") -> Iterator[Event]:
         """Ends the item that is open."""
         item = self._item
@@ -85,6 +112,9 @@ class Teller:
             told = {"text": part["text"], "logprobs": part["logprobs"]}
             yield self._event("output_text.done", **told, **self._place)
             yield self._event("content_part.done", part=part, **self._place)
+        else:
+            told = {"name": item["name"], "arguments": item["arguments"]}
+            yield self._event("function_call_arguments.done", **told, **self._call)
         item["status"] = status
         yield self._event("output_item.done", item=item, **self._output)
         self._item = None
@@ -102,6 +132,7 @@ async def tell(
     before the last event. What the kernel refuses is raised; what goes wrong later is told."""
     teller = Teller(response)
     begun, told, finish = False, 0, t.Finish.CANCELLED
+    scores: list[dict[str, Any]] = []  # of tokens whose text is not certain yet
     try:
         async with contextlib.aclosing(asked.deltas()) as deltas:
             async for delta in deltas:
@@ -109,13 +140,13 @@ async def tell(
                     begun = True
                     for event in teller.begin():
                         yield event
-                scores: list[dict[str, Any]] = []
-                if scored and len(delta.answer.tokens) > told:
-                    scores = [chat_score(score) for score in delta.answer.scores(told)]
+                if scored:
+                    scores += [chat_score(score) for score in delta.answer.scores(told)]
                     told = len(delta.answer.tokens)
-                if delta.text or scores:
-                    for event in teller.text(delta.text, scores):
+                for piece in delta.pieces:
+                    for event in teller.piece(piece, scores):
                         yield event
+                    scores = []
                 if delta.done is not None:
                     finish = delta.done.finish
     except errors.LLMasOSError as problem:
@@ -123,8 +154,8 @@ async def tell(
             raise
         fail(response, problem)
     else:
-        if not response["output"]:
-            for event in teller.text(""):
+        if not response["output"] or (scores and response["output"][-1]["type"] == "message"):
+            for event in teller.text("", scores):
                 yield event
         _finish(response, finish)
         response["usage"] = usage(asked.usage)
