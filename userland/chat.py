@@ -26,7 +26,7 @@ import jinja2.sandbox
 from llmasos.syscalls import errors
 
 from .tokenizer import Part, Tokenizer
-from .tools import Tool, in_words, takes_tools
+from .tools import FORMATS, HERMES, Format, Tool, in_words
 
 Message = Mapping[str, Any]
 
@@ -140,7 +140,7 @@ def render(
     shield = _Shield(tokenizer.special.values())
     shielded = shield.cover(checked)
     shown = shield.cover([tool.shown() for tool in tools]) or None
-    if not takes_tools(tokenizer.template):
+    if _taught(tokenizer.template) is None:
         shielded, shown = in_words(shielded, shown or []), None
     variables = {
         "messages": shielded,
@@ -151,6 +151,29 @@ def render(
     }
     limit = _OUTPUT_FACTOR * (shield.covered + len(tokenizer.template)) + _OUTPUT_FLOOR
     return shield.uncover(_run(tokenizer.template, variables, limit))
+
+
+def call_format(template: str) -> Format:
+    """How a model with this chat template writes calls of tools."""
+    return _taught(template) or HERMES
+
+
+@functools.lru_cache(maxsize=64)
+def _taught(template: str) -> Format | None:
+    """The format of calls that the template teaches when it is given tools. None if it does not listen, or
+    teaches one that is not known here: then the tools are told of in words."""
+    form = next((form for form in FORMATS if form.taught_by(template)), None)
+    probe = Tool("probe-of-tools")
+    variables = {
+        "messages": [{"role": "user", "content": ""}],
+        "add_generation_prompt": True,
+        "tools": [probe.shown()],
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), ""),
+    }
+    try:
+        return form if form is not None and probe.name in _run(template, variables, _OUTPUT_FLOOR) else None
+    except errors.InvalidArgument:
+        return None
 
 
 def _run(source: str, variables: dict[str, Any], limit: int) -> str:

@@ -19,7 +19,7 @@ from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 
 from .aio import AsyncClient
-from .chat import Message, encode_chat
+from .chat import Message, call_format, encode_chat
 from .client import Client, Stream
 from .completion import Answer, Completion
 from .daemon import ensure_daemon
@@ -367,12 +367,13 @@ class LLM:
         self, messages: str | Sequence[Message], tools: Sequence[Any] | None, choice: Any, options: Options
     ) -> tuple[list[int], Options, CallReader | None]:
         """The prompt, the options, and who reads calls of tools out of the answer."""
-        template, toolbox = self.tokenizer.template, Toolbox.from_openai(tools, choice)
+        toolbox = Toolbox.from_openai(tools, choice)
         told = toolbox.tools if toolbox is not None else ()
         tokens = encode_chat(self.tokenizer, messages, model=self.model, tools=told)
         if toolbox is None:
             return tokens, options, None
-        return tokens, toolbox.applied(options, template), toolbox.reader(template)
+        form = call_format(self.tokenizer.template)
+        return tokens, toolbox.applied(options, form), toolbox.reader(form)
 
     def _stream(self, tokens: list[int], options: Options, reader: CallReader | None = None) -> TextStream:
         call, answer = self._one_shot(tokens, self.plan(options, len(tokens)), options, reader=reader)

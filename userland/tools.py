@@ -63,13 +63,14 @@ class Format:
         return "}" + self.end
 
     def taught_by(self, template: str) -> bool:
+        """Whether the chat template says so; it may still be deaf to tools."""
         return all(m in template for m in self.marks) and not any(o in template for o in self.others)
 
 
 HERMES = Format(
     "hermes",  # Qwen 2.5 and 3, Hermes 2 and 3, and many that were trained on their data
-    ("tools", "<tool_call>", "arguments"),
-    ("<function=", "<tool_sep>", "<|tool_call"),
+    ("<tool_call>", "<function-name>"),
+    ("<function=",),  # Qwen's coders write XML
     begin="<tool_call>\n",
     key="arguments",
     end="\n</tool_call>",
@@ -77,7 +78,7 @@ HERMES = Format(
 )
 LLAMA = Format(
     "llama3_json",  # Llama 3.1 to 3.3; the answer is a call if it begins like one, and only one
-    ("tools", '"parameters": dictionary of argument name'),
+    ('"parameters": dictionary of argument name',),
     (),
     begin="",
     key="parameters",
@@ -256,15 +257,15 @@ class Toolbox:
     def callable(self) -> list[Tool]:
         return [tool for tool in self.tools if self.only is None or tool.name in self.only]
 
-    def applied(self, options: Options, template: str) -> Options:
+    def applied(self, options: Options, form: Format) -> Options:
         """`options` with the grammar of the tools; what they ask for themselves, words have to match. Raises
         InvalidArgument."""
         words = grammar_of(options.get("response_format"), options.get("structured_outputs"))
-        grammar = self.grammar(template, words)
+        grammar = self.grammar(form, words)
         return {**options, "response_format": None, "structured_outputs": grammar}
 
-    def grammar(self, template: str, answer: t.Grammar | None = None) -> t.Grammar:
-        """What answers of a model with this chat template have to match; what is no call `answer`, if given.
+    def grammar(self, form: Format, answer: t.Grammar | None = None) -> t.Grammar:
+        """What answers of a model that calls in this form have to match; what is no call `answer`, if given.
         Raises InvalidArgument."""
         if answer is not None and answer.kind is not t.GrammarKind.JSON_SCHEMA:
             raise errors.InvalidArgument(
@@ -276,7 +277,7 @@ class Toolbox:
             schema = json.loads(answer.text) if answer else None
             if answer is not None and not isinstance(schema, dict):
                 raise ValueError
-            text = self._lark(template, schema)
+            text = self._lark(form, schema)
             return msgspec.convert({"kind": t.GrammarKind.LARK, "text": text}, t.Grammar)
         except (msgspec.ValidationError, RecursionError):
             raise errors.InvalidArgument("the schemas of the tools are too big", field="tools") from None
@@ -285,8 +286,7 @@ class Toolbox:
                 "a JSON schema is an object", field="structured_outputs.json"
             ) from None
 
-    def _lark(self, template: str, answer: Mapping[str, Any] | None) -> str:
-        form = format_of(template)
+    def _lark(self, form: Format, answer: Mapping[str, Any] | None) -> str:
         trigger = form.begin.strip()
         names = [f"call_{number}" for number in range(len(self.callable))]
         opening, words = _quoted(trigger) if trigger else "", []
@@ -313,9 +313,9 @@ class Toolbox:
         ]
         return "\n".join(lines) + "\n"
 
-    def reader(self, template: str, prefix: str = "call_") -> CallReader:
-        """For an answer of a model with this chat template; ids of calls begin with `prefix`."""
-        return CallReader(format_of(template), {tool.name for tool in self.tools}, prefix)
+    def reader(self, form: Format, prefix: str = "call_") -> CallReader:
+        """For an answer of a model that calls in this form; ids of calls begin with `prefix`."""
+        return CallReader(form, {tool.name for tool in self.tools}, prefix)
 
 
 class CallReader:
@@ -432,16 +432,6 @@ class CallReader:
             self._rest = self._rest.removeprefix(tail)
             self._state = self._words if self._form.begin else self._only_words
         yield from ()
-
-
-def format_of(template: str) -> Format:
-    """The format that a chat template teaches, else our own."""
-    return next((form for form in FORMATS if form.taught_by(template)), HERMES)
-
-
-def takes_tools(template: str) -> bool:
-    """Whether a chat template writes tools, calls and results itself, in a format that is known here."""
-    return any(form.taught_by(template) for form in FORMATS)
 
 
 def in_words(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher, LLTokenizer
 from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
-from llmasos.userland.chat import encode_chat, render
+from llmasos.userland.chat import call_format, encode_chat, render
 from llmasos.userland.structured import json_schema
 from llmasos.userland.tokenizer import Tokenizer
 from llmasos.userland.tools import (
@@ -25,15 +25,15 @@ from llmasos.userland.tools import (
     Ended,
     Tool,
     Toolbox,
-    format_of,
 )
 
-from .conftest import STOP, TEMPLATE, byte_tokenizer
+from .conftest import STOP, byte_tokenizer
 
 CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 9}}, "required": ["city"]}
 WEATHER = Tool("get_weather", "The weather of a city.", CITY)
 CLOCK = Tool("clock")
 HERMES_TEMPLATE = (
+    '{# <tool_call>{"name": <function-name>, "arguments": <args-json-object>}</tool_call> #}'
     "{% if tools %}<|im_start|>system\n"
     "{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}<|im_end|>\n{% endif %}"
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -42,7 +42,7 @@ HERMES_TEMPLATE = (
     "{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
 )
 LLAMA_TEMPLATE = (
-    '{# tools: {"name": function name, "parameters": dictionary of argument name and its value} #}'
+    '{{ tools }} {# {"name": function name, "parameters": dictionary of argument name and its value} #}'
 )
 INTEGERS = {"type": "object", "additionalProperties": {"type": "integer"}}
 CALLED = [
@@ -103,7 +103,7 @@ NOW = written("clock", "{}")
     ["", "Hello.", "1 < 2, {x} <tool", ULM, f"Let me see.\n{ULM}", f"{ULM}\n{NOW}", f"{NOW}\n{NOW}\n{ULM}"],
 )
 def test_words_and_calls_are_answers(engine: LLTokenizer, text: str) -> None:
-    assert admitted(engine, Toolbox([WEATHER, CLOCK]).grammar(TEMPLATE), text) == f"{text}$"
+    assert admitted(engine, Toolbox([WEATHER, CLOCK]).grammar(HERMES), text) == f"{text}$"
 
 
 @pytest.mark.parametrize(
@@ -117,33 +117,33 @@ def test_words_and_calls_are_answers(engine: LLTokenizer, text: str) -> None:
     ],
 )
 def test_what_is_no_call_of_a_tool_is_no_answer(engine: LLTokenizer, text: str, taken: str) -> None:
-    assert admitted(engine, Toolbox([WEATHER, CLOCK]).grammar(TEMPLATE), text) == taken
+    assert admitted(engine, Toolbox([WEATHER, CLOCK]).grammar(HERMES), text) == taken
 
 
 def test_choices_narrow_the_grammar(engine: LLTokenizer) -> None:
     tools = [WEATHER, CLOCK]
-    required = Toolbox(tools, required=True).grammar(TEMPLATE)
+    required = Toolbox(tools, required=True).grammar(HERMES)
     assert admitted(engine, required, "Hello") == ""
     assert admitted(engine, required, f"{ULM}\n{NOW}") == f"{ULM}\n{NOW}$"
-    named = Toolbox(tools, frozenset({"clock"}), required=True).grammar(TEMPLATE)
+    named = Toolbox(tools, frozenset({"clock"}), required=True).grammar(HERMES)
     assert admitted(engine, named, ULM) == '<tool_call>\n{"name": "'
     assert admitted(engine, named, NOW) == f"{NOW}$"
-    single = Toolbox(tools, parallel=False).grammar(TEMPLATE)
+    single = Toolbox(tools, parallel=False).grammar(HERMES)
     assert admitted(engine, single, f"{NOW}\n{NOW}") == f"{NOW}$"
-    shaped = Toolbox(tools).grammar(TEMPLATE, json_schema(INTEGERS, ""))
+    shaped = Toolbox(tools).grammar(HERMES, json_schema(INTEGERS, ""))
     assert admitted(engine, shaped, NOW) == f"{NOW}$"
     assert admitted(engine, shaped, '{"a": 1}') == '{"a": 1}$'
     assert admitted(engine, shaped, "Hello") == ""
 
 
 def test_llama_calls_at_the_beginning_or_not_at_all(engine: LLTokenizer) -> None:
-    assert (format_of(LLAMA_TEMPLATE), format_of(HERMES_TEMPLATE), format_of("")) == (LLAMA, HERMES, HERMES)
-    auto = Toolbox([WEATHER, CLOCK]).grammar(LLAMA_TEMPLATE)
+    assert [call_format(one) for one in (LLAMA_TEMPLATE, HERMES_TEMPLATE, "")] == [LLAMA, HERMES, HERMES]
+    auto = Toolbox([WEATHER, CLOCK]).grammar(LLAMA)
     call = '{"name": "get_weather", "parameters": {"city": "Ulm"}}'
     for text in ("", "Hello {", call):
         assert admitted(engine, auto, text) == f"{text}$"
     assert admitted(engine, auto, '{"name": "x') == '{"name": "'
-    reader = Toolbox([WEATHER, CLOCK]).reader(LLAMA_TEMPLATE)
+    reader = Toolbox([WEATHER, CLOCK]).reader(LLAMA)
     found = [piece for char in call for piece in reader.feed(char)] + reader.flush()
     assert [type(piece) for piece in found][:2] == [Begun, Arguments]
     assert reader.calls[0].arguments == '{"city": "Ulm"}'
@@ -154,8 +154,8 @@ def test_llama_calls_at_the_beginning_or_not_at_all(engine: LLTokenizer) -> None
 
 def test_a_strict_schema_is_held_to_or_refused(engine: LLTokenizer) -> None:
     odd = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}, "required": ["a"]}
-    assert LLMatcher(engine, Toolbox([Tool("f", "", odd, strict=True)]).grammar(TEMPLATE).text).is_error()
-    assert not LLMatcher(engine, Toolbox([Tool("f", "", odd)]).grammar(TEMPLATE).text).is_error()
+    assert LLMatcher(engine, Toolbox([Tool("f", "", odd, strict=True)]).grammar(HERMES).text).is_error()
+    assert not LLMatcher(engine, Toolbox([Tool("f", "", odd)]).grammar(HERMES).text).is_error()
 
 
 def test_whatever_the_grammar_admits_matches_the_schema(engine: LLTokenizer) -> None:
@@ -176,7 +176,7 @@ def test_whatever_the_grammar_admits_matches_the_schema(engine: LLTokenizer) -> 
     box = Toolbox([Tool("f", "", parameters, strict=True)], required=True, parallel=False)
     for seed in range(5):
         dice = random.Random(seed)
-        matcher, made = LLMatcher(engine, box.grammar(TEMPLATE).text), bytearray()
+        matcher, made = LLMatcher(engine, box.grammar(HERMES).text), bytearray()
         while not matcher.is_stopped():
             bias = matcher.compute_logit_bias()
             allowed = [token for token in range(256) if bias[token]]
@@ -185,7 +185,7 @@ def test_whatever_the_grammar_admits_matches_the_schema(engine: LLTokenizer) -> 
             token = dice.choice(allowed)
             made += engine.decode_bytes([token])
             assert matcher.consume_token(token)
-        reader = box.reader(TEMPLATE)
+        reader = box.reader(HERMES)
         reader.feed(made.decode())
         assert reader.whole
         jsonschema.validate(json.loads(reader.calls[0].arguments), parameters)
@@ -239,6 +239,13 @@ def test_templates_that_take_tools_get_them(hermes: Tokenizer) -> None:
     assert ULM + NOW in text
     assert "<|im_start|>tool\nrain<|im_end|>\n<|im_start|>tool\nnoon<|im_end|>" in text
     assert "system" not in shown(hermes, "Hi", [])
+
+
+@pytest.mark.parametrize("change", ["{{ raise_exception('no') }}", "{% set tools = other_tools or [] %}"])
+def test_templates_that_do_not_write_tools_are_helped(bytes_model: dict[str, bytes], change: str) -> None:
+    source = HERMES_TEMPLATE.replace("{% if tools %}", f"{{% if tools %}}{change}") + "{# #}"
+    text = shown(Tokenizer({**bytes_model, "chat_template.jinja": source.encode()}), "Hi", [WEATHER])
+    assert "# Tools" in text
 
 
 def test_others_read_of_tools_in_words(plain: Tokenizer) -> None:
@@ -363,6 +370,6 @@ def test_a_bad_choice_is_refused(choice: object) -> None:
 def test_big_schemas_and_other_grammars_are_refused() -> None:
     big = Tool("f", "", {"properties": {"a": {"enum": ["x" * 70_000]}}})
     with pytest.raises(errors.InvalidArgument, match="too big"):
-        Toolbox([big]).grammar(TEMPLATE)
+        Toolbox([big]).grammar(HERMES)
     with pytest.raises(errors.InvalidArgument, match="only JSON"):
-        Toolbox([CLOCK]).grammar(TEMPLATE, t.Grammar(t.GrammarKind.REGEX, "a+"))
+        Toolbox([CLOCK]).grammar(HERMES, t.Grammar(t.GrammarKind.REGEX, "a+"))

@@ -12,6 +12,7 @@ from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 
 from ..aio import AsyncStream
+from ..chat import call_format
 from ..completion import Answer, Completion
 from ..generation import Options
 from ..llm import LLM
@@ -156,9 +157,9 @@ async def ask(
     if not all(prompts):
         raise errors.InvalidArgument("the prompt is empty", field="prompt")
     sched_class, nice = body.place()
-    template = llm.tokenizer.template
+    form = call_format(llm.tokenizer.template)
     if toolbox is not None:
-        options = toolbox.applied(options, template)
+        options = toolbox.applied(options, form)
     asked = Asked(caller)
     held: list[int] = []
     if body.pid is not None or body.fork_of is not None:
@@ -188,7 +189,7 @@ async def ask(
                 sched_class=sched_class,
                 nice=nice,
             )
-            reader = toolbox.reader(template, call_prefix) if toolbox is not None else None
+            reader = toolbox.reader(form, call_prefix) if toolbox is not None else None
             answer = Answer(llm.tokenizer, prompt, plan.stop, reader=reader)
             asked.parts.append(_Part(call, answer, len(prompt), len(held), number == 0))
     return asked
