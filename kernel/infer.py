@@ -51,6 +51,8 @@ class Infer:
     crashes: int = 0
     seq: int = 0
     first_token: float | None = None
+    last_token: float = 0.0
+    planned: bool = False  # a step that has a part of it was sent
     made: int = 0
     brought: int = 0  # of the tokens made, those that the client had when it asked again
     held: list[InferEvent] = field(default_factory=list)

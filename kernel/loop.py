@@ -37,6 +37,7 @@ from .infer import Infer
 from .keyring import Keyring
 from .ledger import Ledger
 from .memory import blocks_for
+from .metrics import Metrics
 from .modelfs.store import ModelFS
 from .process import Process
 from .proctable import ProcessTable
@@ -81,8 +82,9 @@ class Kernel:
         self.ledger = Ledger(epoch)
         self.sessions = Sessions(self.ledger)
         self.quotas = Quotas(config.quotas)
+        self.metrics = Metrics(now)
         self.processes = ProcessTable(
-            config, self.sessions, self.ledger, self.quotas, self.random.randbytes(32)
+            config, self.sessions, self.ledger, self.quotas, self.random.randbytes(32), self.metrics
         )
         home = store.folder.parent
         self.audit = Audit(home / "state" / "audit.log")
@@ -373,6 +375,7 @@ class Kernel:
         rounds, outputs = result.rounds, result.outputs
         device.worked = self.now()
         device.step_seconds.append(result.seconds / rounds)
+        self.metrics.step(device.name, rounds, result.seconds)
         rows = flight.rows if rounds == 1 else sum(out.rounds for out in outputs) / rounds
         rows += sum(out.drafted for out in outputs) / rounds
         flight.pool.pace.learn(rows, flight.tokens, result.seconds / rounds)
@@ -412,6 +415,9 @@ class Kernel:
             process.drafted += out.drafted
             process.accepted += len(out.tokens) - out.rounds
             process.mirror.tokens += len(out.tokens)
+            self.metrics.took(process, infer, len(out.tokens))
+            if out.drafted:
+                self.metrics.guessed(process, out.drafted, len(out.tokens) - out.rounds)
             infer.take(out.tokens, out.chosen, self.now())
             if out.stop:
                 infer.finish = Finish.STOP

@@ -17,6 +17,7 @@ from llmasos.syscalls.types import BLOCK_TOKENS, Finish, SchedClass, Signal
 from .config import Config
 from .ledger import Ledger
 from .memory import Table
+from .metrics import FAILED, Metrics
 from .process import INIT, Exit, Process
 from .quotas import Quotas
 from .sessions import Request, Sessions
@@ -34,8 +35,15 @@ class ProcessTable:
     """Rows by pid. Beams are rows too, but only their leader can be named."""
 
     def __init__(
-        self, config: Config, sessions: Sessions, ledger: Ledger, quotas: Quotas, secret: bytes
+        self,
+        config: Config,
+        sessions: Sessions,
+        ledger: Ledger,
+        quotas: Quotas,
+        secret: bytes,
+        metrics: Metrics,
     ) -> None:
+        self._metrics = metrics
         self.config = config
         self._sessions = sessions
         self._ledger = ledger
@@ -217,6 +225,8 @@ class ProcessTable:
             process.tokens += sequences[0].tokens
             process.generated += len(sequences[0].tokens)
             finish = sequences[0].finish
+        made = len(sequences[0].tokens) if sequences else infer.made
+        self._metrics.ended(process, infer, str(finish), made)
         self._sessions.reply(
             infer.request,
             InferReply(
@@ -224,7 +234,7 @@ class ProcessTable:
                 finish=finish,
                 prompt_tokens=infer.start - infer.first_input,
                 cached_tokens=infer.cached,
-                generated_tokens=len(sequences[0].tokens) if sequences else infer.made,
+                generated_tokens=made,
                 context=len(process.tokens),
                 seed=infer.sampling.seed or 0,
                 sequences=sequences,
@@ -250,6 +260,7 @@ class ProcessTable:
         if infer is None:
             return
         self._detach(process)
+        self._metrics.ended(process, infer, FAILED, infer.made)
         self._sessions.fail(infer.request, error)
         self._after_infer(process, infer.reap, infer.leave, Exit(1, f"infer failed: {type(error).__name__}"))
 

@@ -227,6 +227,10 @@ def _dispatch(
             return files.df(kernel)
         case table.Lsdev():
             return table.LsdevReply(devices=[device.info(kernel.now()) for device in kernel.devices.values()])
+        case table.Stats():
+            if subject.holds(t.Capability.AUDIT):
+                return table.StatsReply(True, kernel.metrics.families(kernel))
+            return table.StatsReply(False, kernel.metrics.use_of(subject.path.partition("/")[0]))
         case table.Dmesg():
             kernel.readers.start(request, call.after, call.follow, credits_)
             return None

@@ -559,6 +559,21 @@ class Lsdev(Call, frozen=True):
     Reply = LsdevReply
 
 
+class StatsReply(t.Wire, frozen=True):
+    """`everything`: not only what the caller used itself."""
+
+    everything: bool
+    families: list[t.Family]
+
+
+class Stats(Call, frozen=True):
+    """What the kernel counts. Who holds `audit` gets all of it, others what their own tenant used."""
+
+    name = "stats"
+    needs = t.Capability.SEE
+    Reply = StatsReply
+
+
 class Dmesg(Call, frozen=True):
     """The kernel log after line `after`; with `follow` the stream goes on until cancelled."""
 
@@ -680,6 +695,7 @@ Syscall = Union[
     Pull,
     Df,
     Lsdev,
+    Stats,
     Dmesg,
     ReadAudit,
     Keys,
@@ -691,7 +707,7 @@ Syscall = Union[
 ]
 
 READ_ONLY: frozenset[type[Call]] = frozenset(
-    {Hello, Whoami, Encode, Ps, StatProcess, Ls, Stat, Read, ReadAudit, Df, Lsdev, Keys}
+    {Hello, Whoami, Encode, Ps, StatProcess, Ls, Stat, Read, ReadAudit, Df, Lsdev, Stats, Keys}
 )
 """Calls that change nothing: asked again, they may be answered anew. The answers of all others are kept until
 the client cannot want them any more, except those of streams, which begin again or go on."""

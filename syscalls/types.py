@@ -354,6 +354,32 @@ class PullEvent(Wire, frozen=True):
     total: int = 0
 
 
+class FamilyKind(enum.StrEnum):
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+class Sample(Wire, frozen=True, array_like=True):
+    """A value for these values of the family's labels. Of a histogram `value` is the sum; `buckets` counts
+    what lies at or below each bound and above the one before, and last what is above all."""
+
+    labels: list[str]
+    value: float
+    buckets: list[int] = []
+
+
+class Family(Wire, frozen=True):
+    """Samples of one kind, as Prometheus has them; counters only grow, until the kernel starts anew."""
+
+    name: str
+    kind: FamilyKind
+    help: str
+    labels: list[str]
+    samples: list[Sample]
+    bounds: list[float] = []
+
+
 def pack_tokens(tokens: Iterable[int]) -> bytes:
     """Token ids as little-endian u32. Raises OverflowError or TypeError on anything else."""
     packed = array.array("I", tokens)

@@ -17,6 +17,7 @@ from ..completion import Answer, Completion
 from ..generation import Options
 from ..llm import LLM
 from ..tools import Piece, Toolbox
+from . import record
 from .callers import Caller
 from .options import Placed
 
@@ -132,6 +133,8 @@ class Asked:
         used = Usage(part.prompt, done.cached_tokens) if part.first else Usage()
         used.generated = len(answer.tokens)
         self.usage.add(used)
+        if (request := record.current()) is not None:
+            request.used(part.call.model or "", used.prompt, used.cached, used.generated, str(done.finish))
         yield Delta(index, text, 0, answer, answer.pieces, done)
 
 

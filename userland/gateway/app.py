@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from llmasos.syscalls import errors
 
-from . import machine, processes, system
+from . import machine, metrics, processes, system
 from .access import ApiKeys
 from .anthropic import messages
 from .callers import Callers
@@ -33,6 +33,7 @@ DESCRIPTION = (
 
 ROUTERS = (
     system.router,
+    metrics.router,
     models.router,
     chat.router,
     completions.router,
@@ -107,6 +108,7 @@ def build(address: str | None, keys: ApiKeys | None) -> FastAPI:
         docs_url="/docs",
         redoc_url=None,
     )
+    app.state.metrics = metrics.GatewayMetrics()
     app.state.ending = lambda: False
     app.state.body_limit = lambda path: files.MOST_UPLOAD if path == "/v1/files" else MOST_BODY
     handle_errors(app)

@@ -104,6 +104,7 @@ class Callers:
         self._known: dict[tuple[str, t.Rights], Caller] = {}
         self._tokenizers = Tokenizers()
         self._opening = asyncio.Lock()
+        self._own: Caller | None = None
 
     async def of(self, key: str | None) -> Caller:
         """Raises Unauthorized, DaemonUnreachable."""
@@ -132,6 +133,13 @@ class Callers:
         tenant, rights = login
         return await self.session(tenant, tuple(t.Capability(right) for right in rights))
 
+    async def own(self) -> Caller:
+        """The gateway's own user, who administers the kernel: for what is told to all who may ask."""
+        if self._own is None:
+            client = await asyncio.to_thread(Client, self._address)
+            self._own = self._own or Caller(client, self._tokenizers)
+        return self._own
+
     async def probe(self) -> Caller:
         """The gateway's own session, for questions about the kernel itself."""
         return await self.session("", t.TENANT_RIGHTS)
@@ -147,6 +155,8 @@ class Callers:
         for caller in self._known.values():
             caller.client.close()
         self._known.clear()
+        if self._own is not None:
+            self._own.client.close()
 
 
 async def authenticated(request: Request) -> Caller:

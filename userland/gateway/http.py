@@ -18,6 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import problems
+from .record import Record, begin, log, trace, tracer
 
 MOST_BODY = 8 << 20
 """Bytes of a request's body. Uploads of files have a bound of their own."""
@@ -150,10 +151,10 @@ class EventStream(Response):
 
 class Frame:
     """Outermost: gives every request an id and every answer its headers, refuses bodies that are too long and
-    what browsers send on behalf of other sites."""
+    what browsers send on behalf of other sites, and tells of every request when it is over."""
 
     def __init__(self, app: ASGIApp, *, local: bool) -> None:
-        self._app, self._local = app, local
+        self._app, self._local, self._tracer = app, local, tracer()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -162,29 +163,46 @@ class Frame:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         wanted = headers.get("x-request-id", "")
         request_id = wanted if _REQUEST_ID.match(wanted) else new_id("req_")
-        scope.setdefault("state", {})["request_id"] = request_id
-        begun = time.perf_counter()
+        state = scope.setdefault("state", {})
+        state["request_id"] = request_id
+        told = Record(request_id, scope["method"], scope["path"], headers)
+        begin(told)
         anthropic = problems.speaks_anthropic(scope["path"], headers)
 
         async def framed(message: Message) -> None:
             if message["type"] == "http.response.start":
-                spent = f"{1000 * (time.perf_counter() - begun):.0f}"
+                told.status = message["status"]
+                spent = f"{1000 * (time.perf_counter() - told.begun):.0f}"
                 message["headers"] = [
                     *message["headers"],
                     (b"x-request-id", request_id.encode()),
                     (b"request-id", request_id.encode()),
                     (b"openai-processing-ms", spent.encode()),
                 ]
-                if (caller := scope["state"].get("caller")) is not None:
+                if (caller := state.get("caller")) is not None:
                     message["headers"] += caller.limits.headers(anthropic)
+            elif not message.get("more_body"):
+                told.whole = True
             await send(message)
 
-        if problem := self._refusal(headers, scope["path"]):
-            body = problems.body(problem, scope["path"], request_id, anthropic=anthropic)
-            await json(body, problem.status)(scope, receive, framed)
-            return
-        limit = scope["app"].state.body_limit(scope["path"])
-        await self._app(scope, _bounded(receive, limit), framed)
+        metrics = scope["app"].state.metrics
+        metrics.open.inc()
+        try:
+            if problem := self._refusal(headers, scope["path"]):
+                body = problems.body(problem, scope["path"], request_id, anthropic=anthropic)
+                await json(body, problem.status)(scope, receive, framed)
+                return
+            limit = scope["app"].state.body_limit(scope["path"])
+            await self._app(scope, _bounded(receive, limit), framed)
+        finally:
+            metrics.open.dec()
+            told.route = getattr(scope.get("route"), "path", "other")
+            if (caller := state.get("caller")) is not None:
+                told.tenant = caller.tenant
+            metrics.observe(told)
+            log(told)
+            if self._tracer is not None:
+                trace(self._tracer, told)
 
     def _refusal(self, headers: Mapping[str, str], path: str) -> problems.Problem | None:
         host, origin = headers.get("host", ""), headers.get("origin")

@@ -27,6 +27,7 @@ def serve(
 
     from ..daemon import ensure_daemon
     from .app import build
+    from .record import log_to_stderr
 
     found = ApiKeys(folder())
     keys = found if found else None
@@ -39,6 +40,7 @@ def serve(
     if (tls_cert is None) != (tls_key is None):
         raise errors.InvalidArgument("TLS needs a certificate and its key", field="tls_key")
     ensure_daemon(address).close()
+    log_to_stderr()
     app = build(address, keys)
     scheme = "https" if tls_cert else "http"
     shown = f"[{host}]" if ":" in host else host
