@@ -13,7 +13,7 @@ import contextlib
 import os
 from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import Any, Literal, Unpack, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
@@ -23,6 +23,7 @@ from .chat import Message, call_format, encode_chat
 from .client import Client, Stream
 from .completion import Answer, Completion
 from .daemon import ensure_daemon
+from .encoding import Texts, encoded, framed
 from .flow import Do, Flow, Run, adrive, drive
 from .generation import Model, Options, Plan, check_names, plan
 from .models import ensure_model
@@ -31,6 +32,9 @@ from .text_stream import TextStream
 from .tokenizer import Tokenizer
 from .tools import CallReader, Toolbox
 from .training import TrainingRun, bar_for, follow, make_recipe, send_dataset, start
+
+if TYPE_CHECKING:
+    from .encoding import Floats
 
 Prompts = list[str] | tuple[str, ...]
 
@@ -284,6 +288,45 @@ class LLM:
             raise errors.KernelFault(f"{len(found)} scores for {len(tokens)} tokens")
         return [(self.tokenizer.shown(id_), value) for id_, value in zip(tokens, found, strict=True)]
 
+    def embed(self, texts: str | Sequence[str], *, truncate: bool = False) -> Floats:
+        """Vectors [n, dimensions] of texts, float32, pooled and normalised as the model's own files say; of
+        one text its vector. A text that is too long is an error, or cut at its end with `truncate`. Raises
+        ContextOverflow, UnsupportedModel (the model embeds nothing)."""
+        return _one_or_all(
+            drive(self.client, self._encoding(_listed(texts), t.Encodes.EMBED, truncate)), texts
+        )
+
+    async def aembed(self, texts: str | Sequence[str], *, truncate: bool = False) -> Floats:
+        """`embed` for asyncio; cancelling the task cancels the call."""
+        flow = self._encoding(_listed(texts), t.Encodes.EMBED, truncate)
+        return _one_or_all(await adrive(self._async(), flow), texts)
+
+    def encode(
+        self, texts: Texts, encodes: str | t.Encodes = t.Encodes.CLASSIFY, *, truncate: bool = False
+    ) -> Floats:
+        """What an encoder makes of texts, or of pairs of them: with "classify" the logits [n, labels] of a
+        classifier or a cross-encoder, with "tokens" those [tokens, labels] of all tokens, special ones
+        included. Raises as `embed`."""
+        return drive(self.client, self._encoding(texts, t.Encodes(encodes), truncate))
+
+    async def aencode(
+        self, texts: Texts, encodes: str | t.Encodes = t.Encodes.CLASSIFY, *, truncate: bool = False
+    ) -> Floats:
+        """`encode` for asyncio."""
+        return await adrive(self._async(), self._encoding(texts, t.Encodes(encodes), truncate))
+
+    def _encoding(self, texts: Texts, encodes: t.Encodes, truncate: bool) -> Flow[Floats]:
+        call = table.Encode(
+            self.model,
+            encodes,
+            sched_class=self.sched_class,
+            nice=self.nice,
+            device=self.device,
+            dtype=self.dtype,
+            label=encodes,
+        )
+        return encoded(call, framed(self.tokenizer, texts, self.context_length, truncate))
+
     def train(
         self,
         dataset: str | os.PathLike[str],
@@ -535,6 +578,14 @@ class LLM:
             *([f"on {self.device}"] if self.device else []),
         ]
         return f"<LLM {self.model} ({', '.join(facts)}) at {self.client.address}>"
+
+
+def _listed(texts: str | Sequence[str]) -> list[str]:
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def _one_or_all(rows: Floats, texts: str | Sequence[str]) -> Floats:
+    return rows[0] if isinstance(texts, str) else rows
 
 
 def _shaped(

@@ -38,6 +38,26 @@ class Part:
     trusted: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Framed:
+    """A text, or a pair of them, as an encoder reads it. `second`: where the second one begins for the model,
+    0 if it is told nothing of that."""
+
+    ids: list[int]
+    second: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What the tokenizer's own post-processor puts before a text, behind it, and between two. `told`: the
+    model is told which of the two a token is of."""
+
+    before: list[int]
+    between: list[int]
+    behind: list[int]
+    told: bool
+
+
 class Tokenizer:
     """A model's tokenizer, with what its configuration says about special tokens and generation.
 
@@ -92,6 +112,42 @@ class Tokenizer:
         """Ids of a person's text. `start`: it begins a context, so a BOS goes before it if the model has
         one. Never holds a special token that is written in the text."""
         return [*self._prefix, *self._encode_plain(text)] if start else self._encode_plain(text)
+
+    def frame(self, texts: Sequence[str | tuple[str, str]], most: int | None = None) -> list[Framed]:
+        """Texts, or pairs, as an encoder reads them: people's texts, with the special tokens that the
+        tokenizer puts around them. At most `most` tokens of each: the longer one of a pair is cut first."""
+        pairs = [(text, "") if isinstance(text, str) else text for text in texts]
+        flat = [part for pair in pairs for part in pair]
+        ids = [
+            self._encode_broken(text) if self._controls(encoding, text) else list(encoding.ids)
+            for text, encoding in zip(
+                flat, self._plain.encode_batch(flat, add_special_tokens=False), strict=True
+            )
+        ]
+        single, double = self._frame_of(1), self._frame_of(2)
+        found = []
+        for index, text in enumerate(texts):
+            a, b = ids[2 * index], ids[2 * index + 1]
+            frame = single if isinstance(text, str) else double
+            around = len(frame.before) + len(frame.between) + len(frame.behind)
+            if most is not None:
+                _shorten_pair(a, b, most - around)
+            second = len(frame.before) + len(a) + len(frame.between) if frame.told else 0
+            found.append(Framed([*frame.before, *a, *frame.between, *b, *frame.behind], second))
+        return found
+
+    def _frame_of(self, count: int) -> _Frame:
+        """What stands around `count` texts, read off an example."""
+        shown = self._trusting.encode("a", "a" if count == 2 else None, add_special_tokens=True)
+        of, ids = list(shown.sequence_ids), list(shown.ids)
+        first = [place for place, sequence in enumerate(of) if sequence == 0]
+        last = [place for place, sequence in enumerate(of) if sequence == count - 1]
+        if not first or not last:
+            raise errors.UnsupportedModel(
+                "the tokenizer leaves nothing of a text", hint="pull the model again"
+            )
+        between = ids[first[-1] + 1 : last[0]]
+        return _Frame(ids[: first[0]], between, ids[last[-1] + 1 :], 1 in shown.type_ids)
 
     def encode_parts(self, parts: Sequence[Part]) -> list[int]:
         """Ids of a rendered template: special tokens of trusted parts count, those of others are text.
@@ -184,6 +240,15 @@ class Tokenizer:
             ids: list[int] = self._trusting.encode("", add_special_tokens=True).ids
             return ids[:1] if self.bos_id is not None and ids[:1] == [self.bos_id] else []
         return [self.bos_id] if wanted and self.bos_id is not None else []
+
+
+def _shorten_pair(a: list[int], b: list[int], most: int) -> None:
+    """Cuts the ends of both to `most` in all, of the longer one first."""
+    most = max(0, most)
+    half = most // 2
+    keep_b = len(b) if len(a) + len(b) <= most else min(len(b), max(half, most - len(a)))
+    del b[keep_b:]
+    del a[most - len(b) :]
 
 
 class Detokenizer:

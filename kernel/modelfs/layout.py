@@ -26,6 +26,17 @@ DECODERS = ("ForCausalLM", "LMHeadModel")
 """Ends of the class names in config.json's `architectures` of models that continue text. Where transformers
 is installed, a driver computes those of them that we have no code for."""
 
+ENCODERS = ("bert", "camembert", "distilbert", "roberta", "xlm-roberta")
+"""Values of model_type of encoders that a driver computes, when they are a class of these ends."""
+
+ENCODER_CLASSES = (
+    "Model",
+    "ForMaskedLM",
+    "ForPreTraining",
+    "ForSequenceClassification",
+    "ForTokenClassification",
+)
+
 # Such models that no driver computes, refused before gigabytes are fetched: they keep a state between tokens,
 # or bend the scores of attention by distance. Only the driver knows all of them.
 _UNPAGED = {"bamba", "bloom", "falcon_h1", "falcon_mamba", "jamba", "lfm2", "mamba", "mamba2", "mpt"}
@@ -55,7 +66,16 @@ TEXTS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
 )
+"""The small files that are taken; the last three are of sentence-transformers."""
+
+_POOLING = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63}_Pooling)[/.]config\.json")
+POOLINGS = "*_Pooling/config.json"
+"""Where it is looked for in a folder."""
+
 MAX_CONFIG = 4 * 1024 * 1024
 MAX_TEMPLATE = 1024 * 1024
 
@@ -98,6 +118,16 @@ def refuse_code(names: Iterable[str]) -> None:
         )
 
 
+def is_pooling(name: str) -> bool:
+    """Whether it says how an encoder's vectors are pooled: 1_Pooling/config.json, in its source's folder."""
+    return _POOLING.fullmatch(name) is not None
+
+
+def kept_as(name: str) -> str:
+    """What a file is called that its source has in a folder: a model's files have no folders."""
+    return name.replace("/", ".") if is_pooling(name) else name
+
+
 def choose(names: Iterable[str], read: Callable[[str], bytes]) -> Chosen:
     """Which files to take of a folder of `names`, whose small files `read` reads. Raises RefusedFile,
     UnsupportedModel, Corrupt."""
@@ -110,9 +140,10 @@ def choose(names: Iterable[str], read: Callable[[str], bytes]) -> Chosen:
             hint="name it BASE+NAME, of the model that it is for",
             file=ADAPTER_CONFIG,
         )
-    weights = choose_weights(present, read(INDEX) if INDEX in present else None)
+    poolings = {name for name in present if is_pooling(name)}
+    weights = choose_weights(present - poolings, read(INDEX) if INDEX in present else None)
     # A GGUF file holds all that a model needs.
-    texts = [] if weights[0].endswith(".gguf") else sorted(present.intersection(TEXTS))
+    texts = [] if weights[0].endswith(".gguf") else sorted(poolings | present.intersection(TEXTS))
     return Chosen(texts, weights)
 
 
@@ -213,11 +244,15 @@ def _check_architecture(config: Mapping[str, Any]) -> None:
     if kind in ARCHITECTURES:
         return
     named = isinstance(kind, str) and re.fullmatch(r"[\w.-]{1,64}", kind) is not None
-    decoder = isinstance(classes, list) and any(str(name).endswith(DECODERS) for name in classes)
+    names = [str(name) for name in classes] if isinstance(classes, list) else []
+    if kind in ENCODERS and all(name.endswith(ENCODER_CLASSES) for name in names):
+        return
+    decoder = any(name.endswith(DECODERS) for name in names)
     if not named or not decoder or kind in _UNPAGED or config.get("is_encoder_decoder"):
         raise UnsupportedModel(
             f"no support for the architecture {str(kind)[:40]!r}",
-            hint=f"known: {', '.join(ARCHITECTURES)}, and decoders (…ForCausalLM) that transformers knows",
+            hint=f"known: {', '.join(ARCHITECTURES)}, decoders (…ForCausalLM) that transformers knows, and "
+            f"encoders: {', '.join(ENCODERS)}",
         )
 
 
@@ -272,7 +307,7 @@ def assemble(texts: Mapping[str, bytes], weights: Mapping[str, Path]) -> Assembl
         raise RefusedFile("the source has no config.json", hint="give a folder as transformers saves it")
     config = check_config(texts["config.json"])
     index = _index(weights)
-    done = {name: texts[name] for name in (*TEXTS, "LICENSE") if name in texts}
+    done = {name: data for name, data in texts.items() if name in (*TEXTS, "LICENSE") or is_pooling(name)}
     done["tensors.json"] = _json({"tensors": index})
     done |= _tokenizer_files(texts, config)
     if "generation_config.json" not in texts:
@@ -281,17 +316,29 @@ def assemble(texts: Mapping[str, bytes], weights: Mapping[str, Path]) -> Assembl
     else:
         parse_json("generation_config.json", texts["generation_config.json"])
     sizes = [(entry["type"], math.prod(entry["shape"])) for entry in index.values()]
-    context_length = config.get("max_position_embeddings") or config.get("n_positions") or config.get("n_ctx")
-    if not context_length:
-        raise Corrupt("config.json does not say how long a context may be", file="config.json")
     return Assembled(
         texts=done,
         architecture=config["model_type"],
         parameters=sum(size for _, size in sizes),
         quantization=most_of(sizes),
-        context_length=int(context_length),
+        context_length=_context_length(config, texts),
         license="",
     )
+
+
+def _context_length(config: Mapping[str, Any], texts: Mapping[str, bytes]) -> int:
+    """Tokens of a context, or of what an encoder reads at once. Raises Corrupt."""
+    length = config.get("max_position_embeddings") or config.get("n_positions") or config.get("n_ctx")
+    if config["model_type"] in ENCODERS:
+        padding = config.get("pad_token_id")
+        if length and config["model_type"] not in ("bert", "distilbert"):
+            length -= (padding if isinstance(padding, int) else 1) + 1  # positions that stand for no token
+        name = "sentence_bert_config.json"  # has what the model was trained for
+        most = parse_json(name, texts[name]).get("max_seq_length") if name in texts else None
+        length = min(length, most) if length and isinstance(most, int) and most > 0 else length
+    if not length or length < 0:
+        raise Corrupt("config.json does not say how long a context may be", file="config.json")
+    return int(length)
 
 
 def _index(weights: Mapping[str, Path]) -> dict[str, dict[str, Any]]:

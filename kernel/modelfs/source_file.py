@@ -25,6 +25,7 @@ def fetch(place: str, stage: Staging) -> Origin:
             _copy(path, GGUF, stage)
             return Origin(origin, "")
         names = [entry.name for entry in os.scandir(path) if not entry.is_dir()]
+        names += [str(found.relative_to(path)) for found in path.glob(layout.POOLINGS)]
         return Origin(origin, _fetch_folder(path, names, stage))
     except FileNotFoundError:
         raise PullFailed(f"there is no {path}", hint="the path must exist for the daemon, too") from None

@@ -6,7 +6,6 @@ everywhere else, and so does its way of resuming a download. Weights are linked 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -42,7 +41,7 @@ def fetch(place: str, stage: Staging) -> Origin:
     needed = layout.ADAPTER_CONFIG if stage.adapter else layout.CONFIG
     listing = _ask(wanted, lambda: _list(wanted, wanted.file or needed))
     fetcher = _Fetcher(wanted, listing, stage)
-    top = [name for name in listing.sizes if "/" not in name]
+    top = [name for name in listing.sizes if "/" not in name or layout.is_pooling(name)]
     if wanted.file:
         if not wanted.file.endswith(".gguf"):
             raise RefusedFile(f"{wanted.file} is no .gguf file", file=wanted.file)
@@ -130,7 +129,8 @@ def _cached(wanted: Repository, needed: str) -> _Listing | None:
     if not isinstance(probe, str):
         return None
     snapshot = Path(probe).parent
-    sizes = {entry.name: entry.stat().st_size for entry in os.scandir(snapshot) if entry.is_file()}
+    files = [*snapshot.iterdir(), *snapshot.glob(layout.POOLINGS)]
+    sizes = {str(file.relative_to(snapshot)): file.stat().st_size for file in files if file.is_file()}
     return _Listing(snapshot.name, sizes, "")
 
 

