@@ -308,14 +308,15 @@ class Store:
             db.execute("DELETE FROM objects WHERE expires < ? AND holder IS NULL", (int(time.time()),))
             return {row[0] for row in db.execute("SELECT id FROM objects WHERE kind = 'file'")}
 
-        known = await self._do(work)
-        for path in self._files.iterdir():
-            with contextlib.suppress(OSError):
-                if path.name not in known and path.stat().st_mtime < time.time() - UNFINISHED_S:
+        await asyncio.to_thread(self._sweep, await self._do(work))
+
+    def _sweep(self, known: set[str]) -> None:
+        """What is young may be about to be known, or locked."""
+        old = time.time() - UNFINISHED_S
+        with contextlib.suppress(OSError):
+            for path in (*self._files.iterdir(), *self._holders.iterdir()):
+                if path.stat().st_mtime < old and path.name not in known and not self._lives(path.name):
                     path.unlink()
-        for path in self._holders.iterdir():
-            if not self._lives(path.name):
-                path.unlink(missing_ok=True)
 
     def path(self, id: str) -> Path:
         """Where the bytes of file `id` are."""
@@ -323,7 +324,7 @@ class Store:
 
 
 UNFINISHED_S = 3600
-"""A file that has no row after this time was never finished."""
+"""A file of which no row knows after this time was never finished."""
 
 _LASTS = "(expires IS NULL OR expires > ? OR holder IS NOT NULL)"
 _COLUMNS = "tenant, kind, id, body, inner, expires, holder IS NOT NULL, size"

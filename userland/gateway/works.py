@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Coroutine
+from collections import Counter
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 from llmasos.syscalls import errors
@@ -18,27 +20,40 @@ class Works:
 
     def __init__(self) -> None:
         self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._crowds: dict[str, set[str]] = {}
+        self._crowds: Counter[str] = Counter()
 
     def start(self, id: str, work: Coroutine[Any, Any, None], *, crowd: str = "") -> None:
         """`crowd` names those of whom `check` admits so many and no more."""
         task = self._tasks[id] = asyncio.create_task(work)
-        self._crowds.setdefault(crowd, set()).add(id)
+        self._crowds[crowd] += 1
         task.add_done_callback(lambda done: self._ended(id, crowd, done))
 
-    def check(self, crowd: str, most: int, what: str) -> None:
+    def check(self, crowd: str, most: int) -> None:
         """Raises QueueFull when `most` of the crowd are under way."""
-        if len(self._crowds.get(crowd, ())) >= most:
+        if self._crowds[crowd] >= most:
             raise errors.QueueFull(
-                f"{most} {what} are under way already", hint="wait for one, or cancel it", retry_after=1
+                f"{most} {crowd} are under way already", hint="wait for one, or cancel it", retry_after=1
             )
 
+    @contextlib.contextmanager
+    def within(self, crowd: str, most: int) -> Iterator[None]:
+        """One more of the crowd, for what is no task of its own. Raises QueueFull."""
+        self.check(crowd, most)
+        self._crowds[crowd] += 1
+        try:
+            yield
+        finally:
+            self._leave(crowd)
+
+    def _leave(self, crowd: str) -> None:
+        self._crowds[crowd] -= 1
+        if not self._crowds[crowd]:
+            del self._crowds[crowd]
+
     def _ended(self, id: str, crowd: str, task: asyncio.Task[None]) -> None:
+        self._leave(crowd)
         if self._tasks.get(id) is task:
             del self._tasks[id]
-            self._crowds[crowd].discard(id)
-            if not self._crowds[crowd]:
-                del self._crowds[crowd]
         if not task.cancelled() and (problem := task.exception()) is not None:
             log.error("work on %s failed", id, exc_info=problem)
 

@@ -100,7 +100,7 @@ async def create(request: Request, body: BatchRequest, caller: CallerOf, store: 
         raise errors.InvalidArgument(
             f"no batches of {body.endpoint[:128]!r}", hint=f"one of {', '.join(ENDPOINTS)}", field="endpoint"
         )
-    request.app.state.works.check(_crowd(caller.tenant), MOST_BATCHES, "batches")
+    request.app.state.works.check(_crowd(caller.tenant), MOST_BATCHES)
     file = await store.get(caller.tenant, "file", body.input_file_id)
     if file.body["purpose"] != "batch":
         raise errors.InvalidArgument("the file's purpose is not batch", field="input_file_id")

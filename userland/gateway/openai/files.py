@@ -6,6 +6,7 @@ import asyncio
 import os
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
@@ -23,6 +24,9 @@ router = APIRouter(prefix="/v1/files", tags=["openai"])
 MOST_FILE = 512 << 20
 MOST_UPLOAD = MOST_FILE + (64 << 10)
 """Bytes of an upload's body, which has a head."""
+
+MOST_UPLOADS = 8
+"""Of one tenant, at a time: each is in the temporary folder until it has come whole."""
 
 PURPOSES = ("assistants", "batch", "fine-tune", "vision", "user_data", "evals")
 BATCH_S = 30 * 24 * 3600
@@ -58,6 +62,20 @@ Limit = Annotated[int, Query(ge=1, le=10_000)]
 @router.post("", summary="Upload a file", responses=documented(), openapi_extra=_FORM)
 async def uploaded(request: Request, caller: CallerOf, store: StoreOf) -> Response:
     await store.has_room(caller.tenant, min(MOST_UPLOAD, int(request.headers.get("content-length") or 0)))
+    with request.app.state.works.within(f"uploads of {caller.tenant}", MOST_UPLOADS):
+        file = await _take_in(request, caller, store)
+    if not file.size:
+        store.path(file.id).unlink(missing_ok=True)
+        raise errors.InvalidArgument("the file is empty", field="file")
+    try:
+        await store.add(file)
+    except BaseException:
+        store.path(file.id).unlink(missing_ok=True)
+        raise
+    return json(file.body)
+
+
+async def _take_in(request: Request, caller: Caller, store: Store) -> Kept:
     async with request.form(max_files=1, max_fields=16, max_part_size=64 << 10) as form:
         sent = form.get("file")
         if not isinstance(sent, UploadFile):
@@ -73,15 +91,7 @@ async def uploaded(request: Request, caller: CallerOf, store: StoreOf) -> Respon
             seconds = BATCH_S
         file = new_file(caller.tenant, str(purpose), (sent.filename or "file")[:255], seconds)
         await write(store, file, chunks(sent.file))
-    if not file.size:
-        store.path(file.id).unlink(missing_ok=True)
-        raise errors.InvalidArgument("the file is empty", field="file")
-    try:
-        await store.add(file)
-    except BaseException:
-        store.path(file.id).unlink(missing_ok=True)
-        raise
-    return json(file.body)
+        return file
 
 
 def _seconds(anchor: Any, seconds: Any) -> int | None:
@@ -123,6 +133,7 @@ async def write(store: Store, file: Kept, parts: AsyncIterator[bytes]) -> None:
                 await asyncio.to_thread(target.write, part)
             await asyncio.to_thread(target.flush)
             await asyncio.to_thread(os.fsync, target.fileno())
+            await asyncio.to_thread(_sync_folder, path.parent)
             file.size = file.body["bytes"] = target.tell()
     except BaseException as problem:
         path.unlink(missing_ok=True)
@@ -131,6 +142,15 @@ async def write(store: Store, file: Kept, parts: AsyncIterator[bytes]) -> None:
                 f"the file could not be kept: {problem.strerror}", hint="make room"
             ) from None
         raise
+
+
+def _sync_folder(folder: Path) -> None:
+    """The file's name survives a power cut, too."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 async def chunks(source: BinaryIO) -> AsyncIterator[bytes]:

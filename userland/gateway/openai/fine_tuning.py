@@ -119,7 +119,7 @@ async def create(request: Request, body: JobRequest, caller: CallerOf, store: St
     """Makes an adapter (LoRA) of the model, `fine_tuned_model`, which is served at once. Needs the right
     `train`."""
     caller.needs(t.Capability.TRAIN)
-    request.app.state.works.check(_crowd(caller.tenant), MOST_JOBS, "jobs")
+    request.app.state.works.check(_crowd(caller.tenant), MOST_JOBS)
     chosen = body.chosen()
     seed = 42 if body.seed is None else body.seed
     recipe = _recipe(chosen, seed)

@@ -250,7 +250,7 @@ class Log:
 
 
 def _crowd(tenant: str) -> str:
-    return f"responses of {tenant}"
+    return f"background responses of {tenant}"
 
 
 class Background:
@@ -309,7 +309,7 @@ async def _begin(app: FastAPI, body: ResponseRequest, caller: Caller, store: Sto
     if not body.store:
         raise errors.InvalidArgument("a background response is stored", field="store")
     background: Background = app.state.background
-    app.state.works.check(_crowd(caller.tenant), MOST_BACKGROUND, "background responses")
+    app.state.works.check(_crowd(caller.tenant), MOST_BACKGROUND)
     asked, response, items = await prepare(caller, store, body)
     request = body.model_dump(mode="json", exclude_unset=True)
     kept = _kept(caller, response, {"input": items, "request": request, "login": caller.login}, held=True)
