@@ -12,7 +12,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import msgspec
-from llmasos.syscalls import training
+from llmasos.syscalls import errors, training
 from llmasos.syscalls import types as t
 from msgspec import Struct
 
@@ -139,7 +139,7 @@ class SeqOut(Struct, frozen=True, array_like=True):
     of the stop token ids. `chosen` is parallel to `tokens` when logprobs were asked for. `prompt` scores the
     tokens at positions start+1 … start+count that were already known, when `prompt_logprobs` is on. `beams`
     holds the best continuations, best first. `drafted` counts the tokens guessed, `rounds` those that it took
-    part in. `error` not empty: this sequence alone failed."""
+    part in. `error` not empty: this sequence alone failed; `code` is the error's of syscalls.errors."""
 
     seq: int
     computed: int = 0
@@ -151,6 +151,7 @@ class SeqOut(Struct, frozen=True, array_like=True):
     drafted: int = 0
     error: str = ""
     rounds: int = 1
+    code: int = errors.DeviceFault.code
 
 
 class StepResult(Struct, frozen=True):

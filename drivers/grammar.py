@@ -155,6 +155,11 @@ class Constraint:
         self._none = blank(vocab_size)
         self._fed: list[int] = []
 
+    @property
+    def broken(self) -> bool:
+        """Whether the grammar asked for more than its bounds allow, or for what cannot be."""
+        return bool(self._matcher.is_error())
+
     def mask(self, tokens: array[int], first: int, position: int, out: array[int]) -> str:
         """Sets the bits of `out` for what may come at `position`; `tokens` from `first` on were
         generated. Returns what went wrong, or ""."""

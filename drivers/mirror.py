@@ -38,7 +38,7 @@ class Sequence:
     being computed, the piece's guesses stand behind them. Position p has its KV in slot
     `blocks[p // 16] * 16 + p % 16`, valid for the first `computed` positions. `over`: a stop token came or
     the limit is reached. `adapter` is 0 for the model as it is. `fault` not empty: nothing of it may be
-    computed."""
+    computed; `code` is the error's."""
 
     id: int
     tokens: array[int]
@@ -52,6 +52,14 @@ class Sequence:
     constraint: Constraint | None = None
     over: bool = False
     fault: str = ""
+    code: int = errors.DeviceFault.code
+
+    def spoil(self, error: str) -> SeqOut:
+        """Nothing more of it may be computed. Returns what the kernel is told."""
+        self.fault = error
+        if self.constraint is not None and self.constraint.broken:
+            self.code = errors.InvalidArgument.code
+        return SeqOut(self.id, error=error, code=self.code)
 
     @property
     def generated(self) -> int:
@@ -118,8 +126,7 @@ class Piece:
         for row, choice in enumerate(choices):
             if choice.error:
                 if not out:
-                    sequence.fault = choice.error
-                    return SeqOut(sequence.id, error=choice.error)
+                    return sequence.spoil(choice.error)
                 break
             out.append(choice)
             stop = choice.token in sequence.sampling.stop_token_ids
@@ -138,8 +145,7 @@ class Piece:
 
     def failed(self, error: str) -> SeqOut:
         """Books that the piece could not be computed: the sequence is unusable until opened anew."""
-        self.sequence.fault = error
-        return SeqOut(self.sequence.id, error=error)
+        return self.sequence.spoil(error)
 
 
 @dataclass(slots=True)
@@ -206,7 +212,7 @@ class Mirror:
             else:
                 fault = self._append(sequence, work, spoiled)
             seen.add(work.seq)
-            step.outputs.append(SeqOut(work.seq, sequence.computed, error=fault))
+            step.outputs.append(SeqOut(work.seq, sequence.computed, error=fault, code=sequence.code))
             if not fault and not sequence.over:
                 spare = max(0, work.draft) + max(0, batch.rounds - 1)
                 step.pieces.append(
@@ -276,7 +282,7 @@ class Mirror:
             try:
                 sequence.constraint = self._constrained(opened.sampling, opened.sampling.grammar)
             except errors.LLMasOSError as problem:
-                sequence.fault = problem.message
+                sequence.fault, sequence.code = problem.message, problem.code
         covered = min(len(sequence.tokens), len(sequence.blocks) * BLOCK_TOKENS)
         if not sequence.fault and not 0 <= opened.computed <= covered:
             sequence.fault = f"{opened.computed} positions computed, tokens and blocks cover {covered}"

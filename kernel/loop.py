@@ -387,7 +387,8 @@ class Kernel:
             computed = process.computed + part.count + max(0, len(out.tokens) - 1)
             if out.error or out.computed != computed:
                 self._forget_kv(process)
-                self.fail(process, errors.DeviceFault(out.error or "the driver lost count of its tokens"))
+                kind = errors.BY_CODE.get(out.code, errors.DeviceFault)
+                self.fail(process, kind(out.error or "the driver lost count of its tokens"))
                 continue
             infer.take_prompt(process.computed + 1, out.prompt)
             process.computed = computed

@@ -79,7 +79,9 @@ class Flight:
             sound = all(finite[row : row + piece.end - piece.start])
             made = choices.get(index, [])
             if index in self._void:
-                outputs[index] = SeqOut(sequence.id, sequence.computed, error=sequence.fault)
+                outputs[index] = SeqOut(
+                    sequence.id, sequence.computed, error=sequence.fault, code=sequence.code
+                )
             elif self.deferred:
                 outputs[index] = self._correct(piece, sound, made, later)
             elif sound:

@@ -440,5 +440,6 @@ def test_a_grammar_that_cannot_be_fails_alone(subject: Any) -> None:
     good = kernel.open(prompt(20))
     broken, fine = kernel.step([(bad, 20), (good, 20)])
     assert "grammar" in broken.error
+    assert broken.code == errors.InvalidArgument.code
     assert not fine.error
     assert good.tokens[20:] == subject.greedy(prompt(20), 1)

@@ -291,3 +291,10 @@ def test_what_cannot_be_held_to_is_refused(
     assert answer.json()["error"]["param"] == param
     again = http.post("/v1/chat/completions", json=ask(max_tokens=1))
     assert again.status_code == 200
+
+
+def test_a_model_whose_tokens_grammars_cannot_read_is_told_so(http: httpx.Client) -> None:
+    body = ask(model="tiny", max_tokens=5, response_format={"type": "json_object"})
+    answer = http.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "unsupported_model"
