@@ -40,6 +40,7 @@ from llmasos.syscalls.training import DataHead, Recipe, TrainEvent
 
 from .chat import encode_chat
 from .tokenizer import FILES, TEMPLATE_FILE, Tokenizer
+from .tools import Tool
 
 LONGEST_LINE = 16 << 20
 """Bytes of a row, or of a paragraph of plain text."""
@@ -255,13 +256,17 @@ class Encoder:
             else said
             for said in messages
         ]
-        ids = encode_chat(self._tokenizer, messages, answer=False)
+        tools = row.get("tools") or []
+        if not isinstance(tools, list):
+            raise errors.InvalidArgument("tools are no list")
+        told = [Tool.from_openai(tool) for tool in tools]
+        ids = encode_chat(self._tokenizer, messages, tools=told, answer=False)
         learnt = [False] * len(ids)
         for place, message in enumerate(messages):
             if message["role"] != "assistant" or self._all:
                 continue
-            asked = encode_chat(self._tokenizer, messages[:place], answer=True) if place else []
-            answered = encode_chat(self._tokenizer, messages[: place + 1], answer=False)
+            asked = encode_chat(self._tokenizer, messages[:place], tools=told) if place else []
+            answered = encode_chat(self._tokenizer, messages[: place + 1], tools=told, answer=False)
             if ids[: len(answered)] != answered or answered[: len(asked)] != asked:
                 raise errors.InvalidArgument(
                     "the chat template does not tell where the assistant's answers are; "

@@ -23,7 +23,9 @@ from hypothesis import strategies as st
 from llmasos.syscalls import errors
 from llmasos.syscalls.training import DataHead, Recipe, TrainEvent
 from llmasos.userland import dataset
+from llmasos.userland.chat import encode_chat
 from llmasos.userland.tokenizer import Tokenizer
+from llmasos.userland.tools import Tool
 
 from .conftest import END, START, STOP
 
@@ -109,6 +111,22 @@ def test_of_a_conversation_the_assistants_answers_are_learnt(
             expected[0].extend(part)
             expected[1].extend([counts] * len(part))
     assert (tokens, learnt) == expected
+
+
+def test_calls_of_tools_are_learnt_and_results_are_not(tmp_path: Path, bytes_model: dict[str, bytes]) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "clock", "arguments": "{}"}}
+    talk = [
+        says("user", "Well?"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "noon"},
+        says("assistant", "Noon."),
+    ]
+    row = {"messages": talk, "tools": [{"type": "function", "function": {"name": "clock"}}]}
+    _, [(tokens, learnt)] = prepare(tmp_path, bytes_model, "d.jsonl", lines(row))
+    tokenizer = Tokenizer(bytes_model)
+    assert tokens == encode_chat(tokenizer, talk, tools=[Tool("clock")], answer=False)
+    said = tokenizer.decode([token for token, counts in zip(tokens, learnt, strict=True) if counts])
+    assert said == '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>\nNoon.\n'
 
 
 @pytest.mark.parametrize(
@@ -235,6 +253,8 @@ GOOD = lines({"text": "a"})
         (lines({"prompt": "a", "completion": "b"}, {"prompt": "a"}), 2, "no completion"),
         (lines({"messages": "hi"}), 1, "no list"),
         (lines({"messages": []}), 1, "no messages"),
+        (lines({"messages": [says("assistant", "a")], "tools": 3}), 1, "tools are no list"),
+        (lines({"messages": [says("assistant", "a")], "tools": [3]}), 1, "has to be a function"),
         (lines({"messages": [{"role": "user"}]}), 1, "needs a role and a content"),
         (
             lines({"messages": [says("user", "u"), {"role": "assistant", "content": 3}]}),
