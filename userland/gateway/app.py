@@ -19,7 +19,7 @@ from .callers import Callers
 from .console import feed, page
 from .http import MOST_BODY, Frame, handle_errors
 from .ollama import chat as ollama_chat
-from .ollama import generate
+from .ollama import embed, generate
 from .ollama import models as ollama_models
 from .openai import batches, chat, completions, files, fine_tuning, models, responses
 from .store import Store, gateway_folder
@@ -44,6 +44,7 @@ ROUTERS = (
     messages.router,
     generate.router,
     ollama_chat.router,
+    embed.router,
     ollama_models.router,
     processes.router,
     machine.router,

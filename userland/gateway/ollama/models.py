@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
+from msgspec.json import decode
 from pydantic import Field, model_validator
 from starlette.responses import Response
 
@@ -96,6 +97,10 @@ async def show(body: ShowRequest, caller: Annotated[Caller, Depends(authenticate
     names["repetition_penalty"] = "repeat_penalty"
     parameters = [f"{shown} {generation[name]}" for name, shown in names.items() if name in generation]
     template = llm.tokenizer.template
+    config = decode((await caller.aio.call(table.Read(f"/models/{llm.model}/config.json"))).data)
+    made_for = " ".join(config.get("architectures") or [])
+    generates = not made_for or "ForCausalLM" in made_for or "LMHeadModel" in made_for
+    capabilities = ["completion", *(["tools"] if template else [])] if generates else ["embedding"]
     return json(
         {
             "modelfile": "\n".join([f"FROM {llm.model}", *(f"PARAMETER {line}" for line in parameters)]),
@@ -109,7 +114,7 @@ async def show(body: ShowRequest, caller: Annotated[Caller, Depends(authenticate
                 "general.parameter_count": details.get("parameters"),
                 f"{architecture}.context_length": llm.context_length,
             },
-            "capabilities": ["completion", *(["tools"] if template else [])],
+            "capabilities": capabilities,
         }
     )
 
