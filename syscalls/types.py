@@ -121,7 +121,7 @@ class Grammar(Wire, frozen=True):
     token may come only where the text is complete, and must come where nothing can follow."""
 
     kind: GrammarKind
-    text: Annotated[str, Meta(min_length=1, max_length=65536)]
+    text: Annotated[str, Meta(min_length=1, max_length=32768)]
 
 
 class Sampling(Wire, frozen=True):

@@ -34,7 +34,7 @@ MAX_ID = 2**53
 
 # Of a control frame: no legitimate argument has more items than this.
 _MAX_ITEMS = 1024
-_MAX_STRING = 16 * 1024
+_MAX_STRING = 48 * 1024
 
 
 class Kind(enum.IntEnum):

@@ -88,7 +88,7 @@ def _checked(kind: t.GrammarKind, text: str, field: str) -> t.Grammar:
     try:
         return msgspec.convert({"kind": kind, "text": text}, t.Grammar)
     except msgspec.ValidationError:
-        raise _invalid(field, f"it is empty or longer than 65536 characters ({len(text)})") from None
+        raise _invalid(field, f"it is empty or longer than 32768 characters ({len(text)})") from None
 
 
 def _invalid(field: str, problem: str) -> errors.InvalidArgument:

@@ -64,11 +64,12 @@ class Daemon:
         return code
 
 
-def add_null_model(home: Path, name: str, **config: object) -> None:
-    """A model for the null driver: nothing but a config.json."""
+def add_null_model(home: Path, name: str, *, tokenizer: str = "", **config: object) -> None:
+    """A model for the null driver: a config.json, and a tokenizer.json if it is given."""
     store = ModelFS(home)
-    data = json.dumps({"model_type": "null", **config}).encode()
-    digest, size = store.put_bytes(data)
+    texts = {"config.json": json.dumps({"model_type": "null", **config})}
+    if tokenizer:
+        texts["tokenizer.json"] = tokenizer
     manifest = Manifest(
         schema=1,
         source="test",
@@ -78,7 +79,7 @@ def add_null_model(home: Path, name: str, **config: object) -> None:
         context_length=4096,
         license="",
         created=time.time(),
-        files=[ManifestFile("config.json", digest, size)],
+        files=[ManifestFile(path, *store.put_bytes(text.encode())) for path, text in texts.items()],
     )
     store.commit(parse_name(name), manifest)
 
