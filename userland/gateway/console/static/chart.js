@@ -4,7 +4,7 @@ import { keyed, node, setAttribute, setClass, setText } from "./dom.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const [WIDTH, HEIGHT] = [600, 100];
-const MOST_NAMED = 4;
+const MOST_NAMED = 3;
 
 function shape(tag, attributes, parent) {
   const made = document.createElementNS(SVG, tag);
@@ -42,7 +42,7 @@ export class Chart {
     figure.append(caption, box, this.feet);
     parent.append(figure);
     this.paths = new Map();
-    box.addEventListener("pointermove", (event) => this.#point(event.offsetX / box.clientWidth));
+    box.addEventListener("pointermove", (event) => this.#point((event.clientX - box.getBoundingClientRect().left) / box.clientWidth));
     box.addEventListener("pointerleave", () => this.#point(null));
   }
 

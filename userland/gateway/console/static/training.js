@@ -66,7 +66,7 @@ export class Training {
         { name: "loss", className: "c0", points },
         { name: "eval", className: "c1", points: sorted(evals), marks: true },
       ],
-      { range: [0, Math.max(1, last?.phase === "prepare" ? 1 : last?.steps ?? 1)] },
+      { range: [0, Math.max(1, points.at(-1)?.[0] ?? 1)] },
     );
     setText(byId("run-facts"), last ? facts(last, over) : over || "waits for its turn");
   }
