@@ -156,15 +156,20 @@ def test_a_call_that_is_cut_off_ends_with_length(ai: openai.OpenAI) -> None:
 
 def test_results_go_back_into_the_conversation(ai: openai.OpenAI) -> None:
     asked = ask(tools=openai_tools(), tool_choice="required")
-    first = ai.chat.completions.parse(**asked)
-    message = first.choices[0].message
+    with ai.chat.completions.stream(**asked) as stream:
+        streamed = stream.get_final_completion().choices[0].message
+    message = ai.chat.completions.parse(**asked).choices[0].message
     assert message.tool_calls is not None
     assert isinstance(message.tool_calls[0].function.parsed_arguments, Colour)
     results = [
         {"role": "tool", "tool_call_id": call.id, "content": [{"type": "text", "text": "done"}]}
         for call in message.tool_calls
     ]
-    more = ai.chat.completions.create(**ask(messages=[*ASK, message, *results], max_tokens=3))
+    more, same = (
+        ai.chat.completions.create(**ask(messages=[*ASK, said, *results], max_tokens=3))
+        for said in (message, streamed)
+    )
+    assert more.choices[0].message == same.choices[0].message
     alone = ai.chat.completions.create(**ask(max_tokens=3))
     assert more.usage is not None
     assert alone.usage is not None

@@ -36,12 +36,13 @@ class ToolCall(Body):
 class Message(Body):
     """`content` is a text or text parts; pictures and sound are refused."""
 
+    NOT_DONE = {"annotations": ([],), "audio": (), "function_call": (), "refusal": ()}
+
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
     name: str | None = Field(None, max_length=256)
     tool_calls: list[ToolCall] | None = Field(None, max_length=128)
     tool_call_id: str | None = Field(None, max_length=128)
-    refusal: None = None
     parsed: Any = Field(None, description="OpenAI's client adds it; it changes nothing.")
 
     def text(self) -> str:
