@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -18,7 +19,9 @@ import pytest
 from llmasos.syscalls import table
 from llmasos.syscalls import types as t
 from llmasos.userland.client import Client
+from llmasos.userland.gateway.access import ApiKeys, folder
 from llmasos.userland.gateway.openai import batches
+from llmasos.userland.gateway.store import Store, gateway_folder
 
 from .conftest import Gateway, serve, soon
 
@@ -241,6 +244,47 @@ def test_another_gateway_goes_on_with_it(gateway: Gateway) -> None:
         assert batch.status == "completed"
         found = lines(ai, batch.output_file_id)
     assert [line["custom_id"] for line in found] == [f"r{n}" for n in range(count)]
+
+
+def test_a_batch_does_not_need_its_file_any_more(ai: openai.OpenAI) -> None:
+    file = upload(ai, [chat(n, model="slow", max_tokens=4) for n in range(40)])
+    id = begin(ai, file)
+    ai.files.delete(file)
+    batch = ended(ai, id)
+    assert (batch.status, batch.request_counts.completed) == ("completed", 40)
+    assert not (gateway_folder() / "files" / id).exists()
+
+
+def test_who_has_no_key_any_more_has_no_work_done(gateway: Gateway) -> None:
+    known = ApiKeys(folder())
+    keys = gateway.keys | {"erin": known.make("erin", "erin", t.TENANT_RIGHTS)}
+    running = serve(keys)
+    with client(next(running), "erin") as ai:
+        id = begin(ai, upload(ai, [chat(n, model="slow", max_tokens=8) for n in range(60)]))
+        until_done(ai, id, 5)
+    assert next(running, None) is None
+    known.revoke("erin")
+    running = serve(keys)
+    next(running)
+
+    async def status() -> str:
+        store = Store(gateway_folder())
+        kept = await store.get("erin", "batch", id)
+        store.close()
+        return str(kept.body["status"])
+
+    soon(lambda: asyncio.run(status()) == "failed")
+    assert next(running, None) is None
+    keys["erin"] = known.make("erin", "erin", t.TENANT_RIGHTS)
+    running = serve(keys)
+    with client(next(running), "erin") as ai:
+        batch = ai.batches.retrieve(id)
+        assert batch.errors is not None
+        assert batch.errors.data is not None
+        assert batch.errors.data[0].code == "invalid_api_key"
+        assert len(lines(ai, batch.output_file_id)) >= 5
+    assert next(running, None) is None
+    known.revoke("erin")
 
 
 def test_the_kernel_may_die_meanwhile(ai: openai.OpenAI, kernel: Client) -> None:

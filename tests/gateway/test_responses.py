@@ -149,7 +149,7 @@ def test_logprobs_come_when_they_are_asked_for(ai: openai.OpenAI) -> None:
         ({"conversation": "conv_1"}, "conversation"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"colour": "red"}, "colour"),
-        ({"max_output_tokens": 5000}, "messages"),
+        ({"max_output_tokens": 5000}, "input"),
         ({"background": True, "store": False}, "store"),
         ({"input": []}, "input"),
         ({"text": {"verbosity": "low"}}, "verbosity"),

@@ -129,8 +129,11 @@ class Callers:
         return caller
 
     async def again(self, login: list[Any]) -> Caller:
-        """Who came with this `login`, for work that goes on without him. Raises DaemonUnreachable."""
+        """Who came with this `login`, for work that goes on without him. Raises DaemonUnreachable, and
+        Unauthorized when no key of his is left."""
         tenant, rights = login
+        if tenant and self.keys is not None and tenant not in {key.tenant for key in self.keys.all()}:
+            raise Unauthorized(f"no API key of {tenant} is left")
         return await self.session(tenant, tuple(t.Capability(right) for right in rights))
 
     async def own(self) -> Caller:

@@ -47,7 +47,7 @@ CREATE TABLE IF NOT EXISTS objects (
     id TEXT NOT NULL UNIQUE,
     created INTEGER NOT NULL,
     expires INTEGER,                -- seconds since the epoch
-    size INTEGER NOT NULL,          -- bytes, with those of its file
+    size INTEGER NOT NULL,          -- bytes, with those of its file and its lines
     holder TEXT,                    -- the gateway that works on it; NULL: nothing is to be done
     body BLOB NOT NULL,             -- what the API shows
     inner BLOB NOT NULL             -- what it does not
@@ -76,6 +76,7 @@ class Kept:
     expires: int | None = None
     held: bool = False
     size: int = 0
+    """Bytes of its file and of its lines."""
 
 
 def gateway_folder() -> Path:
@@ -181,8 +182,8 @@ class Store:
         without_lines: bool = False,
     ) -> Kept:
         """What `change` made of the object as it is now. In the same step come the numbered lines that it
-        gives back and the objects that it bears, which no bound refuses: they are its lines in another shape;
-        `without_lines` these go."""
+        gives back and the objects that it bears, which no bound refuses: they are its lines in another shape.
+        `without_lines` these go, and its file."""
 
         def work(db: sqlite3.Connection) -> Kept:
             now = _get(db, kept.tenant, kept.kind, kept.id)
@@ -190,21 +191,32 @@ class Store:
             rows = [(kept.id, number, msgspec.json.encode(line)) for number, line in lines]
             body, inner = msgspec.json.encode(now.body), msgspec.json.encode(now.inner)
             db.executemany("INSERT INTO lines (id, number, body) VALUES (?, ?, ?)", rows)
-            grown = sum(len(row[2]) for row in rows)
             if without_lines:
-                dropped = db.execute("SELECT sum(length(body)) FROM lines WHERE id = ?", (kept.id,))
-                grown -= dropped.fetchone()[0] or 0
                 db.execute("DELETE FROM lines WHERE id = ?", (kept.id,))
+                now.size = 0
+            else:
+                now.size += sum(len(row[2]) for row in rows)
             db.execute(
-                "UPDATE objects SET size = size - length(body) - length(inner) + ?, body = ?, inner = ?, "
-                "expires = ?, holder = CASE WHEN ? THEN coalesce(holder, ?) END WHERE id = ?",
-                (len(body) + len(inner) + grown, body, inner, now.expires, now.held, self._name, kept.id),
+                "UPDATE objects SET size = ?, body = ?, inner = ?, expires = ?, "
+                "holder = CASE WHEN ? THEN coalesce(holder, ?) END WHERE id = ?",
+                (
+                    now.size + len(body) + len(inner),
+                    body,
+                    inner,
+                    now.expires,
+                    now.held,
+                    self._name,
+                    kept.id,
+                ),
             )
             for born in bear:
                 self._insert(db, born, bounded=False)
             return now
 
-        return await self._do(work)
+        done = await self._do(work)
+        if without_lines:
+            self.path(kept.id).unlink(missing_ok=True)
+        return done
 
     async def delete(self, tenant: str, kind: str, id: str) -> Kept:
         def work(db: sqlite3.Connection) -> Kept:
@@ -306,7 +318,7 @@ class Store:
 
         def work(db: sqlite3.Connection) -> set[str]:
             db.execute("DELETE FROM objects WHERE expires < ? AND holder IS NULL", (int(time.time()),))
-            return {row[0] for row in db.execute("SELECT id FROM objects WHERE kind = 'file'")}
+            return {row[0] for row in db.execute("SELECT id FROM objects WHERE kind != 'response'")}
 
         await asyncio.to_thread(self._sweep, await self._do(work))
 
@@ -319,7 +331,7 @@ class Store:
                     path.unlink()
 
     def path(self, id: str) -> Path:
-        """Where the bytes of file `id` are."""
+        """Where the bytes of object `id` are, if it has any."""
         return self._files / id
 
 
@@ -361,6 +373,7 @@ def _forget(db: sqlite3.Connection, tenant: str, size: int) -> None:
 def _kept(row: Any) -> Kept:
     tenant, kind, id, body, inner, expires, held, size = row
     decode = msgspec.json.decode
+    size -= len(body) + len(inner)
     return Kept(tenant, kind, id, decode(body), decode(inner), expires, bool(held), size)
 
 

@@ -9,8 +9,8 @@ with a batch does the lines that have none.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
+import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Annotated, Any, BinaryIO, Literal
@@ -27,7 +27,7 @@ from ..callers import Caller, Callers
 from ..errors_doc import documented
 from ..http import MOST_BODY, invalid_problem, json, new_id
 from ..options import Body
-from ..patience import patiently
+from ..patience import NOT_NOW, patiently
 from ..store import Kept, Store
 from ..works import Works
 from . import chat, completions, responses
@@ -38,6 +38,9 @@ router = APIRouter(prefix="/v1/batches", tags=["openai"])
 log = logging.getLogger("llmasos.gateway")
 
 WINDOW_S = 24 * 3600
+PATIENCE_S = 7 * 24 * 3600
+"""So long a batch waits for its disk."""
+
 KEPT_S = 90 * 24 * 3600
 MOST_LINES = 50_000
 MOST_ERRORS = 100
@@ -131,10 +134,26 @@ async def create(request: Request, body: BatchRequest, caller: CallerOf, store: 
     }
     seconds = body.output_expires_after.seconds if body.output_expires_after else None
     inner = {"login": caller.login, "output_s": seconds}
-    kept = Kept(caller.tenant, "batch", str(batch["id"]), batch, inner, now + KEPT_S, held=True)
-    await store.add(kept)
+    kept = Kept(
+        caller.tenant, "batch", str(batch["id"]), batch, inner, now + KEPT_S, True, file.body["bytes"]
+    )
+    await asyncio.to_thread(_take, store, file, kept)
+    try:
+        await store.add(kept)
+    except BaseException:
+        store.path(kept.id).unlink(missing_ok=True)
+        raise
     request.app.state.batches.begin(kept)
     return json(batch)
+
+
+def _take(store: Store, file: Kept, batch: Kept) -> None:
+    """The batch needs its requests also when their file is deleted."""
+    try:
+        os.link(store.path(file.id), store.path(batch.id))
+        os.utime(store.path(batch.id))  # old files of which no row knows are swept away
+    except FileNotFoundError:
+        raise errors.NotFound(f"No file found with id '{file.id}'.", hint="it was deleted") from None
 
 
 @router.get("", summary="The batches", responses=documented())
@@ -151,15 +170,18 @@ async def one(batch_id: str, caller: CallerOf, store: StoreOf) -> Response:
 async def cancelled(request: Request, batch_id: str, caller: CallerOf, store: StoreOf) -> Response:
     """What was done stays, in its files."""
 
+    changed = False
+
     def cancel(kept: Kept) -> None:
-        if kept.body["status"] in FRESH:
+        nonlocal changed
+        if changed := kept.body["status"] in FRESH:
             kept.body |= {"status": "cancelling", "cancelling_at": int(time.time())}
         elif kept.body["status"] not in ("cancelling", "cancelled"):
             raise errors.Conflict(f"the batch is {kept.body['status']} already")
 
     kept = await store.change(await store.get(caller.tenant, "batch", batch_id), cancel)
     works: Works = request.app.state.works
-    if kept.body["status"] == "cancelling" and batch_id in works:
+    if changed and batch_id in works:
         await works.stop(batch_id)
         request.app.state.batches.begin(kept)  # another gateway that works on it sees it with the next line
     return json(kept.body)
@@ -188,23 +210,26 @@ class Batches:
     async def _run(self, kept: Kept) -> None:
         """From wherever it is to its end."""
         until = float(kept.body["expires_at"])
+        patience = time.time() + PATIENCE_S
         try:
-            with await self._input(kept) as source:
+            kept = await patiently(lambda: self._store.get(kept.tenant, "batch", kept.id), patience)
+            with await asyncio.to_thread(opened, self._store, kept) as source:
                 if kept.body["status"] == "validating":
-                    kept = await self._validate(kept, source)
+                    kept = await patiently(lambda: self._validate(kept, source), patience)
+                wrong = None
                 if kept.body["status"] == "in_progress":
-                    with contextlib.suppress(TimeoutError):
+                    try:
                         async with asyncio.timeout(max(0.0, until - time.time())):
                             await self._do(kept, source, until)
+                    except (TimeoutError, *NOT_NOW):
+                        pass  # it was not done in time
+                    except errors.LLMasOSError as problem:
+                        wrong = problem
                 if kept.body["status"] not in ENDED:
-                    await patiently(lambda: self._finish(kept, source), time.time() + WINDOW_S)
+                    await patiently(lambda: self._finish(kept, source, wrong), patience)
         except errors.LLMasOSError as problem:
-            told = problems.problem_of(problem)
-            await self._fail(kept, [_wrong(told.code or told.type, told.message)])
-
-    async def _input(self, kept: Kept) -> BinaryIO:
-        file = await self._store.get(kept.tenant, "file", kept.body["input_file_id"])
-        return await asyncio.to_thread(opened, self._store, file)
+            unread = problem
+            await patiently(lambda: self._fail(kept, [_told(unread)]), patience)
 
     async def _validate(self, kept: Kept, source: BinaryIO) -> Kept:
         count, models, found = await asyncio.to_thread(_look_through, source, kept.body["endpoint"])
@@ -228,12 +253,12 @@ class Batches:
                 "errors": {"object": "list", "data": found},
             }
 
-        return await self._store.change(kept, fail)
+        return await self._store.change(kept, fail, without_lines=True)
 
     async def _do(self, kept: Kept, source: BinaryIO, until: float) -> None:
         """All lines that have no answer yet, or those before somebody cancels it."""
         caller = await patiently(lambda: self._callers.again(kept.inner["login"]), until)
-        done = await self._store.line_numbers(kept.id)
+        done = await patiently(lambda: self._store.line_numbers(kept.id), until)
         turn = self._turns.setdefault(kept.tenant, asyncio.Semaphore(MOST_AT_ONCE))
         now = kept
 
@@ -287,9 +312,9 @@ class Batches:
             "error": None,
         }
 
-    async def _finish(self, kept: Kept, source: BinaryIO) -> None:
+    async def _finish(self, kept: Kept, source: BinaryIO, wrong: errors.LLMasOSError | None) -> None:
         """Makes the files of what was done. The other lines of a batch that expired are errors, those of one
-        that was cancelled are not told."""
+        that was cancelled, or for which something is `wrong`, are not told."""
         status = "completed"
 
         def finalize(now: Kept) -> None:
@@ -297,6 +322,8 @@ class Batches:
             counts = now.body["request_counts"]
             if now.body["cancelling_at"]:
                 status = "cancelled"
+            elif wrong is not None:
+                status = "failed"
             else:
                 now.body |= {"status": "finalizing", "finalizing_at": int(time.time())}
                 if counts["completed"] + counts["failed"] < counts["total"]:
@@ -309,7 +336,7 @@ class Batches:
         for good in (True, False):
             name = f"{kept.id}_{'output' if good else 'error'}.jsonl"
             file = new_file(kept.tenant, "batch_output", name, seconds)
-            await write(self._store, file, self._told(kept, source, good, status == "expired", spent))
+            await write(self._store, file, self._written(kept, source, good, status == "expired", spent))
             if file.size:
                 made.append(file)
                 kept.body["output_file_id" if good else "error_file_id"] = file.id
@@ -325,13 +352,15 @@ class Batches:
                 "error_file_id": kept.body["error_file_id"],
                 "usage": spent.told(),
             }
+            if wrong is not None:
+                now.body["errors"] = {"object": "list", "data": [_told(wrong)]}
             counts = now.body["request_counts"]
             if status == "expired":
                 counts["failed"] = counts["total"] - counts["completed"]
 
         await self._store.change(kept, end, bear=made, without_lines=True)
 
-    async def _told(
+    async def _written(
         self, kept: Kept, source: BinaryIO, good: bool, expired: bool, spent: _Usage
     ) -> AsyncIterator[bytes]:
         """Lines of the file of answers (`good`), or of that of errors."""
@@ -367,6 +396,11 @@ async def _others(source: BinaryIO, done: set[int]) -> AsyncIterator[tuple[int, 
 
 def _wrong(code: str, message: str, line: int | None = None, param: str | None = None) -> dict[str, Any]:
     return {"code": code, "message": message, "line": line, "param": param}
+
+
+def _told(error: errors.LLMasOSError) -> dict[str, Any]:
+    problem = problems.problem_of(error)
+    return _wrong(problem.code or problem.type, problem.message, param=problem.param)
 
 
 def _look_through(source: BinaryIO, endpoint: str) -> tuple[int, set[str], list[dict[str, Any]]]:

@@ -49,6 +49,9 @@ MOST_STEPS_TOLD = 2000
 PATIENCE_S = 7 * 24 * 3600
 """So long a job waits for the kernel, or its owner's quota."""
 
+SIGNAL_S = 10
+"""And a signal, for which somebody waits."""
+
 CHUNK = 1 << 20
 MOST_ROW = 16 << 20
 """Bytes of a row; the kernel refuses longer ones."""
@@ -220,8 +223,9 @@ async def _command(job_id: str, caller: Caller, store: Store, when: tuple[str, .
 
     kept = await tell(store, await store.get(caller.tenant, "job", job_id), change, WORDS[status])
     if kept.body["pid"] is not None:
+        kill = table.Kill(kept.body["pid"], SIGNALS[status])
         with contextlib.suppress(errors.NoSuchProcess, errors.ProcessEnded):
-            await caller.aio.call(table.Kill(kept.body["pid"], SIGNALS[status]))
+            await patiently(lambda: caller.aio.call(kill), time.time() + SIGNAL_S)
     return json(kept.body)
 
 
@@ -307,23 +311,24 @@ class Jobs:
         """From wherever it is to its end."""
         until = time.time() + PATIENCE_S
         try:
+            kept = await patiently(lambda: self._store.get(kept.tenant, "job", kept.id), until)
             caller = await patiently(lambda: self._callers.again(kept.inner["login"]), until)
             pid = await patiently(lambda: self._begun(caller, kept), until)
-            if pid is None:
-                await self._let_go(kept)
-            else:
+            if pid is not None:
                 kept = await patiently(lambda: self._queued(caller, kept, pid), until)
                 problem = await patiently(lambda: self._follow(caller, kept, pid), until)
-                end = await patiently(lambda: _ended(caller, kept, pid), until)
                 if problem is not None:
-                    raise problem
-                await patiently(lambda: self._finish(caller, kept, end), until)
-        except errors.LLMasOSError as problem:
-            failed = problem
-            await patiently(lambda: self._failed(kept, failed), until)
+                    await patiently(lambda: self._failed(kept, problem), until)
+                end = await patiently(lambda: _ended(caller, kept, pid), until)
+                if problem is None:
+                    await patiently(lambda: self._finish(caller, kept, end), until)
+        except errors.LLMasOSError as found:
+            wrong = found
+            await patiently(lambda: self._failed(kept, wrong), until)
         with contextlib.suppress(errors.LLMasOSError):
             caller = await self._callers.again(kept.inner["login"])
             await caller.aio.call(table.Unlink(f"/datasets/{_dataset(kept)}"))
+        await patiently(lambda: self._store.change(kept, _let_go), until)
 
     async def _begun(self, caller: Caller, kept: Kept) -> int | None:
         """The process of the run, which is started if need be; None: it was cancelled before."""
@@ -410,21 +415,16 @@ class Jobs:
         what = f"{'validation' if measured else 'training'} loss={math.nan if loss is None else loss:.4f}"
         await tell(self._store, kept, note, f"Step {event.step}/{event.steps}: {what}", data)
 
-    async def _let_go(self, kept: Kept) -> None:
-        def end(now: Kept) -> None:
-            now.held = False
-
-        await self._store.change(kept, end)
-
     async def _finish(self, caller: Caller, kept: Kept, end: table.WaitReply) -> None:
         made = end.trained
         kept = await self._store.get(kept.tenant, "job", kept.id)
+        if kept.body["status"] == "succeeded":
+            return  # the gateway that said so ended there
         if kept.body["status"] == "cancelled" or made is None:
             if made is not None:  # too late to stop it
                 await caller.aio.call(table.Unlink(f"/models/{made.model}"))
 
             def cancel(now: Kept) -> None:
-                now.held = False
                 now.body |= {"status": "cancelled", "estimated_finish": None}
                 now.body["finished_at"] = now.body["finished_at"] or int(time.time())
 
@@ -444,7 +444,6 @@ class Jobs:
         }
 
         def succeed(now: Kept) -> None:
-            now.held = False
             now.inner["checkpoint"] = checkpoint
             now.body |= {
                 "status": "succeeded",
@@ -475,12 +474,15 @@ class Jobs:
         field = "training_file" if isinstance(error, errors.InvalidArgument) else None
 
         def fail(now: Kept) -> None:
-            now.held = False
             if now.body["status"] not in ENDED:
                 told = {"code": problem.code or problem.type, "message": problem.message, "param": field}
                 now.body |= {"status": "failed", "finished_at": int(time.time()), "error": told}
 
         await tell(self._store, kept, fail, problem.message, level="error")
+
+
+def _let_go(kept: Kept) -> None:
+    kept.held = False
 
 
 def _dataset(kept: Kept) -> str:

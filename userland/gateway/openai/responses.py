@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
@@ -107,7 +108,11 @@ async def prepare(
     scores = (body.top_logprobs or 0) if body.scored else None
     shape = body.format
     options = body.options(llm, longest, scores, shape if shape["type"] != "text" else None)
-    asked = await ask(caller, llm, [tokens], options, body, toolbox=toolbox)
+    try:
+        asked = await ask(caller, llm, [tokens], options, body, toolbox=toolbox)
+    except errors.ContextOverflow as problem:
+        problem.details["field"] = "input"
+        raise
     response: dict[str, Any] = {
         "id": new_id("resp_"),
         "object": "response",
@@ -284,7 +289,8 @@ class Background:
             asked, _, _ = await prepare(caller, self._store, body)
         async for event in tell(asked, kept.body, body.scored, lambda: self._save(kept)):
             if event["type"] == "response.created":
-                await self._store.change(kept, _begun)
+                with contextlib.suppress(errors.StorageFailed):
+                    await self._store.change(kept, _begun)
             log.add(encoded(event))
 
     async def _save(self, kept: Kept) -> None:
@@ -294,10 +300,8 @@ class Background:
             there.held = False
             there.inner.pop("request", None)
 
-        try:
-            await self._store.change(kept, end)
-        except errors.NotFound:
-            pass  # it was deleted meanwhile
+        with contextlib.suppress(errors.NotFound):  # it was deleted meanwhile
+            await patiently(lambda: self._store.change(kept, end), time.time() + PATIENCE_S)
 
 
 def _begun(kept: Kept) -> None:
