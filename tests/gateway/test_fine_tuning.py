@@ -176,7 +176,7 @@ def test_data_that_is_no_good_says_where(ai: openai.OpenAI, machine: Client) -> 
     assert job.error.param == "training_file"
     assert "line 4" in job.error.message
     assert ai.fine_tuning.jobs.list_events(job.id, limit=1).data[0].level == "error"
-    soon(lambda: not [entry for entry in machine.ls("/datasets") if job.id in entry.path])
+    soon(lambda: not [entry for entry in machine.ls("/datasets") if job.id in entry.path], 60)
 
 
 def test_what_cannot_be_a_job_is_refused(ai: openai.OpenAI, trainer: Gateway) -> None:
@@ -207,10 +207,10 @@ def test_a_job_is_paused_goes_on_and_is_cancelled(ai: openai.OpenAI, machine: Cl
         ai.fine_tuning.jobs.pause(id)
     assert ai.fine_tuning.jobs.resume(id).status == "running"
     before = len(steps(ai, id))
-    soon(lambda: len(steps(ai, id)) > before, 60)
+    soon(lambda: len(steps(ai, id)) > before, 120)
     assert ai.fine_tuning.jobs.cancel(id).status == "cancelled"
-    soon(lambda: pid not in [row.pid for row in machine.ps()], 30)
-    soon(lambda: not [entry for entry in machine.ls("/datasets") if id in entry.path])
+    soon(lambda: pid not in [row.pid for row in machine.ps()], 120)
+    soon(lambda: not [entry for entry in machine.ls("/datasets") if id in entry.path], 60)
     job = ai.fine_tuning.jobs.retrieve(id)
     assert (job.status, job.fine_tuned_model) == ("cancelled", None)
     with pytest.raises(openai.ConflictError):
