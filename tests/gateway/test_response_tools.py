@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from .conftest import Gateway
-from .test_tools import SCHEMAS, TOOLS, Colour
+from .test_tools import COLOURS, SCHEMAS, TOOLS, Colour
 
 FLAT = [{"type": "function", **tool["function"]} for tool in TOOLS]  # type: ignore[dict-item]
 ASK: dict[str, Any] = {"model": "bytes", "input": "Well?", "temperature": 0, "max_output_tokens": 2600}
@@ -107,6 +107,30 @@ def test_answers_are_parsed_into_models(ai: openai.OpenAI) -> None:
     plain = ai.responses.create(**ASK, text={"format": {"type": "json_object"}})
     if plain.status == "completed":
         assert isinstance(json.loads(plain.output_text), dict)
+
+
+def test_what_the_client_adds_comes_back(ai: openai.OpenAI) -> None:
+    """Its helpers parse arguments and answers into the items themselves."""
+    tools = [{"type": "function", "name": "paint", "strict": True, "parameters": COLOURS}]
+    asked = {**ASK, "tools": tools, "tool_choice": "required", "parallel_tool_calls": False}
+    called = ai.responses.parse(**asked)
+    (call,) = calls(called)
+    assert call.parsed_arguments is not None
+    parsed = ai.responses.parse(**ASK, text_format=Colour)
+    result = {"type": "function_call_output", "call_id": call.call_id, "output": "done"}
+    question = {"role": "user", "content": "Well?"}
+    said: list[Any] = [question, *called.output, result, *parsed.output, question]
+    short = {**ASK, "max_output_tokens": 4}
+    again = ai.responses.create(**{**short, "input": said})
+    bare = [item if isinstance(item, dict) else item.to_dict() for item in said]
+    for item in bare:
+        item.pop("parsed_arguments", None)
+        for part in item["content"] if isinstance(item.get("content"), list) else ():
+            part.pop("parsed", None)
+    plain = ai.responses.create(**{**short, "input": bare})
+    assert again.output_text == plain.output_text
+    kept = ai.responses.input_items.list(again.id).data
+    assert not any("parsed" in json.dumps(item.to_dict()) for item in kept)
 
 
 def test_a_call_that_is_cut_off_is_incomplete(ai: openai.OpenAI) -> None:

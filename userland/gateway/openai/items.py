@@ -23,6 +23,7 @@ class OutputPart(Body):
     text: str
     annotations: list[Any] | None = None
     logprobs: list[Any] | None = None
+    parsed: Any = Field(None, description="OpenAI's client adds it; it changes nothing.")
 
 
 class MessageItem(Body):
@@ -37,10 +38,13 @@ class MessageItem(Body):
 class CallItem(Body):
     """A call of a function that the model asked for. `arguments` is JSON."""
 
+    NOT_DONE = {"async": (False,), "caller": (), "namespace": ()}
+
     type: Literal["function_call"]
     call_id: Id
     name: str = Field(max_length=256)
     arguments: str
+    parsed_arguments: Any = Field(None, description="OpenAI's client adds it; it changes nothing.")
     id: Id | None = None
     status: Status | None = None
 
@@ -67,6 +71,7 @@ Item = Annotated[
     Discriminator(_kind),
 ]
 
+_ADDED: Any = {"parsed_arguments": True, "content": {"__all__": {"parsed": True}}}
 PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_"}
 
 
@@ -76,7 +81,7 @@ def shown(items: str | list[Item]) -> list[dict[str, Any]]:
         items = [MessageItem(role="user", content=items)]
     found = []
     for item in items:
-        made = item.model_dump(exclude_none=True)
+        made = item.model_dump(exclude_none=True, exclude=_ADDED)
         if isinstance(item, MessageItem) and isinstance(item.content, str):
             kind = "output_text" if item.role == "assistant" else "input_text"
             made["content"] = [{"type": kind, "text": item.content}]
