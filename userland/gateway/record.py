@@ -32,6 +32,7 @@ _OPERATIONS = {
     "/api/chat": "chat",
     "/api/generate": "text_completion",
     "/api/embed": "embeddings",
+    "/api/embeddings": "embeddings",
 }
 
 

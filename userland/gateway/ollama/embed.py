@@ -16,6 +16,7 @@ from ..callers import Caller, authenticated
 from ..errors_doc import documented
 from ..http import attend, json
 from ..options import Placed
+from ..record import current
 from .shared import Clock, KeepAlive, RunOptions
 
 if TYPE_CHECKING:
@@ -84,7 +85,10 @@ async def _vectors(
         llm.model, t.Encodes.EMBED, sched_class=sched_class, nice=nice, deadline_ms=body.deadline_ms
     )
     replies = [await caller.aio.call(one) for one in calls(call, cut)]
-    return [rows(reply) for reply in replies], sum(reply.tokens for reply in replies)
+    tokens = sum(reply.tokens for reply in replies)
+    if (record := current()) is not None:
+        record.used(llm.model, tokens, 0, 0, "stop")
+    return [rows(reply) for reply in replies], tokens
 
 
 def _shortened(vectors: Floats, dimensions: int) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json as jsonlib
 from collections.abc import AsyncIterator
 from importlib.metadata import version as installed_version
 from typing import Annotated, Any
@@ -9,10 +11,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Request
 from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
-from msgspec.json import decode
 from pydantic import Field, model_validator
 from starlette.responses import Response
 
+from ...llm import LLM
 from ...models import full_name, remote
 from ..callers import Caller, authenticated
 from ..errors_doc import documented
@@ -97,10 +99,6 @@ async def show(body: ShowRequest, caller: Annotated[Caller, Depends(authenticate
     names["repetition_penalty"] = "repeat_penalty"
     parameters = [f"{shown} {generation[name]}" for name, shown in names.items() if name in generation]
     template = llm.tokenizer.template
-    config = decode((await caller.aio.call(table.Read(f"/models/{llm.model}/config.json"))).data)
-    made_for = " ".join(config.get("architectures") or [])
-    generates = not made_for or "ForCausalLM" in made_for or "LMHeadModel" in made_for
-    capabilities = ["completion", *(["tools"] if template else [])] if generates else ["embedding"]
     return json(
         {
             "modelfile": "\n".join([f"FROM {llm.model}", *(f"PARAMETER {line}" for line in parameters)]),
@@ -114,9 +112,19 @@ async def show(body: ShowRequest, caller: Annotated[Caller, Depends(authenticate
                 "general.parameter_count": details.get("parameters"),
                 f"{architecture}.context_length": llm.context_length,
             },
-            "capabilities": capabilities,
+            "capabilities": await asyncio.to_thread(_capabilities, llm),
         }
     )
+
+
+def _capabilities(llm: LLM) -> list[str]:
+    """In Ollama's words; none of what only classifies. An adapter has its base's."""
+    base, _, _ = llm.model.partition("+")
+    config = jsonlib.loads(llm.client.read_file(f"/models/{base}/config.json"))
+    made_for = config.get("architectures") or ["ForCausalLM"]
+    if any(str(one).endswith(("ForCausalLM", "LMHeadModel")) for one in made_for):
+        return ["completion", *(["tools"] if llm.tokenizer.template else [])]
+    return ["embedding"] if any(str(one).endswith(("Model", "ForMaskedLM")) for one in made_for) else []
 
 
 class PullRequest(Named):
