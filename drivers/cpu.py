@@ -54,6 +54,8 @@ class CpuDriver:
         fallback = self._fallback()
         loaded = fallback.load(spec)
         self._drivers[spec.handle] = fallback
+        if loaded.encodes:  # torch is what computes those best
+            return loaded
         self._note(
             "warn", f"model {spec.handle}: torch computes it, for the native engine does not: {reason}"
         )

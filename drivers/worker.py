@@ -157,11 +157,12 @@ class Worker:
         loaded = self._loaded[spec.handle] = self._driver.load(spec)
         self._specs[spec.handle], self._open[spec.handle], self._adapters[spec.handle] = spec, set(), set()
         seconds = time.perf_counter() - begun
+        keeps = f"{loaded.blocks} KV blocks of {loaded.block_bytes} bytes in {loaded.kv_dtype}"
         self._note(
             "info",
             f"{self._device}: model {spec.handle} loaded in {seconds:.1f} s: {loaded.dtype}, weights "
-            f"{loaded.weights_bytes / 1e6:.0f} MB, {loaded.blocks} KV blocks of {loaded.block_bytes} bytes "
-            f"in {loaded.kv_dtype}; {loaded.engine}",
+            f"{loaded.weights_bytes / 1e6:.0f} MB, {'an encoder' if loaded.encodes else keeps}; "
+            f"{loaded.engine}",
         )
         self._send(base.LoadDone(loaded, self._driver.describe().memory_free, seconds))
 

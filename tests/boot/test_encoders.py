@@ -37,7 +37,8 @@ def right(texts: list[list[int]] = TEXTS) -> bytes:
 def daemon(daemons: Callable):
     return daemons(
         'devices=["null"]',
-        encoder={"llmasos_null_encodes": "embed", "llmasos_null_step_seconds": 0.02},
+        "step_tokens=64",  # so TEXTS take two seconds at least, however quick the first steps seem
+        encoder={"llmasos_null_encodes": "embed", "llmasos_null_step_seconds": 0.01},
         chat={"llmasos_null_step_seconds": 0.002},
     )
 

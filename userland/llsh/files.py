@@ -123,11 +123,11 @@ def pools(entries: list[t.PoolInfo]) -> Table:
             pool.model.removesuffix(":latest"),
             pool.dtype,
             quantity.size(pool.weights_bytes),
-            quantity.size(pool.blocks_total * pool.block_bytes),
-            f"{pool.blocks_free}/{pool.blocks_total}",
-            str(pool.blocks_free * t.BLOCK_TOKENS),
+            "-" if pool.encodes else quantity.size(pool.blocks_total * pool.block_bytes),
+            "-" if pool.encodes else f"{pool.blocks_free}/{pool.blocks_total}",
+            "-" if pool.encodes else str(pool.blocks_free * t.BLOCK_TOKENS),
             str(pool.processes),
-            pool.kv_dtype,
+            pool.kv_dtype or "-",
             pool.engine,
         )
     return table_

@@ -135,7 +135,8 @@ def show(
     has_template = any(file.path.endswith(f"/{TEMPLATE}") for file in files)
     lines.append(("chat template", "yes, see --template" if has_template else "none: use it with --raw text"))
     for device, pool in resident:
-        lines.append((f"on {device}", f"{pool.dtype}, KV in {pool.kv_dtype}: {pool.engine}"))
+        keeps = f"encodes to {pool.encodes}" if pool.encodes else f"KV in {pool.kv_dtype}"
+        lines.append((f"on {device}", f"{pool.dtype}, {keeps}: {pool.engine}"))
     table_ = Table([Column(""), Column("", least=20)])
     for key, value in lines:
         table_.add(key, value)

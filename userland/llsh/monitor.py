@@ -87,9 +87,10 @@ class Snapshot:
     def pool(self, pool: t.PoolInfo) -> str:
         used = pool.blocks_total - pool.blocks_free
         share = 100 * used / pool.blocks_total if pool.blocks_total else 0.0
+        keeps = f"KV {used}/{pool.blocks_total} blocks ({share:.0f} %)"
         return (
             f"  {pool.model.removesuffix(':latest')} {pool.dtype}"
-            f"  KV {used}/{pool.blocks_total} blocks ({share:.0f} %)"
+            f"  {f'encodes to {pool.encodes}' if pool.encodes else keeps}"
             f"  {quantity.number(pool.processes, 'process')}"
         )
 

@@ -1,0 +1,62 @@
+"""`llsh embed`: arguments or lines in, one vector each out."""
+
+from __future__ import annotations
+
+import array
+import json
+from pathlib import Path
+
+import pytest
+from llmasos.drivers.null import vector
+
+from .conftest import add_model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def encoder(home: Path) -> None:
+    add_model(home, "encoder", template="", max_position_embeddings=8, llmasos_null_encodes="embed")
+
+
+def right(*tokens: int) -> list[float]:
+    return array.array("f", vector(tokens, 8)).tolist()
+
+
+def lines(out: str) -> list[dict]:
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_each_argument_is_a_text(llsh) -> None:
+    found = lines(llsh("embed", "encoder", "w1 w2", "w7"))
+    assert llsh.code == 0
+    assert found == [
+        {"text": "w1 w2", "embedding": right(1, 2)},
+        {"text": "w7", "embedding": right(7)},
+    ]
+
+
+def test_each_line_of_stdin_is_a_text(llsh) -> None:
+    typed = [f"w{n} w{n + 1}" for n in range(300)]
+    found = lines(llsh("embed", "encoder", stdin="\n".join(typed)))
+    assert [one["text"] for one in found] == typed
+    assert found[299]["embedding"] == right(299, 300)
+
+
+def test_a_person_sees_a_table(llsh) -> None:
+    out = llsh("embed", "encoder", "w1 w2", tty=True)
+    assert all(word in out for word in ("DIMENSIONS", "VECTOR", "w1 w2", f"{right(1, 2)[0]:+.4f}"))
+    assert lines(llsh("embed", "encoder", "w1", "--json", tty=True))[0]["embedding"] == right(1)
+
+
+def test_too_long_is_an_error_unless_it_may_be_cut(llsh) -> None:
+    long = " ".join(f"w{n}" for n in range(600))
+    assert llsh("embed", "encoder", long) == ""
+    assert llsh.code == 1
+    assert "600 tokens" in llsh.err
+    (cut,) = lines(llsh("embed", "encoder", "--truncate", long))
+    assert len(cut["embedding"]) == 8
+
+
+def test_a_model_that_generates_is_told_so(llsh) -> None:
+    llsh("embed", "tiny", "w1")
+    assert llsh.code == 1
+    assert "generates text" in llsh.err
