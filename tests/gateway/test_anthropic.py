@@ -208,6 +208,36 @@ def test_results_go_back(claude: anthropic.Anthropic) -> None:
     assert answer.usage.output_tokens == 3
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_tool_runner_runs_tools(claude: anthropic.Anthropic, stream: bool) -> None:
+    ran = []
+
+    @anthropic.beta_tool
+    def paint(dark: bool) -> str:
+        """Paints.
+
+        Args:
+            dark: How.
+        """
+        ran.append(dark)
+        return "done"
+
+    runner = claude.beta.messages.tool_runner(
+        model="bytes",
+        max_tokens=400,
+        tools=[paint],
+        tool_choice={"type": "tool", "name": "paint", "disable_parallel_tool_use": True},
+        messages=HELLO,
+        max_iterations=2,
+        stream=stream,
+        extra_body=GREEDY,
+    )
+    answers = [answer.get_final_message() if stream else answer for answer in runner]
+    assert [answer.stop_reason for answer in answers] == ["tool_use", "tool_use"]
+    assert ran == [answer.content[0].input["dark"] for answer in answers]
+    assert answers[1].usage.cache_read_input_tokens > answers[0].usage.cache_read_input_tokens
+
+
 def test_output_has_the_shape_that_was_asked_for(claude: anthropic.Anthropic) -> None:
     class Colour(pydantic.BaseModel):
         name: Literal["red", "blue"]

@@ -108,11 +108,11 @@ def body(problem: Problem, path: str, request_id: str, *, anthropic: bool = Fals
     """The error in the shape of the API that `path` belongs to."""
     if anthropic:
         kind = _ANTHROPIC.get(problem.status, "api_error")
-        return {
-            "type": "error",
-            "error": {"type": kind, "message": problem.message},
-            "request_id": request_id,
-        }
+        error: dict[str, Any] = {"type": kind, "message": problem.message}
+        if problem.param == "thread":
+            # Its clients then go on without: they send the whole conversation each time.
+            error["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        return {"type": "error", "error": error, "request_id": request_id}
     if path.startswith("/api/"):
         return {"error": problem.message}
     return {

@@ -58,13 +58,18 @@ class Conversation(Placed):
     """What counts as the input of an answer."""
 
     NOT_DONE = {
+        "billing_policy": (),
+        "compaction": (),
         "container": (),
         "context_management": (),
         "diagnostics": (),
+        "fallback_credit_token": (),
+        "fallbacks": ([],),
         "inference_geo": (),
         "mcp_servers": ([],),
         "speed": ("standard",),
         "thinking": ({"type": "disabled"},),
+        "thread": (),
         "user_profile_id": (),
         "workspace_id": (),
     }
