@@ -295,6 +295,19 @@ def test_a_killed_answer_is_told_so(http: httpx.Client, kernel: Client) -> None:
     assert events[-2]["delta"]["stop_reason"] == "killed"
 
 
+def test_a_process_holds_a_conversation(claude: anthropic.Anthropic, kernel: Client) -> None:
+    first = ask(claude, extra_body={**GREEDY, "pid": "new"})
+    pid = first.to_dict()["pid"]
+    messages = [*HELLO, {"role": "assistant", "content": first.content}, {"role": "user", "content": "w3"}]
+    plain = ask(claude, messages=messages)
+    second = ask(claude, messages=messages, extra_body={**GREEDY, "pid": pid, "priority": "batch"})
+    assert second.content == plain.content
+    held = first.usage.input_tokens + (first.usage.cache_read_input_tokens or 0)
+    assert (second.usage.cache_read_input_tokens or 0) >= held
+    assert second.usage.service_tier == "batch"
+    kernel.kill(pid)
+
+
 def test_a_full_queue_is_a_429_also_of_a_stream(gateway: Gateway, kernel: Client) -> None:
     kernel.call(table.SetQuota("bob", table.t.Quota(queue=1)))
     body = {"model": "slow", "messages": HELLO, "max_tokens": 400, "stream": True}

@@ -386,6 +386,16 @@ def test_who_hangs_up_frees_his_process(gateway: Gateway, kernel: Client) -> Non
         soon(lambda: running() == 0)
 
 
+def test_a_process_holds_a_conversation(http: httpx.Client, kernel: Client) -> None:
+    body = {"model": "tiny", "messages": HELLO, "options": GREEDY, "stream": False}
+    first = http.post("/api/chat", json={**body, "pid": "new"}).json()
+    body["messages"] = [*HELLO, first["message"], {"role": "user", "content": "w3"}]
+    second = http.post("/api/chat", json={**body, "pid": first["pid"]}).json()
+    assert second["pid"] == first["pid"]
+    assert second["message"] == http.post("/api/chat", json=body).json()["message"]
+    kernel.kill(first["pid"])
+
+
 def test_a_killed_answer_is_told_so(http: httpx.Client, kernel: Client) -> None:
     with http.stream("POST", "/api/chat", json={"model": "slow", "messages": HELLO}) as answer:
         lines = answer.iter_lines()

@@ -28,13 +28,7 @@ from .content import CacheControl, Message, Text, ToolChoice, ToolParam, as_mess
 router = APIRouter(prefix="/v1/messages", tags=["anthropic"])
 
 # `deadline` and `killed` are no words of Anthropic's: to call them anything else would be a lie.
-REASONS = {
-    t.Finish.STOP: "end_turn",
-    t.Finish.LENGTH: "max_tokens",
-    t.Finish.CANCELLED: "cancelled",
-    t.Finish.KILLED: "killed",
-    t.Finish.DEADLINE: "deadline",
-}
+REASONS = {t.Finish.STOP: "end_turn", t.Finish.LENGTH: "max_tokens"}
 
 StopSequence = Annotated[str, Field(min_length=1, max_length=256)]
 
@@ -211,7 +205,7 @@ class _Answering:
         yield event("message_stop")
 
     def _end(self, done: Completion) -> dict[str, Any]:
-        reason = REASONS[done.finish]
+        reason = REASONS.get(done.finish, str(done.finish))
         if done.stop:
             reason = "stop_sequence"
         elif done.called:

@@ -23,15 +23,6 @@ from ..http import EventStream
 from ..openai.shared import chat_score
 from ..options import Body, Placed
 
-# `deadline` and `killed` are no words of Ollama's: to call them stop or length would be a lie.
-REASONS = {
-    t.Finish.STOP: "stop",
-    t.Finish.LENGTH: "length",
-    t.Finish.CANCELLED: "cancelled",
-    t.Finish.KILLED: "killed",
-    t.Finish.DEADLINE: "deadline",
-}
-
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 KeepAlive = Annotated[
     float | str | None,
@@ -238,5 +229,6 @@ async def steps(asked: Asked, clock: Clock, body: Asking) -> AsyncIterator[Step]
 
 
 def ended(asked: Asked, done: Completion) -> dict[str, Any]:
+    """The kernel's reasons hold Ollama's; `deadline` and `killed` are none of them, and no stop or length."""
     pid = {} if asked.pid is None else {"pid": asked.pid}
-    return {"done": True, "done_reason": REASONS[done.finish], **pid}
+    return {"done": True, "done_reason": str(done.finish), **pid}
