@@ -56,7 +56,7 @@ def begin(ai: openai.OpenAI, file: str, url: Any = CHAT, **options: Any) -> str:
     return ai.batches.create(input_file_id=file, endpoint=url, completion_window="24h", **options).id
 
 
-def ended(ai: openai.OpenAI, id: str, patience_s: float = 20) -> Any:
+def ended(ai: openai.OpenAI, id: str, patience_s: float = 120) -> Any:
     soon(lambda: ai.batches.retrieve(id).status in batches.ENDED, patience_s)
     return ai.batches.retrieve(id)
 
@@ -66,7 +66,7 @@ def until_done(ai: openai.OpenAI, id: str, count: int) -> None:
         counts = ai.batches.retrieve(id).request_counts
         return counts.completed if counts else 0
 
-    soon(lambda: done() >= count, 30)
+    soon(lambda: done() >= count, 60)
 
 
 def lines(ai: openai.OpenAI, file: str | None) -> list[dict[str, Any]]:
@@ -190,10 +190,14 @@ def test_what_is_late_expires(ai: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
     bodies = [chat(n, model="slow", max_tokens=400 if n == 1 else 1) for n in range(3)]
     batch = ended(ai, begin(ai, upload(ai, bodies)))
     assert batch.status == "expired"
-    assert batch.request_counts.to_dict() == {"total": 3, "completed": 2, "failed": 1}
-    assert [line["custom_id"] for line in lines(ai, batch.output_file_id)] == ["r0", "r2"]
-    (late,) = lines(ai, batch.error_file_id)
-    assert (late["custom_id"], late["error"]["code"]) == ("r1", "batch_expired")
+    done = {line["custom_id"] for line in lines(ai, batch.output_file_id)}
+    late = {line["custom_id"]: line["error"]["code"] for line in lines(ai, batch.error_file_id)}
+    assert done | late.keys() == {"r0", "r1", "r2"}
+    assert set(late.values()) == {"batch_expired"}
+    assert "r1" in late  # the others are done in time, if the machine is not very busy
+    assert not done & late.keys()
+    counts = {"total": 3, "completed": len(done), "failed": len(late)}
+    assert batch.request_counts.to_dict() == counts
 
 
 @contextlib.contextmanager
@@ -294,7 +298,7 @@ def test_the_kernel_may_die_meanwhile(ai: openai.OpenAI, kernel: Client) -> None
     boot = kernel.boot_id
     os.kill(kernel_pid(), signal.SIGKILL)
     soon(lambda: kernel.call(table.Df()) is not None and kernel.boot_id != boot, 20)
-    batch = ended(ai, id, 60)
+    batch = ended(ai, id)
     assert batch.status == "completed"
     assert batch.request_counts.to_dict() == {"total": count, "completed": count, "failed": 0}
     found = lines(ai, batch.output_file_id)

@@ -243,7 +243,7 @@ def test_gateway_and_kernel_may_end_meanwhile(keys: dict[str, str], machine: Cli
     first = serve(keys)
     with client(next(first), "dora") as ai:
         id = begin(ai, counting(40), hyperparameters={"n_epochs": 10, "batch_size": 4})
-        pid = has(ai, id, "running").to_dict()["pid"]
+        pid = has(ai, id, "running", *fine_tuning.ENDED).to_dict()["pid"]
     assert next(first, None) is None
     os.kill(kernel_pid(), signal.SIGKILL)
     second = serve(keys)

@@ -21,7 +21,7 @@ from llmasos.userland.gateway.store import Kept, Store
 from .conftest import Gateway, serve, soon
 
 SHORT: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_output_tokens": 5}
-LONG: dict[str, Any] = {"model": "slow", "temperature": 0, "max_output_tokens": 200}
+LONG: dict[str, Any] = {"model": "slow", "temperature": 0, "max_output_tokens": 160}
 
 
 @pytest.fixture
@@ -172,21 +172,27 @@ def test_nobody_knows_what_kind_of_item_that_is(http: httpx.Client) -> None:
         assert answer.status_code == 400, answer.text
 
 
-def test_a_background_response_needs_nobody(ai: openai.OpenAI, kernel: Client) -> None:
-    made = ai.responses.create(**{**LONG, "max_output_tokens": 10}, input="w1", background=True)
-    assert made.status in ("queued", "in_progress")
-    soon(lambda: ai.responses.retrieve(made.id).status == "in_progress")
-    with pytest.raises(openai.BadRequestError, match="has not ended"):
-        ai.responses.create(**SHORT, input="w1", previous_response_id=made.id)
-    soon(lambda: ai.responses.retrieve(made.id).status == "incomplete")
+def test_a_background_response_needs_nobody(ai: openai.OpenAI) -> None:
+    body = {**LONG, "max_output_tokens": 10}
+    made = ai.responses.create(**body, input="w1", background=True)
+    assert made.status == "queued"
+    soon(lambda: ai.responses.retrieve(made.id).status == "incomplete", 30)
     done = ai.responses.retrieve(made.id)
     assert done.usage is not None
     assert done.usage.output_tokens == 10
-    again = ai.responses.create(**{**LONG, "max_output_tokens": 10}, input="w1")
+    again = ai.responses.create(**body, input="w1")
     assert done.output_text == again.output_text
     assert ai.responses.cancel(made.id).status == "incomplete"  # too late
     with pytest.raises(openai.BadRequestError, match="Only background"):
         ai.responses.cancel(again.id)
+
+
+def test_what_has_not_ended_has_nothing_behind_it(ai: openai.OpenAI) -> None:
+    made = ai.responses.create(**LONG, input="w1", background=True)
+    soon(lambda: ai.responses.retrieve(made.id).status == "in_progress")
+    with pytest.raises(openai.BadRequestError, match="has not ended"):
+        ai.responses.create(**SHORT, input="w1", previous_response_id=made.id)
+    ai.responses.cancel(made.id)
 
 
 def test_a_background_response_is_cancelled_or_deleted(ai: openai.OpenAI, kernel: Client) -> None:
@@ -250,16 +256,16 @@ def test_another_gateway_goes_on_with_it(home: object, kernel: Client) -> None:
 
     first = serve({})
     with client(next(first)) as ai:
-        made = ai.responses.create(**{**LONG, "max_output_tokens": 40}, input="w1", background=True)
+        made = ai.responses.create(**LONG, input="w1", background=True)
         soon(lambda: ai.responses.retrieve(made.id).status == "in_progress")
     assert next(first, None) is None
     second = serve({})
     with client(next(second)) as ai:
         assert ai.responses.retrieve(made.id).status in ("queued", "in_progress")
-        soon(lambda: ai.responses.retrieve(made.id).status == "incomplete", 15)
+        soon(lambda: ai.responses.retrieve(made.id).status == "incomplete", 60)
         done = ai.responses.retrieve(made.id)
         assert done.usage is not None
-        assert done.usage.output_tokens == 40
+        assert done.usage.output_tokens == LONG["max_output_tokens"]
     assert next(second, None) is None
 
 
