@@ -43,6 +43,8 @@ class Encoding:
     done: int = 0
     rows: bytearray = field(default_factory=bytearray)
     crashes: int = 0
+    arrived: float = 0.0
+    planned: bool = False  # some of it has been in a step
 
     def size(self, first: int, count: int) -> int:
         """Tokens of `count` texts from `first` on."""
@@ -89,6 +91,7 @@ def encode(kernel: Kernel, request: Request, call: table.Encode, process: Proces
         memoryview(call.tokens),
         ends,
         list(call.pairs) or [0] * len(ends),
+        arrived=kernel.now(),
     )
     process.encoding = encoding
     pool = process.pool
@@ -225,6 +228,8 @@ def _send(kernel: Kernel, device: Device, pool: Pool, chosen: dict[Process, int]
     flight = Flight(order.ticket, pool, [], [], set(), 0, tokens, 1, texts)
     kernel.recorder.sent(device.name, flight, len(pool.queue))
     for one in texts:
+        if not one.encoding.planned:
+            kernel.metrics.planned(one.process, one.encoding)
         one.encoding.sent += one.count
         one.process.flights += 1
     kernel.effects.append(ToWorker(device.worker, order))
@@ -236,6 +241,7 @@ def landed(kernel: Kernel, device: Device, flight: Flight, answer: base.Encoded)
     kernel.recorder.landed(flight.ticket, answer.seconds, "done")
     device.worked = kernel.now()
     device.step_seconds.append(answer.seconds)
+    kernel.metrics.step(device.name, 1, answer.seconds)
     flight.pool.pace.learn(0, flight.tokens, answer.seconds)
     at = 0
     for one in flight.texts:

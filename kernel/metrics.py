@@ -17,6 +17,7 @@ from llmasos.syscalls.types import Family, FamilyKind, Sample
 from .shares import tenant_of
 
 if TYPE_CHECKING:
+    from .encoding import Encoding
     from .infer import Infer
     from .loop import Kernel
     from .process import Process
@@ -103,10 +104,10 @@ class Metrics:
         self.steps: Counter[str] = Counter()
         self.step_seconds: defaultdict[str, float] = defaultdict(float)
 
-    def planned(self, process: Process, infer: Infer) -> None:
+    def planned(self, process: Process, work: Infer | Encoding) -> None:
         """The first step that has a part of it is sent."""
-        infer.planned = True
-        self._of(process).queue.add(self._now() - infer.arrived)
+        work.planned = True
+        self._of(process).queue.add(self._now() - work.arrived)
 
     def took(self, process: Process, infer: Infer, count: int) -> None:
         """`count` tokens of it have come; before `infer.take`."""
@@ -127,8 +128,17 @@ class Metrics:
 
     def ended(self, process: Process, infer: Infer, finish: str, made: int) -> None:
         """An infer is over: `finish` is its reason, or FAILED."""
-        series, prompt = self._of(process), infer.start - infer.first_input
-        series.whole.add(self._now() - infer.arrived)
+        self._over(process, infer.arrived, finish, infer.start - infer.first_input, infer.cached, made)
+
+    def encoded(self, process: Process, encoding: Encoding, finish: str) -> None:
+        """An encode is over."""
+        self._over(process, encoding.arrived, finish, encoding.total, 0, 0)
+
+    def _over(
+        self, process: Process, arrived: float, finish: str, prompt: int, cached: int, made: int
+    ) -> None:
+        series = self._of(process)
+        series.whole.add(self._now() - arrived)
         series.finished[finish] += 1
         tenant = tenant_of(process.owner)
         if tenant not in self._use and len(self._use) >= MOST_TENANTS:
@@ -137,7 +147,7 @@ class Metrics:
         use.requests += 1
         for counted in (series, use):
             counted.prompt += prompt
-            counted.cached += infer.cached
+            counted.cached += cached
             counted.generated += made
 
     def step(self, device: str, rounds: int, seconds: float) -> None:
@@ -203,8 +213,11 @@ class Metrics:
             if process.infer is not None and process.beam_of is None:
                 among = running if process in process.pool.admitted else waiting
                 among[process.model, str(process.sched_class)] += 1
+            elif process.encoding is not None:
+                among = running if process.encoding.planned else waiting
+                among[process.model, str(process.sched_class)] += 1
         for name, help_, counted in (
-            ("requests_running", "Requests in a device's memory.", running),
+            ("requests_running", "Requests in a device's memory, or being encoded.", running),
             ("requests_waiting", "Requests that wait for memory or their turn.", waiting),
         ):
             samples = [Sample(list(key), counted[key]) for key in sorted({*self._series, *counted})]

@@ -247,6 +247,7 @@ class ProcessTable:
         encoding, loaded = process.encoding, process.pool.loaded
         assert encoding is not None
         assert loaded is not None
+        self._metrics.encoded(process, encoding, "encoded")
         self._sessions.reply(
             encoding.request, EncodeReply(encoding.total, loaded.width, bytes(encoding.rows))
         )
@@ -255,6 +256,7 @@ class ProcessTable:
     def fail_infer(self, process: Process, error: errors.LLMasOSError) -> None:
         infer = process.infer
         if process.encoding is not None:
+            self._metrics.encoded(process, process.encoding, FAILED)
             self._sessions.fail(process.encoding.request, error)
             self._after_infer(process, True, False, Exit(1, f"encode failed: {type(error).__name__}"))
         if infer is None:

@@ -3,9 +3,9 @@
     python tests/bench/embeddings.py [--texts 512] [--rounds 5] [--dtype float32] [--home FOLDER]
 
 Texts are pieces of a book, their lengths log-normal (median 30 tokens, at most the model's). Both sides
-tokenise and compute; transformers in batches of 32 padded to their longest, as they come and sorted by length,
-its threads asleep while they wait as ours are. Each round measures all three, one after the other; ratios are
-medians over rounds. Also the least cosine between the two sides' vectors. One JSON line.
+tokenise and compute; transformers in batches of 32 padded to their longest, as they come and sorted by
+length, its threads asleep while they wait as ours are. Each round measures all three, one after the other;
+ratios are medians over rounds. Also the least cosine between the two sides' vectors. One JSON line.
 """
 
 from __future__ import annotations

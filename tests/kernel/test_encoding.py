@@ -261,6 +261,20 @@ def test_quotas_count_its_tokens_and_its_place(tmp_path: Path) -> None:
     assert world.error(second) is world.error(third) is errors.QuotaExceeded
 
 
+def test_it_is_counted(world: World) -> None:
+    world.send(encode([[1, 2], [3]]))
+    world.send(encode([[1] * 65]))
+    world.turn(5)
+    families = {family.name: family.samples for family in world.kernel.metrics.families(world.kernel)}
+    assert {tuple(sample.labels): sample.value for sample in families["requests"]} == {
+        ("encoder:latest", "interactive", "encoded"): 1,
+        ("encoder:latest", "interactive", "error"): 1,
+    }
+    assert [sample.value for sample in families["prompt_tokens"]] == [68]
+    assert [sum(sample.buckets) for sample in families["queue_seconds"]] == [1]
+    assert [sample.value for sample in families["steps"]] == [len(world.encodes)]
+
+
 def test_draining_lets_it_end(world: World) -> None:
     world.holds_steps = True
     id_ = world.send(encode([[1]]))

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmasos.syscalls import errors, table, wire
 from llmasos.syscalls import types as t
@@ -65,6 +65,7 @@ def test_a_persons_text_holds_no_special_token() -> None:
     assert not {CLS, SEP} & set(one.ids[1:-1])
 
 
+@settings(deadline=None)
 @given(st.integers(0, 20), st.integers(0, 20), st.integers(3, 30))
 def test_the_longer_of_a_pair_is_cut_first(first: int, second: int, most: int) -> None:
     (one,) = TOKENIZER.frame([("a " * first, "b " * second)], most)
@@ -89,6 +90,7 @@ def test_what_is_too_long_is_told_before_anything_is_sent() -> None:
     assert [len(one.ids) for one in encoding.framed(TOKENIZER, ["a", "a " * 9], 10, truncate=True)] == [3, 10]
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 70_000), max_size=600))
 def test_calls_fit_the_wire_and_hold_all_texts_in_order(lengths: list[int]) -> None:
     shared = [7] * max(lengths, default=1)
