@@ -86,6 +86,18 @@ def test_a_conversation_goes_on(ai: openai.OpenAI) -> None:
         ai.responses.create(**SHORT, input="w4", previous_response_id=second.id)
 
 
+def test_conversations_are_bounded(ai: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ai.responses.create(**SHORT, input="w1")
+    second = ai.responses.create(**SHORT, input="w1", previous_response_id=first.id)
+    for bound, value in (("MOST_TURNS", 1), ("MOST_HISTORY", 10)):
+        with monkeypatch.context() as patch:
+            patch.setattr(responses, bound, value)
+            with pytest.raises(openai.BadRequestError, match="follow each other"):
+                ai.responses.create(**SHORT, input="w1", previous_response_id=second.id)
+    whole = ai.responses.create(**SHORT, input="w1", previous_response_id=second.id)
+    assert whole.usage is not None
+
+
 def test_responses_are_kept_unless_not_wanted(ai: openai.OpenAI, gateway: Gateway) -> None:
     made = ai.responses.create(**SHORT, input="w1")
     assert ai.responses.retrieve(made.id).output_text == made.output_text

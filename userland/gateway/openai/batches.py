@@ -365,7 +365,7 @@ class Batches:
     ) -> AsyncIterator[bytes]:
         """Lines of the file of answers (`good`), or of that of errors."""
         last, done = -1, set[int]()
-        while found := await self._store.lines(kept.id, after=last, limit=100):
+        while found := await self._store.lines(kept.id, after=last, limit=16):
             last = found[-1][0]
             for number, answer in found:
                 done.add(number)

@@ -71,7 +71,8 @@ Item = Annotated[
     Discriminator(_kind),
 ]
 
-_ADDED: Any = {"parsed_arguments": True, "content": {"__all__": {"parsed": True}}}
+_BESIDE = ("parsed", "annotations", "logprobs")
+_ADDED: Any = {"parsed_arguments": True, "content": {"__all__": dict.fromkeys(_BESIDE, True)}}
 PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_"}
 
 
@@ -85,6 +86,9 @@ def shown(items: str | list[Item]) -> list[dict[str, Any]]:
         if isinstance(item, MessageItem) and isinstance(item.content, str):
             kind = "output_text" if item.role == "assistant" else "input_text"
             made["content"] = [{"type": kind, "text": item.content}]
+        for part in made["content"] if isinstance(item, MessageItem) else ():
+            if part["type"] == "output_text":
+                part["annotations"] = []
         found.append({**made, "id": item.id or new_id(PREFIXES[item.type]), "status": "completed"})
     return found
 

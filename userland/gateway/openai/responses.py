@@ -33,7 +33,8 @@ router = APIRouter(prefix="/v1/responses", tags=["openai"])
 
 KEPT_S = 30 * 24 * 3600
 MOST_TURNS = 1000
-"""Responses that follow each other."""
+MOST_HISTORY = 32 << 20
+"""Responses that follow each other, and bytes of them."""
 
 MOST_BACKGROUND = 64
 """Of one tenant, at a time."""
@@ -149,10 +150,12 @@ async def prepare(
 async def _history(caller: Caller, store: Store, last: str | None) -> list[dict[str, Any]]:
     """The items of the response `last` and of those before it."""
     turns: list[list[dict[str, Any]]] = []
+    size = 0
     while last is not None:
-        if len(turns) == MOST_TURNS:
+        if len(turns) == MOST_TURNS or size > MOST_HISTORY:
             raise errors.InvalidArgument(
-                f"more than {MOST_TURNS} responses follow each other", field="previous_response_id"
+                f"more than {MOST_TURNS} responses, or {MOST_HISTORY} bytes, follow each other",
+                field="previous_response_id",
             )
         try:
             kept = await store.get(caller.tenant, "response", last)
@@ -165,6 +168,7 @@ async def _history(caller: Caller, store: Store, last: str | None) -> list[dict[
         if kept.body["status"] not in ENDED:
             raise errors.InvalidArgument(f"{last} has not ended yet", field="previous_response_id")
         turns.append([*kept.inner["input"], *kept.body["output"]])
+        size += len(msgspec.json.encode(turns[-1]))
         last = kept.body["previous_response_id"]
     return [item for turn in reversed(turns) for item in turn]
 
