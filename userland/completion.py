@@ -76,7 +76,7 @@ class Answer:
         self._context_tokens = len(context)
         self._context = context
         self._scores: list[t.Chosen] = []
-        self._prompt_scores: list[t.Chosen] = []
+        self.prompt_chosen: list[t.Chosen] = []
         self.tokens: list[int] = []
         self.text = ""
         self.pieces: list[Piece] = []
@@ -94,7 +94,7 @@ class Answer:
             return ""
         self.tokens += event.tokens
         self._scores += event.logprobs
-        self._prompt_scores += event.prompt_logprobs
+        self.prompt_chosen += event.prompt_logprobs
         return self._grow(self._detokenizer.feed(event.tokens))
 
     def flush(self) -> str:
@@ -148,7 +148,7 @@ class Answer:
 
     def prompt_scores(self) -> list[TokenScore]:
         """Of the context's tokens, if they were asked for; the first one's is NaN."""
-        return self._shown(self._context[-len(self._prompt_scores) :], self._prompt_scores)
+        return self._shown(self._context[-len(self.prompt_chosen) :], self.prompt_chosen)
 
     def _shown(self, tokens: Sequence[int], scores: Sequence[t.Chosen]) -> list[TokenScore]:
         shown = self._tokenizer.shown

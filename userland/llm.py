@@ -23,6 +23,7 @@ from .chat import Message, call_format, encode_chat
 from .client import Client, Stream
 from .completion import Answer, Completion
 from .daemon import ensure_daemon
+from .decisions import Decision, Option, Question, decided, scored
 from .encoding import Texts, encoded, framed
 from .flow import Do, Flow, Run, adrive, drive
 from .generation import Model, Options, Plan, check_names, plan
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from .encoding import Floats
 
 Prompts = list[str] | tuple[str, ...]
+
+CLASSIFY = "Which of these labels fits the text best?"
 
 
 class LLM:
@@ -287,6 +290,62 @@ class LLM:
         if len(found) != len(tokens):
             raise errors.KernelFault(f"{len(found)} scores for {len(tokens)} tokens")
         return [(self.tokenizer.shown(id_), value) for id_, value in zip(tokens, found, strict=True)]
+
+    def score(self, prompt: str, choices: Sequence[str]) -> list[float]:
+        """The natural log-likelihood of each of `choices` as what follows `prompt`: the sum over its tokens.
+        Prompt and choice are one text: mind the space between them. Raises InvalidArgument, ContextOverflow."""
+        return drive(self.client, self._scoring(prompt, choices))
+
+    async def ascore(self, prompt: str, choices: Sequence[str]) -> list[float]:
+        """`score` for asyncio."""
+        return await adrive(self._async(), self._scoring(prompt, choices))
+
+    def _scoring(self, prompt: str, choices: Sequence[str]) -> Flow[list[float]]:
+        if not choices:
+            raise errors.InvalidArgument("no choices", field="choices")
+        variants = [self.tokenizer.encode(prompt + choice) for choice in choices]
+        return (yield from scored(self, variants, self.tokenizer.encode(prompt))).logprobs
+
+    def decide(
+        self, text: str, questions: Sequence[Question] | Question, *, calibrate: bool = True
+    ) -> list[Decision]:
+        """Typed questions about a text, answered by the likelihoods of their options, without generating."""
+        asked = [questions] if isinstance(questions, Question) else list(questions)
+        return drive(self.client, decided(self, text, asked, calibrate=calibrate))
+
+    async def adecide(
+        self, text: str, questions: Sequence[Question] | Question, *, calibrate: bool = True
+    ) -> list[Decision]:
+        """`decide` for asyncio; cancelling the task cancels it."""
+        asked = [questions] if isinstance(questions, Question) else list(questions)
+        return await adrive(self._async(), decided(self, text, asked, calibrate=calibrate))
+
+    def classify(
+        self,
+        text: str,
+        labels: Sequence[str],
+        *,
+        instructions: str = CLASSIFY,
+        calibrate: bool = True,
+    ) -> Decision:
+        """Which of `labels` fits a text (zero-shot classification): its `label`, and `probabilities` of all.
+
+        llm.classify("What a film!", ["positive", "negative"]).label
+        """
+        question = Question(instructions, tuple(Option(label) for label in labels))
+        return self.decide(text, question, calibrate=calibrate)[0]
+
+    async def aclassify(
+        self,
+        text: str,
+        labels: Sequence[str],
+        *,
+        instructions: str = CLASSIFY,
+        calibrate: bool = True,
+    ) -> Decision:
+        """`classify` for asyncio."""
+        question = Question(instructions, tuple(Option(label) for label in labels))
+        return (await self.adecide(text, question, calibrate=calibrate))[0]
 
     def embed(self, texts: str | Sequence[str], *, truncate: bool = False) -> Floats:
         """Vectors [n, dimensions] of texts, float32, pooled and normalised as the model's own files say; of
