@@ -1,4 +1,4 @@
-"""Typed decisions: which of the given options a model would answer, read from likelihoods; no text is generated.
+"""Typed decisions: which of the given options a model would answer, read from likelihoods, without writing.
 
 A question's options are scored as answers to one prompt, whose KV all of them share: the context is computed
 once and forked, and each fork takes in one option. From the options' log-likelihoods those are subtracted
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 
-from .chat import encode_chat
 from .completion import Answer
 from .flow import Do, Flow, Run
 
@@ -63,7 +62,8 @@ class Question:
 @dataclass(frozen=True, slots=True)
 class Decision:
     """`probabilities` of the options in their order; they sum to 1. `logprobs` are the options' natural
-    log-likelihoods as answers, before calibration. `prompt_tokens` were read, `cached_tokens` of them known."""
+    log-likelihoods as answers, before calibration. `prompt_tokens` were read, `cached_tokens` of them were
+    known."""
 
     options: tuple[str, ...]
     probabilities: tuple[float, ...]
@@ -169,16 +169,15 @@ def softmax(values: Sequence[float]) -> list[float]:
 
 
 def _variants(llm: LLM, text: str, question: Question) -> list[list[int]]:
-    """The prompt with each option as its answer. The text comes first, so that questions share it."""
-    listed = "\n".join(
-        f"- {option.name}: {option.description}" if option.description else f"- {option.name}"
-        for option in question.options
-    )
-    asked = f"{text}\n\n{question.instructions}\nAnswer with one of:\n{listed}"
-    if not llm.tokenizer.template:
-        return [llm.tokenizer.encode(f"{asked}\nAnswer: {option.name}") for option in question.options]
-    head: list[int] = encode_chat(llm.tokenizer, asked, model=llm.model)
-    return [[*head, *llm.tokenizer.encode(option.name, start=False)] for option in question.options]
+    """The prompt with each option as its answer. The text comes first, so that questions share it.
+
+    Options without descriptions are not listed, and no chat template is used: small models answer better so
+    (tests/bench/decisions.py).
+    """
+    told = [f"{option.name}: {option.description}" for option in question.options if option.description]
+    options = "Possible answers:\n" + "\n".join(told) + "\n" if told else ""
+    asked = f"Text: {text}\nQuestion: {question.instructions}\n{options}Answer:"
+    return [llm.tokenizer.encode(f"{asked} {option.name}") for option in question.options]
 
 
 def _take_in(pid: int, tokens: Sequence[int]) -> table.Infer:

@@ -293,7 +293,8 @@ class LLM:
 
     def score(self, prompt: str, choices: Sequence[str]) -> list[float]:
         """The natural log-likelihood of each of `choices` as what follows `prompt`: the sum over its tokens.
-        Prompt and choice are one text: mind the space between them. Raises InvalidArgument, ContextOverflow."""
+        Prompt and choice are one text: mind the space between them. Raises InvalidArgument,
+        ContextOverflow."""
         return drive(self.client, self._scoring(prompt, choices))
 
     async def ascore(self, prompt: str, choices: Sequence[str]) -> list[float]:

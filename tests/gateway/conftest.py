@@ -75,6 +75,8 @@ def daemon(device: str) -> Iterator[Path]:
     os.environ["LLMASOS_HOME"] = str(made)
     files = {path: data.decode() for path, data in model_files(byte_tokenizer()).items()}
     put_model(made, "bytes", files, {"vocab_size": STOP + 1, "max_position_embeddings": 4096})
+    encoder = {"architectures": ["BertModel"], "llmasos_null_encodes": "embed"}
+    put_model(made, "encoder", files, {"vocab_size": STOP + 1, "max_position_embeddings": 64, **encoder})
     with ensure_daemon() as client:
         soon(lambda: client.call(table.Lsdev()).devices[0].state == "ready", 30)
     yield made

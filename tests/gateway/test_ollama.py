@@ -22,8 +22,6 @@ from llmasos.userland.gateway.access import ApiKeys, folder
 from llmasos.userland.gateway.ollama.shared import rfc3339
 
 from ..boot.tiny import write_tiny
-from ..llsh.conftest import put_model
-from ..userland.conftest import STOP, byte_tokenizer, model_files
 from .conftest import Gateway, soon
 from .test_processes import TINY
 
@@ -184,50 +182,41 @@ def test_options_do_what_they_say(llama: ollama.Client) -> None:
     assert scored.logprobs[0].logprob == scored.logprobs[0].top_logprobs[0].logprob
 
 
-@pytest.fixture(scope="module")
-def encoder(home: Path) -> str:
-    """One that makes vectors of texts."""
-    files = {path: data.decode() for path, data in model_files(byte_tokenizer()).items()}
-    config = {"vocab_size": STOP + 1, "max_position_embeddings": 64, "architectures": ["BertModel"]}
-    put_model(home, "encoder", files, {**config, "llmasos_null_encodes": "embed"})
-    return "encoder"
-
-
-def test_texts_become_vectors(llama: ollama.Client, encoder: str) -> None:
-    both = llama.embed(encoder, ["w1", "w2"])
+def test_texts_become_vectors(llama: ollama.Client) -> None:
+    both = llama.embed("encoder", ["w1", "w2"])
     assert len(both.embeddings) == 2
     assert both.embeddings[0] != both.embeddings[1]
-    single = llama.embed(encoder, "w1")
+    single = llama.embed("encoder", "w1")
     assert list(single.embeddings) == [both.embeddings[0]]
-    assert list(llama.embeddings(encoder, "w1").embedding) == list(both.embeddings[0])
+    assert list(llama.embeddings("encoder", "w1").embedding) == list(both.embeddings[0])
     assert both.prompt_eval_count == 2 * (single.prompt_eval_count or 0) > 0
-    many = llama.embed(encoder, [f"w{n}" for n in range(300)]).embeddings
+    many = llama.embed("encoder", [f"w{n}" for n in range(300)]).embeddings
     assert len(many) == 300
     assert many[1] == both.embeddings[0]
-    assert list(llama.embed(encoder, []).embeddings) == []
-    short = llama.embed(encoder, "w1", dimensions=3).embeddings[0]
+    assert list(llama.embed("encoder", []).embeddings) == []
+    short = llama.embed("encoder", "w1", dimensions=3).embeddings[0]
     assert sum(x * x for x in short) == pytest.approx(1)
-    assert llama.show(encoder).capabilities == ["embedding"]
+    assert llama.show("encoder").capabilities == ["embedding"]
 
 
-def test_texts_that_are_too_long_are_cut_only_if_asked(llama: ollama.Client, encoder: str) -> None:
+def test_texts_that_are_too_long_are_cut_only_if_asked(llama: ollama.Client) -> None:
     long = "x" * 100
     for options in ({}, {"truncate": False}):
         with pytest.raises(ollama.ResponseError, match="context is 64") as refused:
-            llama.embed(encoder, long, **options)
+            llama.embed("encoder", long, **options)
         assert refused.value.status_code == 400
-    assert llama.embed(encoder, long, truncate=True).prompt_eval_count == 64
+    assert llama.embed("encoder", long, truncate=True).prompt_eval_count == 64
 
 
-def test_models_do_what_they_were_made_for(llama: ollama.Client, encoder: str) -> None:
+def test_models_do_what_they_were_made_for(llama: ollama.Client) -> None:
     with pytest.raises(ollama.ResponseError) as refused:
         llama.embed("tiny", "w1")
     assert refused.value.status_code == 400
     with pytest.raises(ollama.ResponseError) as refused:
-        llama.generate(encoder, "w1")
+        llama.generate("encoder", "w1")
     assert refused.value.status_code == 400
     with pytest.raises(ollama.ResponseError, match="dimensions"):
-        llama.embed(encoder, "w1", dimensions=10**6)
+        llama.embed("encoder", "w1", dimensions=10**6)
 
 
 def test_an_empty_request_loads_the_model(llama: ollama.Client) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from llmasos.syscalls import errors
 
-from . import machine, metrics, processes, system
+from . import decisions, machine, metrics, processes, scores, system
 from .access import ApiKeys
 from .anthropic import messages
 from .callers import Callers
@@ -21,7 +21,7 @@ from .http import MOST_BODY, Frame, handle_errors
 from .ollama import chat as ollama_chat
 from .ollama import embed, generate
 from .ollama import models as ollama_models
-from .openai import batches, chat, completions, files, fine_tuning, models, responses
+from .openai import batches, chat, completions, embeddings, files, fine_tuning, models, responses
 from .store import Store, gateway_folder
 from .works import Works
 
@@ -41,6 +41,9 @@ ROUTERS = (
     responses.router,
     batches.router,
     fine_tuning.router,
+    embeddings.router,
+    decisions.router,
+    scores.router,
     messages.router,
     generate.router,
     ollama_chat.router,

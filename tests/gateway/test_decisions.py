@@ -1,0 +1,146 @@
+"""Scores, typed decisions, embeddings: likelihoods are the whole text's, and shapes the clients'."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from llmasos.syscalls import errors
+from llmasos.userland.client import Client
+from llmasos.userland.decisions import Option, Question
+from llmasos.userland.llm import LLM
+
+from .conftest import Gateway
+
+
+@pytest.fixture
+def llm(kernel: Client) -> LLM:
+    return LLM.from_pretrained("tiny", client=kernel)
+
+
+@pytest.fixture
+def ai(gateway: Gateway) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.keys["alice"], max_retries=0) as client:
+        yield client
+
+
+def test_a_score_is_the_likelihood_of_the_whole_text(llm: LLM) -> None:
+    choices = [" w3", " w4 w5 w6", " w3 w9"]
+    scores = llm.score("w1 w2", choices)
+    for choice, score in zip(choices, scores, strict=True):
+        expected = sum(value for _, value in llm.logprobs("w1 w2" + choice)[2:])
+        assert score == pytest.approx(expected, abs=1e-5)
+    assert llm.score("w1 w2", [" w3"])[0] == pytest.approx(scores[0], abs=1e-5)
+    assert not llm.client.ps()
+
+
+def test_more_options_than_are_scored_at_once(llm: LLM) -> None:
+    scores = llm.score("w1 w2", [f" w{number}" for number in range(10, 160)])
+    assert scores[-1] == pytest.approx(llm.logprobs("w1 w2 w159")[2][1], abs=1e-5)
+    assert not llm.client.ps()
+
+
+def test_probabilities_sum_to_one_and_are_calibrated(llm: LLM) -> None:
+    question = Question("w7", (Option("w3"), Option("w4"), Option("w5 w6")))
+    (plain,) = llm.decide("w1", question, calibrate=False)
+    (found,) = llm.decide("w1", question)
+    (blank,) = llm.decide("N/A", question, calibrate=False)
+    assert sum(found.probabilities) == pytest.approx(1)
+    assert found.logprobs == plain.logprobs
+    ratios = [a - b for a, b in zip(found.logprobs, blank.logprobs, strict=True)]
+    expected = [math.exp(one - max(ratios)) for one in ratios]
+    assert found.probabilities == pytest.approx([one / sum(expected) for one in expected])
+    assert found.label == found.options[found.probabilities.index(max(found.probabilities))]
+    assert 0 <= found.confidence <= 1
+    assert llm.classify("w1", ["w3", "w4"]).label in ("w3", "w4")
+
+
+@pytest.mark.parametrize("options", [(), ("w1",), ("w1", "w1"), ("w1", "")])
+def test_a_question_needs_options(options: tuple[str, ...]) -> None:
+    with pytest.raises(errors.InvalidArgument):
+        Question("w7", tuple(Option(name) for name in options))
+
+
+def test_decisions_as_openai_has_them(ai: openai.OpenAI, kernel: Client) -> None:
+    made = ai.decisions.create(
+        model="bytes",
+        input=[{"role": "user", "content": "w1 w2"}],
+        questions=[
+            {"type": "predicate", "instructions": "w3", "name": "is"},
+            {"type": "choice", "instructions": "w4", "choices": [{"value": "w5"}, {"value": True}]},
+            {
+                "type": "score",
+                "instructions": "w6",
+                "levels": [{"label": "w7"}, {"label": "w8"}, {"label": "w9"}],
+            },
+        ],
+    )
+    first, second, third = made.answers
+    assert first.type == "predicate"
+    assert (first.name, 0 <= first.probability <= 1) == ("is", True)
+    assert second.type == "choice"
+    assert second.choice in ("w5", True)
+    assert sum(one.probability for one in second.probabilities) == pytest.approx(1)
+    assert third.type == "score"
+    assert third.score == pytest.approx(sum(one.value * one.probability for one in third.probabilities))
+    assert made.usage.input_tokens > 0
+    assert not [row for row in kernel.ps() if row.owner == "alice"]
+
+
+def test_decisions_as_system_one_has_them(http: httpx.Client) -> None:
+    questions = {
+        "yes": {"type": "noul", "instructions": "w3", "criteria": {"true": "w4", "false": "w5"}},
+        "which": {"type": "choice", "instructions": "w3", "criteria": {"w6": "w7", "w8": None}},
+        "much": {"type": "score", "instructions": {"w": 3}, "criteria": ["w1", "w2", "w3"]},
+    }
+    body = {"model": "bytes", "state": {"a": ["w1"]}, "questions": questions}
+    answers = http.post("/v1/systemone", json=body).json()["answers"]
+    assert list(answers) == list(questions)
+    assert 0 <= answers["yes"]["noul"] <= 1
+    assert answers["which"]["choice"] in ("w6", "w8")
+    assert sum(answers["which"]["probabilities"].values()) == pytest.approx(1)
+    assert answers["much"]["legend"] == {"0": "w1", "1": "w2", "2": "w3"}
+    for bad in (
+        {"type": "choice", "instructions": "w"},
+        {"type": "score", "instructions": "w", "criteria": {}},
+    ):
+        refused = http.post("/v1/systemone", json={**body, "questions": {"q": bad}})
+        assert refused.status_code == 400
+
+
+def test_embeddings_as_openai_has_them(ai: openai.OpenAI, http: httpx.Client) -> None:
+    texts = ["w1 w2", "w3"]
+    made = ai.embeddings.create(model="encoder", input=texts)  # asks for base64
+    plain = ai.embeddings.create(model="encoder", input=texts, encoding_format="float")
+    assert [row.embedding for row in made.data] == [row.embedding for row in plain.data]
+    assert made.usage.prompt_tokens == plain.usage.prompt_tokens > 0
+    raw = http.post("/v1/embeddings", json={"model": "encoder", "input": "w3", "encoding_format": "base64"})
+    vector = np.frombuffer(base64.b64decode(raw.json()["data"][0]["embedding"]), "<f4")
+    assert vector.tolist() == pytest.approx(plain.data[1].embedding)
+    short = ai.embeddings.create(model="encoder", input=texts, dimensions=3, encoding_format="float")
+    assert np.linalg.norm(short.data[0].embedding) == pytest.approx(1)
+    with pytest.raises(openai.BadRequestError, match="generates text"):
+        ai.embeddings.create(model="tiny", input=texts)
+    with pytest.raises(openai.BadRequestError):
+        ai.embeddings.create(model="encoder", input=[])
+
+
+def test_documents_by_how_well_they_fit(http: httpx.Client) -> None:
+    documents = ["w9 w8", "w1 w2", "w3"]
+    body = {"model": "encoder", "query": "w1 w2", "documents": documents, "top_n": 2}
+    found = http.post("/v1/rerank", json=body).json()["results"]
+    assert len(found) == 2
+    assert found[0]["index"] == 1
+    assert found[0]["relevance_score"] == pytest.approx(1)
+    assert found[0]["document"] == {"text": "w1 w2"}
+    pairs = {"model": "encoder", "text_1": "w1 w2", "text_2": documents}
+    scores = [row["score"] for row in http.post("/v1/score", json=pairs).json()["data"]]
+    assert scores[1] == pytest.approx(1)
+    words = http.post("/v1/rerank", json={**body, "model": "bytes"}).json()["results"]
+    assert all(0 <= row["relevance_score"] <= 1 for row in words)
+    assert http.post("/v1/score", json={**pairs, "text_1": ["w1", "w2"]}).status_code == 400
