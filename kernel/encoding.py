@@ -102,6 +102,11 @@ def encode(kernel: Kernel, request: Request, call: table.Encode, process: Proces
         try:
             if error is not None:
                 raise error
+            if process.adapter is not None:
+                raise errors.UnsupportedModel(
+                    f"{process.model} is an adapter of an encoder, which is not computed",
+                    hint="merge it into a model of its own: llsh merge",
+                )
             _admit(pool, encoding, call)
         except errors.LLMasOSError as refusal:
             kernel.fail(process, refusal)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from llmasos.drivers.null import vector
 from llmasos.drivers.simulated import StepTime
+from llmasos.kernel.modelfs.names import parse_name
+from llmasos.kernel.modelfs.store import Manifest, ManifestFile
 from llmasos.syscalls import errors, table, wire
 from llmasos.syscalls import types as t
 
@@ -123,6 +125,18 @@ def test_what_cannot_be_is_told_and_leaves_nothing(
     assert world.error(id_, b"\0n") is error
     assert len(world.kernel.processes) == 0
     assert world.kernel.quotas.nodes() == []
+
+
+def test_an_adapter_of_an_encoder_is_not_taken_for_the_encoder(world: World) -> None:
+    files = [ManifestFile("adapter_config.json", *world.store.put_bytes(b"{}"))]
+    base, _ = world.store.put_bytes(world.store.resolve("encoder").content)
+    manifest = Manifest(1, "test", "null", 0, "", 4096, "", 0.0, files, base=base)
+    world.store.commit(parse_name("encoder+mine"), manifest)
+    id_ = world.send(encode([[1]], "encoder+mine"))
+    world.turn(4)
+    assert world.error(id_) is errors.UnsupportedModel
+    assert not world.encodes
+    assert len(world.kernel.processes) == 0
 
 
 def test_a_reply_that_is_too_big_is_refused_before_it_is_computed(world: World) -> None:
