@@ -99,7 +99,15 @@ def test_each_line_has_its_answer(ai: openai.OpenAI) -> None:
     assert id in [one.id for one in ai.batches.list()]
 
 
-def test_completions_and_responses_come_in_batches_too(ai: openai.OpenAI) -> None:
+def test_other_requests_come_in_batches_too(ai: openai.OpenAI) -> None:
+    text = {"model": "encoder", "input": ["w1", "w2 w3"]}
+    batch = ended(ai, begin(ai, upload(ai, [text], "/v1/embeddings"), "/v1/embeddings"))
+    (line,) = lines(ai, batch.output_file_id)
+    made = ai.embeddings.create(**text, encoding_format="float")
+    assert [row["embedding"] for row in line["response"]["body"]["data"]] == [
+        row.embedding for row in made.data
+    ]
+    assert batch.usage.input_tokens == made.usage.prompt_tokens
     prompt = {"model": "tiny", "prompt": "w1", "max_tokens": 2, "temperature": 0}
     batch = ended(ai, begin(ai, upload(ai, [prompt], "/v1/completions"), "/v1/completions"))
     (line,) = lines(ai, batch.output_file_id)

@@ -30,7 +30,7 @@ from ..options import Body
 from ..patience import NOT_NOW, patiently
 from ..store import Kept, Store
 from ..works import Works
-from . import chat, completions, responses
+from . import chat, completions, embeddings, responses
 from .files import BATCH_S, CallerOf, Limit, StoreOf, new_file, opened, page, write
 from .shared import Metadata
 
@@ -66,9 +66,14 @@ async def _completion(caller: Caller, store: Store, body: completions.Completion
     return await completions.whole(*await completions.prepare(caller, body), body)
 
 
+async def _embedding(caller: Caller, store: Store, body: embeddings.EmbeddingRequest) -> dict[str, Any]:
+    return await embeddings.embedding(caller, body)
+
+
 ENDPOINTS: dict[str, tuple[type[BaseModel], Answer]] = {
     "/v1/chat/completions": (chat.ChatRequest, _chat),
     "/v1/completions": (completions.CompletionRequest, _completion),
+    "/v1/embeddings": (embeddings.EmbeddingRequest, _embedding),
     "/v1/responses": (responses.ResponseRequest, responses.answer),
 }
 """What lines may ask for: the body that it takes, and who answers."""
