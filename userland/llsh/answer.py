@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from llmasos.syscalls import table
@@ -28,6 +28,7 @@ class Settings:
     top_p: float | None = None
     seed: int | None = None
     max_time: float | None = None
+    structured: dict[str, Any] | None = None  # as generate's structured_outputs
 
     def options(self, room: int) -> Options:
         """Options of `generate` for a context with `room` tokens left."""
@@ -44,6 +45,8 @@ class Settings:
             options["seed"] = self.seed
         if self.max_time is not None:
             options["max_time"] = self.max_time
+        if self.structured is not None:
+            options["structured_outputs"] = self.structured
         return options
 
 

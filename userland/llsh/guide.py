@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 SECTIONS: dict[str, list[str]] = {
-    "Talk": ["run", "chat", "embed"],
+    "Talk": ["run", "chat", "embed", "classify"],
     "Processes": ["ps", "top", "kill", "stop", "cont", "nice", "fork", "spawn", "wait", "jobs", "fg"],
     "Snapshots": ["snapshot", "restore", "migrate"],
     "Training": ["train", "plot", "merge"],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from llmasos.syscalls import types as t
@@ -59,6 +60,7 @@ MaxTime = Annotated[
         "llsh run smollm2 --temperature 0.8 --seed 7 Tell me a joke",
         'llsh run gpt2 --raw "Once upon a time"',
         "llsh run smollm2 --json Hi | jq -r .text",
+        'llsh run smollm2 --choice yes,no "Is the sea salty?"',
         "llsh run smollm2                # no prompt on a terminal: a chat",
     )
 )
@@ -74,6 +76,16 @@ def run(
     temperature: Temperature = None,
     top_p: TopP = None,
     seed: Seed = None,
+    schema: Annotated[
+        Path | None,
+        typer.Option(
+            "--schema", metavar="FILE", exists=True, help="The answer is JSON that matches this JSON schema."
+        ),
+    ] = None,
+    regex: Annotated[str, typer.Option("--regex", help="The answer matches this.", show_default=False)] = "",
+    choice: Annotated[
+        str, typer.Option("--choice", metavar="A,B,…", help="The answer is one of these.", show_default=False)
+    ] = "",
     nice: Nice = 0,
     sched_class: Class = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Timings at the end, on stderr.")] = False,
@@ -85,7 +97,8 @@ def run(
     it has one. Text on stdin is added after the prompt. Without a prompt on a terminal it is a chat.
     """
     shell = shell_of(context)
-    settings = Settings(max_tokens, temperature, top_p, seed, max_time)
+    wanted = _structured(schema, regex, choice)
+    settings = Settings(max_tokens, temperature, top_p, seed, max_time, wanted)
     piped = "" if shell.stdin.isatty() else shell.stdin.read()
     text = "\n\n".join(part for part in (" ".join(prompt or []), piped.rstrip("\n")) if part)
     if not text:
@@ -111,3 +124,17 @@ def run(
         shell.terminal.fail(f"process {info.pid} was killed")
         raise typer.Exit(1)
     return None
+
+
+def _structured(schema: Path | None, regex: str, choice: str) -> dict[str, Any] | None:
+    """What the options ask for, as generate's `structured_outputs`."""
+    given: dict[str, Any] = {}
+    if schema is not None:
+        given["json"] = schema.read_text()
+    if regex:
+        given["regex"] = regex
+    if choice:
+        given["choice"] = [one.strip() for one in choice.split(",") if one.strip()]
+    if len(given) > 1:
+        raise typer.BadParameter("only one of --schema, --regex and --choice")
+    return given or None

@@ -1,0 +1,70 @@
+"""`classify`: which of some labels fits a text, by likelihood, without generating."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from llmasos.syscalls import types as t
+
+from .argument import Class, Json, Model, Nice, examples
+from .models import installed
+from .shell import shell_of
+from .table import Column, Table
+
+app = typer.Typer()
+
+
+@app.command(
+    epilog=examples(
+        'llsh classify smollm2 --labels positive,negative "What a film!"',
+        "llsh classify smollm2 --labels sports,business,science < headlines.txt",
+        'llsh classify smollm2 --labels yes,no --ask "Is this spam?" --json < mail.txt | jq .label',
+    )
+)
+def classify(
+    context: typer.Context,
+    model: Model,
+    text: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="TEXT", help="A text each; without one, a line of stdin each."),
+    ] = None,
+    labels: Annotated[str, typer.Option("--labels", metavar="A,B,…", help="What it may be.")] = "",
+    ask: Annotated[str, typer.Option("--ask", help="What is asked of the text.", show_default=False)] = "",
+    nice: Nice = 0,
+    sched_class: Class = None,
+    json: Json = False,
+) -> None:
+    """Tell which of some labels fits each text, with probabilities.
+
+    Zero-shot: the labels are scored as answers of the model, none is written. In a pipe, or with --json, each
+    text is one line of JSON: {"text": …, "label": …, "probabilities": {…}}.
+    """
+    from ..llm import CLASSIFY, LLM
+
+    shell = shell_of(context)
+    names = [name.strip() for name in labels.split(",") if name.strip()]
+    if len(names) < 2:
+        raise typer.BadParameter("at least two --labels, separated by commas")
+    if not text and shell.stdin.isatty():
+        raise typer.BadParameter("no text: give one, or pipe lines in")
+    client = shell.started()
+    llm = LLM.from_pretrained(
+        installed(shell, client, model),
+        client=client,
+        sched_class=sched_class or t.SchedClass.INTERACTIVE,
+        nice=nice,
+    )
+    told = json or not shell.terminal.is_tty
+    table = Table([Column("LABEL"), Column("PROBABILITY", right=True), Column("TEXT", least=20)])
+    for line in text or (line.rstrip("\r\n") for line in shell.stdin):
+        if not line:
+            continue
+        found = llm.classify(line, names, instructions=ask or CLASSIFY)
+        chances = dict(zip(found.options, found.probabilities, strict=True))
+        if told:
+            shell.terminal.document({"text": line, "label": found.label, "probabilities": chances})
+        else:
+            table.add(found.label, f"{chances[found.label]:.3f}", line)
+    if not told:
+        shell.terminal.table(table)
