@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 from llmasos.drivers.null import next_token, vector
@@ -45,7 +46,7 @@ def daemon(daemons: Callable):
 
 def busy(client: Client) -> None:
     """Waits until the first texts are computed."""
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while not any(row.computed for row in client.ps() if row.name == "slow"):
         assert time.monotonic() < until
         time.sleep(0.005)
@@ -69,7 +70,7 @@ def test_an_encoder_works_beside_a_decoder(daemon) -> None:
         prompt = t.pack_tokens([1, 2, 3])
         with client.stream(table.Infer(model="chat", tokens=prompt, max_tokens=50)) as stream:
             tokens = [token for event in stream for token in event.tokens]
-        thread.join(60)
+        thread.join(120)
         context = [1, 2, 3]
         for _ in range(50):
             context.append(next_token(context))
@@ -85,7 +86,7 @@ def test_nothing_is_lost_when_somebody_dies(daemon, what: str) -> None:
         thread = started(daemon, reply)
         busy(client)
         daemon.children(what)[0].kill()
-        thread.join(60)
+        thread.join(120)
         assert reply[0].data == right()
         assert client.ps() == []
 
@@ -95,7 +96,7 @@ def test_who_hangs_up_leaves_nothing(daemon) -> None:
         with daemon.client() as other:
             threading.Thread(target=_quietly, args=(other, encode(label="slow")), daemon=True).start()
             busy(client)
-        until = time.monotonic() + 10
+        until = time.monotonic() + 60
         while client.ps():
             assert time.monotonic() < until
             time.sleep(0.01)
@@ -173,6 +174,55 @@ def test_what_is_too_long_is_never_cut_unasked(minilm) -> None:
     assert raised.value.details == {"context_length": 256, "tokens": 302, "index": 1}
     (vector,) = llm.embed(["word " * 300], truncate=True)
     assert vector @ reference(folder, ["word " * 254])[0] >= 0.9999
+
+
+def write_ranker(folder: Path) -> transformers.PreTrainedModel:
+    """A random cross-encoder of words w0 to w96."""
+    torch.manual_seed(3)
+    config = transformers.BertConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+        initializer_range=0.3,
+        num_labels=1,
+    )
+    model = transformers.BertForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    vocab = {"[UNK]": 97, "[CLS]": 98, "[SEP]": 99} | {f"w{n}": n for n in range(97)}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 98), ("[SEP]", 99)],
+    )
+    words.add_special_tokens(["[UNK]", "[CLS]", "[SEP]"])
+    words.save(str(folder / "tokenizer.json"))
+    return model
+
+
+def test_pairs_are_scored_as_transformers_does(minilm, tmp_path: Path) -> None:
+    llm, _ = minilm
+    model = write_ranker(tmp_path)
+    pairs = [("w1 w2", "w3 w4 w5"), ("w1 w2", "w96"), ("w1", "w2 w3 w3 w4")]
+    words = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    want = []
+    for pair in pairs:
+        read = words.encode(*pair)
+        with torch.inference_mode():
+            ids, kinds = torch.tensor([read.ids]), torch.tensor([read.type_ids])
+            want.append(float(model(ids, token_type_ids=kinds).logits))
+    ranker = LLM.from_pretrained(tmp_path, client=llm.client)
+    scores = ranker.encode(pairs)
+    assert scores.shape == (3, 1)
+    np.testing.assert_allclose(scores[:, 0], want, atol=1e-4)
+    with pytest.raises(errors.ContextOverflow):
+        ranker.encode([("w1 " * 20, "w2 " * 20)])
+    with pytest.raises(errors.UnsupportedModel):
+        ranker.embed("w1")
 
 
 def test_it_generates_nothing_and_classifies_nothing(minilm) -> None:
