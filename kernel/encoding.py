@@ -21,12 +21,19 @@ from .devices import Device, Flight, Pool, Texts
 from .effects import ToWorker
 from .process import CLASS_RANK, Process
 from .sessions import Request
+from .shares import tenant_of
 
 if TYPE_CHECKING:
     from .loop import Kernel
 
 MOST_TOKENS = 8192
 """A step has no more, however fast the device: what it needs for the vectors between layers is bounded."""
+
+MOST_HELD = 128 << 20
+"""Bytes that the encodes of a tenant, texts and rows, may take of the kernel at once."""
+
+ASSUMED_WIDTH = 1024
+"""Of a model that is not resident yet."""
 
 
 @dataclass(slots=True, eq=False)
@@ -66,6 +73,11 @@ class Encoding:
         return self.ends[-1]
 
     @property
+    def rows_made(self) -> int:
+        """How many rows all of it makes."""
+        return self.total if self.encodes is t.Encodes.TOKENS else len(self.ends)
+
+    @property
     def computed(self) -> int:
         return self._end(self.done)
 
@@ -96,6 +108,14 @@ def encode(kernel: Kernel, request: Request, call: table.Encode, process: Proces
     process.encoding = encoding
     pool = process.pool
 
+    if _held(kernel, tenant_of(process.owner)) > MOST_HELD:
+        busy = errors.QueueFull(
+            f"{tenant_of(process.owner)} has {MOST_HELD >> 20} MB of texts and vectors waiting",
+            hint="send less at once, wait for answers",
+        )
+        kernel.fail(process, busy)
+        return
+
     def start(error: errors.LLMasOSError | None) -> None:
         if process.encoding is not encoding:
             return
@@ -122,6 +142,17 @@ def encode(kernel: Kernel, request: Request, call: table.Encode, process: Proces
     kernel.sessions.on_close(request, lambda: adapters.forgo(pool, None, start))
     kernel.sessions.on_cancel(request, lambda: kernel.fail(process, errors.Unavailable("cancelled")))
     pool.when_ready(start)
+
+
+def _held(kernel: Kernel, tenant: str) -> int:
+    """Bytes that the encodes of a tenant take, or will."""
+    held = 0
+    for pool in (pool for device in kernel.devices.values() for pool in device.pools):
+        width = pool.loaded.width if pool.loaded else ASSUMED_WIDTH
+        for process in pool.processes if width else ():
+            if process.encoding is not None and tenant_of(process.owner) == tenant:
+                held += len(process.encoding.tokens) + 4 * width * process.encoding.rows_made
+    return held
 
 
 def check(call: table.Encode) -> None:
@@ -157,7 +188,7 @@ def _admit(pool: Pool, encoding: Encoding, call: table.Encode) -> None:
         )
     if max(t.unpack_tokens(call.tokens)) >= loaded.vocab_size:
         raise errors.InvalidArgument(f"token ids go up to {loaded.vocab_size - 1}", field="tokens")
-    size = 4 * loaded.width * (encoding.total if loaded.encodes is t.Encodes.TOKENS else len(encoding.ends))
+    size = 4 * loaded.width * encoding.rows_made
     if size > table.MAX_ENCODED:
         raise errors.InvalidArgument(
             f"the reply would have {size} bytes, at most {table.MAX_ENCODED} are sent",

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from llmasos.drivers.null import vector
 from llmasos.drivers.simulated import StepTime
+from llmasos.kernel.encoding import MOST_HELD
 from llmasos.kernel.modelfs.names import parse_name
 from llmasos.kernel.modelfs.store import Manifest, ManifestFile
 from llmasos.syscalls import errors, table, wire
@@ -145,6 +146,22 @@ def test_a_reply_that_is_too_big_is_refused_before_it_is_computed(world: World) 
     world.turn(4)
     assert world.error(id_) is errors.InvalidArgument
     assert not world.encodes
+
+
+def test_what_waits_is_bounded_tenant_by_tenant(world: World) -> None:
+    world.send(encode([[1]]))
+    world.turn(4)  # resident, so that its width is known
+    world.holds_steps = True
+    full = encode([[1] * 64] * 1000, label="full")
+    ids = [world.send(full) for _ in range(500)]
+    other = world.send(encode([[1]]), b"\0b", subject=ROOT.assumed("bob", t.TENANT_RIGHTS))
+    world.flush()
+    refused = [id_ for id_ in ids if world.answers(id_)]
+    assert {world.error(id_) for id_ in refused} == {errors.QueueFull}
+    kept = len(ids) - len(refused)
+    assert kept == MOST_HELD // (len(full.tokens) + 4 * WIDTH * 1000)
+    assert len(world.kernel.processes) == kept + 1
+    assert not world.answers(other, b"\0b")
 
 
 def test_cancelled_killed_late_or_left_it_is_gone_at_once(world: World) -> None:
