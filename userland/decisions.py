@@ -1,39 +1,37 @@
-"""Typed decisions: which of the given options a model would answer, read from likelihoods, without writing.
+"""Typed decisions: questions about a text, whose possible answers each get a probability. Nothing is written.
 
-A question's options are scored as answers to one prompt, whose KV all of them share: the context is computed
-once and forked, and each fork takes in one option. From the options' log-likelihoods those are subtracted
-that the same options have when nothing is known (contextual calibration: Zhao et al., 2021, "Calibrate Before
-Use"; for options of several tokens that is the PMI of Holtzman et al., 2021, "Surface Form Competition"), so
-an option is not likely just because its words are. The softmax of what is left are the probabilities.
-
-No I/O: a flow for the sync and the async client alike.
+How a question is put was chosen by measuring on small labelled sets with a small model (docs/decisions.md has
+the figures, tests/bench/decisions.py the sets): plain text behind three answered examples, which works for
+base models and chat models alike; options are not listed, only those described that have a description. What
+counts is the likelihood of an option's words, against what it is when the text says nothing (scoring.py).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 from llmasos.syscalls import errors, table
-from llmasos.syscalls import types as t
 
-from .completion import Answer
-from .flow import Do, Flow, Run
+from .flow import Flow
+from .scoring import Decision, Trial, judged, scored, trial
+from .tokenizer import Tokenizer
 
-if TYPE_CHECKING:
-    from .llm import LLM
+EXAMPLES = (
+    "Text: Our garden is full of roses.\nQuestion: What is it about?\nAnswer: plants\n\n"
+    "Text: The museum costs five euros.\nQuestion: Does it name a price?\nAnswer: yes\n\n"
+    "Text: We went home early.\nQuestion: How urgent is it?\nAnswer: low\n\n"
+)
+
+ANSWER = "Answer:"
 
 NOTHING = "N/A"
-"""The text of which nothing is known."""
+"""A text that says nothing of any matter."""
 
-AT_ONCE = 64
-"""Options that are scored at a time: each is a process."""
+ABOUT = "What is it about?"
+"""What `classify` asks unless told otherwise."""
 
 MOST_OPTIONS = 255
-
-_SCORING = t.Sampling(prompt_logprobs=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,143 +50,86 @@ class Question:
     options: tuple[Option, ...]
 
     def __post_init__(self) -> None:
-        names = [option.name for option in self.options]
+        names = self.names
         if not 2 <= len(names) <= MOST_OPTIONS or len(set(names)) != len(names) or not all(names):
             raise errors.InvalidArgument(
                 f"a question has 2 to {MOST_OPTIONS} options with different names", field="options"
             )
 
-
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """`probabilities` of the options in their order; they sum to 1. `logprobs` are the options' natural
-    log-likelihoods as answers, before calibration. `prompt_tokens` were read, `cached_tokens` of them were
-    known."""
-
-    options: tuple[str, ...]
-    probabilities: tuple[float, ...]
-    logprobs: tuple[float, ...]
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-
     @property
-    def label(self) -> str:
-        """The most probable option, the first among equals."""
-        return self.options[self.probabilities.index(max(self.probabilities))]
+    def names(self) -> tuple[str, ...]:
+        return tuple(option.name for option in self.options)
 
-    @property
-    def confidence(self) -> float:
-        """1 when one option has all the probability, 0 when all are alike: 1 - entropy / log(options)."""
-        entropy = -sum(p * math.log(p) for p in self.probabilities if p > 0)
-        return max(0.0, 1 - entropy / math.log(len(self.options)))
+    def asked(self, text: str) -> str:
+        """What ANSWER and an option follow. The text comes first, so that questions about it share it."""
+        told = "".join(f"{one.name}: {one.description}\n" for one in self.options if one.description)
+        return f"{EXAMPLES}Text: {text}\nQuestion: {self.instructions}\n{told}"
 
-    def __str__(self) -> str:
-        return self.label
+
+def yes_or_no(instructions: str, yes: str = "", no: str = "") -> Question:
+    """A question or a statement that is right (the first option) or not."""
+    return Question(instructions, (Option("yes", yes), Option("no", no)))
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """Log-likelihoods of continuations of one prompt."""
+class Docket:
+    """Questions ready to be answered: `trials` of all questions about one text after the other; the first
+    text is NOTHING if `calibrated`."""
 
-    logprobs: list[float]
-    tokens: int
-    cached: int
+    questions: Sequence[Question]
+    trials: list[Trial]
+    calibrated: bool
 
 
-def scored(llm: LLM, variants: Sequence[Sequence[int]], prompt: Sequence[int] | None = None) -> Flow[Scored]:
-    """The sums of the natural log-probabilities of what `variants` (token ids) do not have in common with
-    each other, or with a `prompt`, each behind what they have. Raises InvalidArgument where nothing is left
-    of one, or they have nothing in common; ContextOverflow."""
-    same = _common(variants if prompt is None else [prompt, *variants])
-    if same == 0 or any(len(variant) == same for variant in variants):
-        raise errors.InvalidArgument("an option must add something to the prompt", field="choices")
-    if max(map(len, variants)) > llm.context_length:
-        raise errors.ContextOverflow(
-            f"prompt and option have up to {max(map(len, variants))} tokens, the model's context "
-            f"{llm.context_length}"
-        )
-    base: int = (yield Do(llm._spawn(label="decide"))).pid
-    pids = [base]
-    try:
-        # The last common token is taken in with the options: its logits score their first tokens.
-        head = list(variants[0][: same - 1])
-        cached = 0
-        if head:
-            reply = yield Do(_take_in(base, head))
-            cached = reply.cached_tokens
-        sums: list[float] = []
-        for first in range(0, len(variants), AT_ONCE):
-            part = variants[first : first + AT_ONCE]
-            last = first + len(part) == len(variants)
-            forks = [] if last and len(part) == 1 else (yield Do(table.Fork(base, len(part) - last))).pids
-            used = [*forks, base] if last else forks
-            pids += forks
-            tails = [variant[same - 1 :] for variant in part]
-            answers = [Answer(llm.tokenizer, variant) for variant in part]
-            calls = [
-                table.Infer(pid, tokens=t.pack_tokens(tail), max_tokens=0, sampling=_SCORING)
-                for pid, tail in zip(used, tails, strict=True)
-            ]
-            yield Run(calls, answers)
-            for answer, tail in zip(answers, tails, strict=True):
-                found = [chosen.logprob for chosen in answer.prompt_chosen[-(len(tail) - 1) :]]
-                sums.append(sum(found))
-            for pid in forks:
-                yield Do(table.Kill(pid))
-                pids.remove(pid)
-                yield Do(table.Wait(pid))
-    finally:
-        for pid in pids:
-            yield Do(table.Kill(pid))
-            yield Do(table.Wait(pid))
-    tokens = same + sum(len(variant) - same for variant in variants)
-    return Scored(sums, tokens, cached)
+def docket(
+    tokenizer: Tokenizer, most: int, texts: Sequence[str], questions: Sequence[Question], calibrate: bool
+) -> Docket:
+    """All questions about all texts, for a model whose context holds `most`. Takes as long as it takes to
+    tokenise them. Raises ContextOverflow, InvalidArgument."""
+    prompt = tokenizer.encode(ANSWER, start=False)
+    wholes = [
+        [tokenizer.encode(f"{ANSWER} {name}", start=False) for name in question.names]
+        for question in questions
+    ]
+    trials = []
+    for text in [NOTHING] * calibrate + list(texts):
+        for question, options in zip(questions, wholes, strict=True):
+            head = tokenizer.encode(question.asked(text))
+            trials.append(trial(prompt, options, most, head))
+    return Docket(questions, trials, calibrate)
 
 
 def decided(
-    llm: LLM, text: str, questions: Sequence[Question], *, calibrate: bool = True
-) -> Flow[list[Decision]]:
-    """The answers to `questions` about `text`, one after the other."""
-    found = []
-    for question in questions:
-        real = yield from scored(llm, _variants(llm, text, question))
-        logprobs, tokens, cached = real.logprobs, real.tokens, real.cached
-        if calibrate:
-            blank = yield from scored(llm, _variants(llm, NOTHING, question))
-            logprobs = [one - without for one, without in zip(logprobs, blank.logprobs, strict=True)]
-            tokens, cached = tokens + blank.tokens, cached + blank.cached
-        names = tuple(option.name for option in question.options)
-        found.append(Decision(names, tuple(softmax(logprobs)), tuple(real.logprobs), tokens, cached))
-    return found
-
-
-def softmax(values: Sequence[float]) -> list[float]:
-    most = max(values)
-    weights = [math.exp(value - most) for value in values]
-    return [weight / sum(weights) for weight in weights]
-
-
-def _variants(llm: LLM, text: str, question: Question) -> list[list[int]]:
-    """The prompt with each option as its answer. The text comes first, so that questions share it.
-
-    Options without descriptions are not listed, and no chat template is used: small models answer better so
-    (tests/bench/decisions.py).
-    """
-    told = [f"{option.name}: {option.description}" for option in question.options if option.description]
-    options = "Possible answers:\n" + "\n".join(told) + "\n" if told else ""
-    asked = f"Text: {text}\nQuestion: {question.instructions}\n{options}Answer:"
-    return [llm.tokenizer.encode(f"{asked} {option.name}") for option in question.options]
-
-
-def _take_in(pid: int, tokens: Sequence[int]) -> table.Infer:
-    return table.Infer(pid, tokens=t.pack_tokens(tokens), max_tokens=0)
-
-
-def _common(variants: Sequence[Sequence[Any]]) -> int:
-    """Length of the beginning that all have."""
-    length = 0
-    for column in zip(*variants, strict=False):
-        if any(one != column[0] for one in column):
-            break
-        length += 1
-    return length
+    spawn: table.SpawnModel, asked: Docket, *, temperature: float = 1.0
+) -> Flow[list[list[Decision]]]:
+    """The answers to all questions about all texts, [text][question]."""
+    trials, questions, count = asked.trials, asked.questions, len(asked.questions)
+    first = count if asked.calibrated else 0  # trial of the first text
+    # What trials have in common is computed once: a text with several questions is scored by itself.
+    size = len(trials) if count == 1 else count
+    logprobs: list[list[list[float]]] = []
+    tokens: list[int] = []
+    cached: list[int] = []
+    for start in range(0, len(trials), size or 1):
+        found = yield from scored(spawn, trials[start : start + size])
+        logprobs += found.logprobs
+        tokens += found.tokens
+        cached += [found.cached, *[0] * (len(found.tokens) - 1)]
+    if len(trials) > first:
+        for place in range(first):  # what calibrates counts for the first text
+            tokens[first + place] += tokens[place]
+            cached[first + place] += cached[place]
+    return [
+        [
+            judged(
+                question.names,
+                logprobs[row + place],
+                [logprobs[place]] if first else (),
+                temperature=temperature,
+                tokens=tokens[row + place],
+                cached=cached[row + place],
+            )
+            for place, question in enumerate(questions)
+        ]
+        for row in range(first, len(trials), count or 1)
+    ]

@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
-from llmasos.syscalls import table
+from llmasos.syscalls import errors, table
+from llmasos.syscalls import types as t
 
 from .aio import AsyncClient
 from .client import Client
-from .completion import Answer
 
 Result = TypeVar("Result")
 
@@ -27,15 +27,36 @@ class Do:
     call: table.Call
 
 
+class Reader(Protocol):
+    """Who takes what a stream brings: an Answer, for one. The stream is cancelled once it has `stopped`."""
+
+    @property
+    def stopped(self) -> bool: ...
+
+    def feed(self, event: t.InferEvent, /) -> object: ...
+
+    def flush(self) -> object: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Run several `infer`s at once, each feeding its Answer; the answer is their replies."""
+    """Run several `infer`s at once, each feeding its reader; the answer is their replies."""
 
     calls: Sequence[table.Infer]
-    answers: Sequence[Answer]
+    answers: Sequence[Reader]
 
 
 Flow = Generator[Do | Run, Any, Result]
+
+
+def reap(pids: Sequence[int]) -> Flow[None]:
+    """Kills and reaps processes, whatever state they are in."""
+    for pid in pids:
+        for call in (table.Kill(pid, t.Signal.KILL), table.Wait(pid)):
+            try:
+                yield Do(call)
+            except errors.LLMasOSError:
+                pass  # it has ended, or the session did and took it along
 
 
 def drive(client: Client, flow: Flow[Result]) -> Result:
@@ -97,7 +118,7 @@ async def _arun(client: AsyncClient, step: Run) -> list[table.InferReply]:
         raise
 
 
-async def _feed(client: AsyncClient, call: table.Infer, answer: Answer) -> table.InferReply:
+async def _feed(client: AsyncClient, call: table.Infer, answer: Reader) -> table.InferReply:
     async with client.stream(call) as stream:
         async for event in stream:
             answer.feed(event)

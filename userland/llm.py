@@ -9,9 +9,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
@@ -19,18 +20,19 @@ from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 
 from .aio import AsyncClient
-from .chat import Message, call_format, encode_chat
+from .chat import Message, call_format, encode_chat, render
 from .client import Client, Stream
 from .completion import Answer, Completion
 from .daemon import ensure_daemon
-from .decisions import Decision, Option, Question, decided, scored
+from .decisions import ABOUT, Docket, Option, Question, decided, docket
 from .encoding import Texts, encoded, framed
-from .flow import Do, Flow, Run, adrive, drive
+from .flow import Do, Flow, Run, adrive, drive, reap
 from .generation import Model, Options, Plan, check_names, plan
 from .models import ensure_model
 from .process import Process
+from .scoring import Decision, Trial, check_choices, check_length, judged, scored, trial
 from .text_stream import TextStream
-from .tokenizer import Tokenizer
+from .tokenizer import Part, Tokenizer
 from .tools import CallReader, Toolbox
 from .training import TrainingRun, bar_for, follow, make_recipe, send_dataset, start
 
@@ -38,8 +40,6 @@ if TYPE_CHECKING:
     from .encoding import Floats
 
 Prompts = list[str] | tuple[str, ...]
-
-CLASSIFY = "Which of these labels fits the text best?"
 
 
 class LLM:
@@ -291,62 +291,160 @@ class LLM:
             raise errors.KernelFault(f"{len(found)} scores for {len(tokens)} tokens")
         return [(self.tokenizer.shown(id_), value) for id_, value in zip(tokens, found, strict=True)]
 
-    def score(self, prompt: str, choices: Sequence[str]) -> list[float]:
-        """The natural log-likelihood of each of `choices` as what follows `prompt`: the sum over its tokens.
-        Prompt and choice are one text: mind the space between them. Raises InvalidArgument,
-        ContextOverflow."""
-        return drive(self.client, self._scoring(prompt, choices))
+    def score(
+        self,
+        prompt: str | Sequence[Message],
+        choices: Sequence[str],
+        *,
+        against: Sequence[str | Sequence[Message]] = (),
+        per_token: bool = False,
+        temperature: float = 1.0,
+    ) -> Decision:
+        """How likely each of `choices` is to follow `prompt`, a text or a conversation that the assistant is
+        to answer; nothing is generated. Prompt and choice are one text: mind the space between them. The
+        probabilities are the likelihoods' shares: of the sums over a choice's tokens, or with `per_token` of
+        their means, which does not punish long choices.
 
-    async def ascore(self, prompt: str, choices: Sequence[str]) -> list[float]:
-        """`score` for asyncio."""
-        return await adrive(self._async(), self._scoring(prompt, choices))
+        `against` are prompts that say nothing of the matter: what the choices score there is subtracted, so
+        that no choice wins because its words are common. A `temperature` that was fitted to labelled examples
+        makes them as sure as they are right. Raises ContextOverflow, InvalidArgument.
+        """
+        trials = self._trials(prompt, choices, against)
+        return drive(self.client, self._scoring(choices, trials, per_token, temperature))
 
-    def _scoring(self, prompt: str, choices: Sequence[str]) -> Flow[list[float]]:
-        if not choices:
-            raise errors.InvalidArgument("no choices", field="choices")
-        variants = [self.tokenizer.encode(prompt + choice) for choice in choices]
-        return (yield from scored(self, variants, self.tokenizer.encode(prompt))).logprobs
+    async def ascore(
+        self,
+        prompt: str | Sequence[Message],
+        choices: Sequence[str],
+        *,
+        against: Sequence[str | Sequence[Message]] = (),
+        per_token: bool = False,
+        temperature: float = 1.0,
+    ) -> Decision:
+        """`score` for asyncio; cancelling the task ends it in the kernel."""
+        trials = await asyncio.to_thread(self._trials, prompt, choices, against)
+        return await adrive(self._async(), self._scoring(choices, trials, per_token, temperature))
 
     def decide(
-        self, text: str, questions: Sequence[Question] | Question, *, calibrate: bool = True
+        self,
+        text: str,
+        questions: Sequence[Question] | Question,
+        *,
+        calibrate: bool = True,
+        temperature: float = 1.0,
     ) -> list[Decision]:
-        """Typed questions about a text, answered by the likelihoods of their options, without generating."""
-        asked = [questions] if isinstance(questions, Question) else list(questions)
-        return drive(self.client, decided(self, text, asked, calibrate=calibrate))
+        """Typed questions about a text, answered by the likelihoods of their options, without generating.
+        `calibrate`: against what they are for a text that says nothing. `temperature` as in `score`. Raises
+        ContextOverflow, InvalidArgument."""
+        return self.decide_all([text], questions, calibrate=calibrate, temperature=temperature)[0]
 
     async def adecide(
-        self, text: str, questions: Sequence[Question] | Question, *, calibrate: bool = True
+        self,
+        text: str,
+        questions: Sequence[Question] | Question,
+        *,
+        calibrate: bool = True,
+        temperature: float = 1.0,
     ) -> list[Decision]:
         """`decide` for asyncio; cancelling the task cancels it."""
-        asked = [questions] if isinstance(questions, Question) else list(questions)
-        return await adrive(self._async(), decided(self, text, asked, calibrate=calibrate))
+        return (await self.adecide_all([text], questions, calibrate=calibrate, temperature=temperature))[0]
+
+    def decide_all(
+        self,
+        texts: Sequence[str],
+        questions: Sequence[Question] | Question,
+        *,
+        calibrate: bool = True,
+        temperature: float = 1.0,
+    ) -> list[list[Decision]]:
+        """`decide` for many texts at once, [text][question]."""
+        asked = self._docket(texts, questions, calibrate)
+        return drive(self.client, decided(self._spawn(label="decide"), asked, temperature=temperature))
+
+    async def adecide_all(
+        self,
+        texts: Sequence[str],
+        questions: Sequence[Question] | Question,
+        *,
+        calibrate: bool = True,
+        temperature: float = 1.0,
+    ) -> list[list[Decision]]:
+        """`decide_all` for asyncio."""
+        asked = await asyncio.to_thread(self._docket, texts, questions, calibrate)
+        flow = decided(self._spawn(label="decide"), asked, temperature=temperature)
+        return await adrive(self._async(), flow)
 
     def classify(
         self,
         text: str,
-        labels: Sequence[str],
+        labels: Sequence[str] | Mapping[str, str],
         *,
-        instructions: str = CLASSIFY,
+        instructions: str = ABOUT,
         calibrate: bool = True,
+        temperature: float = 1.0,
     ) -> Decision:
         """Which of `labels` fits a text (zero-shot classification): its `label`, and `probabilities` of all.
+        `labels` may map them to what they mean; `instructions` is a question that they answer.
 
-        llm.classify("What a film!", ["positive", "negative"]).label
+        llm.classify("What a film!", ["positive", "negative"], instructions="What is the sentiment?").label
         """
-        question = Question(instructions, tuple(Option(label) for label in labels))
-        return self.decide(text, question, calibrate=calibrate)[0]
+        question = _labelled(instructions, labels)
+        return self.decide(text, question, calibrate=calibrate, temperature=temperature)[0]
 
     async def aclassify(
         self,
         text: str,
-        labels: Sequence[str],
+        labels: Sequence[str] | Mapping[str, str],
         *,
-        instructions: str = CLASSIFY,
+        instructions: str = ABOUT,
         calibrate: bool = True,
+        temperature: float = 1.0,
     ) -> Decision:
         """`classify` for asyncio."""
-        question = Question(instructions, tuple(Option(label) for label in labels))
-        return (await self.adecide(text, question, calibrate=calibrate))[0]
+        question = _labelled(instructions, labels)
+        return (await self.adecide(text, question, calibrate=calibrate, temperature=temperature))[0]
+
+    def _trials(
+        self,
+        prompt: str | Sequence[Message],
+        choices: Sequence[str],
+        against: Sequence[str | Sequence[Message]],
+    ) -> list[Trial]:
+        check_choices(choices)
+        trials = []
+        for one in [prompt, *([against] if isinstance(against, str) else against)]:
+            behind = self._behind(one)
+            start = behind("")
+            check_length(len(start), self.context_length)  # before it is encoded once a choice
+            trials.append(trial(start, [behind(choice) for choice in choices], self.context_length))
+        return trials
+
+    def _scoring(
+        self, choices: Sequence[str], trials: list[Trial], per_token: bool, temperature: float
+    ) -> Flow[Decision]:
+        found = yield from scored(self._spawn(label="score"), trials)
+        return judged(
+            choices,
+            found.logprobs[0],
+            found.logprobs[1:],
+            per_token=per_token,
+            temperature=temperature,
+            tokens=sum(found.tokens),
+            cached=found.cached,
+        )
+
+    def _docket(
+        self, texts: Sequence[str], questions: Sequence[Question] | Question, calibrate: bool
+    ) -> Docket:
+        asked = [questions] if isinstance(questions, Question) else questions
+        return docket(self.tokenizer, self.context_length, texts, asked, calibrate)
+
+    def _behind(self, prompt: str | Sequence[Message]) -> Callable[[str], list[int]]:
+        """Makes ids of the prompt with a text behind it, tokenised as one."""
+        if isinstance(prompt, str):
+            return lambda text: self._start(prompt + text)
+        parts = render(self.tokenizer, prompt, model=self.model)
+        return lambda text: self.tokenizer.encode_parts([*parts, Part(text, False)])
 
     def embed(self, texts: str | Sequence[str], *, truncate: bool = False) -> Floats:
         """Vectors [n, dimensions] of texts, float32, pooled and normalised as the model's own files say; of
@@ -551,7 +649,7 @@ class LLM:
                     answers.append(self._answer(tokens, plan, full))
             replies = yield Run(calls, answers)
         finally:
-            yield from _reap(pids)
+            yield from reap(pids)
         done = iter([answer.completion(reply) for answer, reply in zip(answers, replies, strict=True)])
         return [[next(done) for _ in children] for children in forks]
 
@@ -644,6 +742,13 @@ def _listed(texts: str | Sequence[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
 
 
+def _labelled(instructions: str, labels: Sequence[str] | Mapping[str, str]) -> Question:
+    meanings = labels if isinstance(labels, Mapping) else dict.fromkeys(labels, "")
+    if isinstance(labels, str) or len(meanings) < len(labels):
+        raise errors.InvalidArgument("labels are a list, none of them twice", field="labels")
+    return Question(instructions, tuple(Option(name, meaning) for name, meaning in meanings.items()))
+
+
 def _one_or_all(rows: Floats, texts: str | Sequence[str]) -> Floats:
     return rows[0] if isinstance(texts, str) else rows
 
@@ -659,16 +764,6 @@ def _shaped(
 def _complete(calls: list[table.Infer], answers: list[Answer]) -> Flow[list[Completion]]:
     replies = yield Run(calls, answers)
     return [answer.completion(reply) for answer, reply in zip(answers, replies, strict=True)]
-
-
-def _reap(pids: Sequence[int]) -> Flow[None]:
-    """Kills and reaps processes, whatever state they are in."""
-    for pid in pids:
-        for call in (table.Kill(pid, t.Signal.KILL), table.Wait(pid)):
-            try:
-                yield Do(call)
-            except errors.LLMasOSError:
-                pass  # it has ended, or the session did and took it along
 
 
 def _context_length(client: Client, model: str) -> int:

@@ -31,16 +31,16 @@ def ai(gateway: Gateway) -> Iterator[openai.OpenAI]:
 
 def test_a_score_is_the_likelihood_of_the_whole_text(llm: LLM) -> None:
     choices = [" w3", " w4 w5 w6", " w3 w9"]
-    scores = llm.score("w1 w2", choices)
+    scores = llm.score("w1 w2", choices).logprobs
     for choice, score in zip(choices, scores, strict=True):
         expected = sum(value for _, value in llm.logprobs("w1 w2" + choice)[2:])
         assert score == pytest.approx(expected, abs=1e-5)
-    assert llm.score("w1 w2", [" w3"])[0] == pytest.approx(scores[0], abs=1e-5)
+    assert llm.score("w1 w2", [" w3"]).logprobs[0] == pytest.approx(scores[0], abs=1e-5)
     assert not llm.client.ps()
 
 
 def test_more_options_than_are_scored_at_once(llm: LLM) -> None:
-    scores = llm.score("w1 w2", [f" w{number}" for number in range(10, 160)])
+    scores = llm.score("w1 w2", [f" w{number}" for number in range(10, 160)]).logprobs
     assert scores[-1] == pytest.approx(llm.logprobs("w1 w2 w159")[2][1], abs=1e-5)
     assert not llm.client.ps()
 

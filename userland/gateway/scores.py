@@ -15,18 +15,19 @@ from llmasos.syscalls import types as t
 from pydantic import Field
 from starlette.responses import Response
 
-from ..decisions import Option, Question
+from ..decisions import yes_or_no
 from ..llm import LLM
 from .callers import Caller, authenticated
+from .decisions import decide, used
 from .errors_doc import documented
-from .http import attend, json, new_id
+from .http import MOST_BODY, attend, json, new_id
 from .options import Body, Placed
 from .vectors import framed_texts, vectors
 
 router = APIRouter(tags=["scores"])
 
 MOST_DOCUMENTS = 2048
-RELEVANT = Question("Does the document answer the query?", (Option("yes"), Option("no")))
+RELEVANT = yes_or_no("Does the document answer the query?")
 
 Text = Annotated[str, Field(min_length=1, max_length=1 << 20)]
 
@@ -36,6 +37,8 @@ class Document(Body):
 
 
 class RerankRequest(Placed):
+    NOT_DONE = {"pid": (), "fork_of": ()}
+
     model: str = Field(min_length=1, max_length=256)
     query: Text
     documents: list[Text | Document] = Field(min_length=1, max_length=MOST_DOCUMENTS)
@@ -44,6 +47,8 @@ class RerankRequest(Placed):
 
 
 class ScoreRequest(Placed):
+    NOT_DONE = {"pid": (), "fork_of": ()}
+
     model: str = Field(min_length=1, max_length=256)
     text_1: Text | list[Text] = Field(description="One text, or as many as text_2.")
     text_2: Text | list[Text]
@@ -94,6 +99,10 @@ async def score(
 async def _scores(
     caller: Caller, body: RerankRequest | ScoreRequest, pairs: list[tuple[str, str]]
 ) -> tuple[list[float], int]:
+    if sum(len(first) + len(second) for first, second in pairs) > MOST_BODY:
+        raise errors.InvalidArgument(
+            f"all pairs have more than {MOST_BODY} characters", hint="send several requests"
+        )
     llm = await caller.llm(body.model_name(body.model))
     for way in (_by_vectors, _by_classes, _by_words):
         try:
@@ -134,9 +143,6 @@ async def _by_classes(
 async def _by_words(
     caller: Caller, llm: LLM, body: Placed, pairs: list[tuple[str, str]]
 ) -> tuple[list[float], int]:
-    scores, tokens = [], 0
-    for query, document in pairs:
-        (found,) = await llm.adecide(f"{document}\nQuery: {query}", RELEVANT)
-        scores.append(found.probabilities[0])
-        tokens += found.prompt_tokens
-    return scores, tokens
+    texts = [f"{document}\nQuery: {query}" for query, document in pairs]
+    made = [one for (one,) in await decide(caller, body, texts, [RELEVANT])]
+    return [one.probabilities[0] for one in made], used(made)[0]

@@ -25,6 +25,8 @@ MOST_INPUTS = 2048
 
 
 class EmbeddingRequest(Placed):
+    NOT_DONE = {"pid": (), "fork_of": ()}
+
     model: str = Field(min_length=1, max_length=256)
     input: str | list[str] | list[Token] | list[list[Token]] = Field(
         description=f"A text, tokens (as they are, without special ones), or up to {MOST_INPUTS} of either."
