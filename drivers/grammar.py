@@ -11,7 +11,7 @@ import json
 from array import array
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from llmasos.syscalls import errors
@@ -68,7 +68,7 @@ def _source(grammar: t.Grammar) -> str:
                 schema = {}
             if not isinstance(schema, dict):
                 raise TypeError("a JSON schema is an object")
-            return str(LLMatcher.grammar_from_json_schema(schema, overrides=_JSON))
+            return str(LLMatcher.grammar_from_json_schema(_bounded(schema), overrides=_JSON))
         case t.GrammarKind.REGEX:
             return str(LLMatcher.grammar_from_regex(_ascii_classes(grammar.text)))
         case t.GrammarKind.CHOICE:
@@ -78,6 +78,30 @@ def _source(grammar: t.Grammar) -> str:
             return str(LLMatcher.grammar_from_lark("start: " + " | ".join(map(_quoted, choices))))
         case t.GrammarKind.LARK:
             return str(LLMatcher.grammar_from_lark(grammar.text))
+
+
+_TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+_DATE = (
+    r"[0-9]{4}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])|(0[469]|11)-(0[1-9]|[12][0-9]|30)"
+    r"|02-(0[1-9]|1[0-9]|2[0-8]))"
+)
+_BOUNDED = {"time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
+"""Formats (RFC 3339) that llguidance lets go on for ever: a second has any number of digits there."""
+
+
+def _bounded(schema: Any) -> Any:
+    """The schema with patterns in place of formats that have no end."""
+    if isinstance(schema, list):
+        return [_bounded(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: _bounded(part) for key, part in schema.items() if key not in ("enum", "const")}
+    made |= {key: schema[key] for key in ("enum", "const") if key in schema}
+    pattern = _BOUNDED.get(schema["format"]) if isinstance(schema.get("format"), str) else None
+    if pattern is not None and "pattern" not in schema and schema.get("type") == "string":
+        del made["format"]
+        made["pattern"] = pattern
+    return made
 
 
 def _ascii_classes(regex: str) -> str:

@@ -75,7 +75,6 @@ ENDPOINTS: dict[str, tuple[type[BaseModel], Answer]] = {
     "/v1/completions": (completions.CompletionRequest, _completion),
     "/v1/embeddings": (embeddings.EmbeddingRequest, _embedding),
     "/v1/responses": (responses.ResponseRequest, responses.answer),
-    "/v1/embeddings": (embeddings.EmbeddingRequest, _embedding),
 }
 """What lines may ask for: the body that it takes, and who answers."""
 
