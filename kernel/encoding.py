@@ -221,13 +221,13 @@ def plan(kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]) -
             chosen[process] = had + count
             budget -= encoding.size(first, count)
 
-    alone = len(pool.queue) == 1
+    alone, seen = len(pool.queue) == 1, 0
     for process in taken:
         if rank is not None and CLASS_RANK[process.sched_class] != rank:
             break
-        rank = CLASS_RANK[process.sched_class]
+        rank, seen = CLASS_RANK[process.sched_class], seen + 1
         give(process, budget if alone else budget // 2)
-        if budget <= 0:
+        if budget <= 0 or seen - len(chosen) >= scheduler.MOST_REFUSALS:
             break
     for process in list(chosen):
         give(process, budget)
