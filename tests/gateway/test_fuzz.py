@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
@@ -12,8 +14,9 @@ from schemathesis.specs.openapi.checks import status_code_conformance
 
 from .conftest import Gateway
 
-EXAMPLES = 15
-"""Of each operation. tests/bench/fuzz.py sends more."""
+MORE = os.environ.get("LLMASOS_FUZZ_EXAMPLES", "")
+EXAMPLES = int(MORE or 15)
+"""Of each operation. tests/bench/fuzz.py sends more, which are drawn anew each time."""
 
 CHECKS = [not_a_server_error, status_code_conformance]
 
@@ -27,7 +30,7 @@ OPERATIONS = [one for found in SCHEMA.get_all_operations() if (one := found.ok()
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda one: one.label)
 @settings(
     max_examples=EXAMPLES,
-    derandomize=True,
+    derandomize=not MORE,
     deadline=None,
     database=None,
     phases=[Phase.generate],
