@@ -1,10 +1,10 @@
-"""Sends the gateway what its API document allows and what it does not: no answer may be a fault of the server,
-and none may have a status that is not documented.
+"""Sends the gateway what its API document allows and what it does not: no answer may be a fault of the
+server, and none may have a status that is not documented.
 
     python tests/bench/fuzz.py [--examples 200]
 
-The test of the same name with more examples of each operation, drawn anew each time: a real daemon with the null
-driver, a real gateway, three tenants. The exit status is pytest's.
+The test of the same name with more examples of each operation, drawn anew each time: a real daemon with the
+null driver, a real gateway, three tenants. The exit status is pytest's.
 """
 
 from __future__ import annotations
