@@ -2,10 +2,10 @@
 
     python tests/bench/decisions.py [--model smollm2]
 
-Ways to put a question (letters, listed options, a chat template, plain text, behind answered examples), each
-with plain likelihoods, their means a token, and calibrated against a text that says nothing: the share of right
-answers, the mean negative log-probability of the right one (nats) at temperature 1 and at the best one, that
-one, and milliseconds a text. `decide` is what LLM.decide does. A JSON line each.
+Ways to put a question (letters, listed options, a chat template, plain text, behind answered examples),
+each with plain likelihoods, their means a token, and calibrated against a text that says nothing: the share
+of right answers, the mean negative log-probability of the right one (nats) at temperature 1 and at the best
+one, that one, and milliseconds a text. `decide` is what LLM.decide does. A JSON line each.
 """
 
 from __future__ import annotations
