@@ -25,6 +25,7 @@ from .shares import tenant_of
 
 if TYPE_CHECKING:
     from .loop import Kernel
+    from .metrics import Tally
 
 MOST_TOKENS = 8192
 """A step has no more, however fast the device: what it needs for the vectors between layers is bounded."""
@@ -46,12 +47,12 @@ class Encoding:
     tokens: memoryview
     ends: list[int]
     pairs: list[int]
+    tally: Tally
     sent: int = 0
     done: int = 0
     rows: bytearray = field(default_factory=bytearray)
     crashes: int = 0
     arrived: float = 0.0
-    planned: bool = False  # some of it has been in a step
 
     def size(self, first: int, count: int) -> int:
         """Tokens of `count` texts from `first` on."""
@@ -103,6 +104,7 @@ def encode(kernel: Kernel, request: Request, call: table.Encode, process: Proces
         memoryview(call.tokens),
         ends,
         list(call.pairs) or [0] * len(ends),
+        kernel.metrics.came(process),
         arrived=kernel.now(),
     )
     process.encoding = encoding
@@ -264,8 +266,8 @@ def _send(kernel: Kernel, device: Device, pool: Pool, chosen: dict[Process, int]
     flight = Flight(order.ticket, pool, [], [], set(), 0, tokens, 1, texts)
     kernel.recorder.sent(device.name, flight, len(pool.queue))
     for one in texts:
-        if not one.encoding.planned:
-            kernel.metrics.planned(one.process, one.encoding)
+        if not one.encoding.tally.planned:
+            kernel.metrics.encoding(one.encoding)
         one.encoding.sent += one.count
         one.process.flights += 1
     kernel.effects.append(ToWorker(device.worker, order))

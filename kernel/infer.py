@@ -15,6 +15,7 @@ from llmasos.syscalls.types import Chosen, Finish, InferEvent, Sampling, TokenLo
 from .beams import BeamSearch
 
 if TYPE_CHECKING:
+    from .metrics import Tally
     from .process import Process
 
 
@@ -40,6 +41,7 @@ class Infer:
     credits: int
     reap: bool
     leave: bool
+    tally: Tally
     arrived: float = 0.0
     prefix: int = 0  # blocks of its input that were computed already when it came
     beams: BeamSearch | None = None
@@ -51,8 +53,6 @@ class Infer:
     crashes: int = 0
     seq: int = 0
     first_token: float | None = None
-    last_token: float = 0.0
-    planned: bool = False  # a step that has a part of it was sent
     made: int = 0
     brought: int = 0  # of the tokens made, those that the client had when it asked again
     held: list[InferEvent] = field(default_factory=list)

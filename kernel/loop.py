@@ -416,10 +416,11 @@ class Kernel:
             process.drafted += out.drafted
             process.accepted += len(out.tokens) - out.rounds
             process.mirror.tokens += len(out.tokens)
-            self.metrics.took(process, infer, len(out.tokens))
+            now = self.now()
+            self.metrics.took(infer, len(out.tokens), now)
             if out.drafted:
-                self.metrics.guessed(process, out.drafted, len(out.tokens) - out.rounds)
-            infer.take(out.tokens, out.chosen, self.now())
+                self.metrics.guessed(infer, out.drafted, len(out.tokens) - out.rounds)
+            infer.take(out.tokens, out.chosen, now)
             if out.stop:
                 infer.finish = Finish.STOP
             elif len(process.tokens) >= infer.limit:

@@ -279,8 +279,8 @@ def _send(
         if extra and not _spare(claims, process, *process.reach(count, extra)):
             draft, extra, rounds = 0, 0, 1
         parts.append(Part(process, infer, count, sample, draft, extra, process.epoch))
-        if not infer.planned:
-            kernel.metrics.planned(process, infer)
+        if not infer.tally.planned:
+            kernel.metrics.planned(infer)
         if count == 1:
             rows += 1
         else:

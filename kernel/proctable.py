@@ -226,7 +226,7 @@ class ProcessTable:
             process.generated += len(sequences[0].tokens)
             finish = sequences[0].finish
         made = len(sequences[0].tokens) if sequences else infer.made
-        self._metrics.ended(process, infer, str(finish), made)
+        self._metrics.ended(infer, str(finish), made)
         self._sessions.reply(
             infer.request,
             InferReply(
@@ -247,7 +247,7 @@ class ProcessTable:
         encoding, loaded = process.encoding, process.pool.loaded
         assert encoding is not None
         assert loaded is not None
-        self._metrics.encoded(process, encoding, "encoded")
+        self._metrics.encoded(encoding, "encoded")
         self._sessions.reply(
             encoding.request, EncodeReply(encoding.total, loaded.width, bytes(encoding.rows))
         )
@@ -256,13 +256,13 @@ class ProcessTable:
     def fail_infer(self, process: Process, error: errors.LLMasOSError) -> None:
         infer = process.infer
         if process.encoding is not None:
-            self._metrics.encoded(process, process.encoding, FAILED)
+            self._metrics.encoded(process.encoding, FAILED)
             self._sessions.fail(process.encoding.request, error)
             self._after_infer(process, True, False, Exit(1, f"encode failed: {type(error).__name__}"))
         if infer is None:
             return
         self._detach(process)
-        self._metrics.ended(process, infer, FAILED, infer.made)
+        self._metrics.ended(infer, FAILED, infer.made)
         self._sessions.fail(infer.request, error)
         self._after_infer(process, infer.reap, infer.leave, Exit(1, f"infer failed: {type(error).__name__}"))
 

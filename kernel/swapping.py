@@ -30,7 +30,7 @@ def push_out(kernel: Kernel, process: Process) -> None:
     compute it again."""
     if process.infer is not None:
         process.preemptions += 1
-        kernel.metrics.preempted(process)
+        kernel.metrics.preempted(process.infer)
         process.keeps_until = len(process.tokens) + PROGRESS_TOKENS
         process.pool.admitted.discard(process)
     file = save(kernel, process) if process.pool.loaded and worth_saving(kernel, process) else None

@@ -449,6 +449,9 @@ def heard(kernel: Kernel, process: Process, message: base.FromWorker) -> None:
         case base.Trained(event):
             if event.phase == "save":
                 run.deaths = 0
+            if event.phase == "train":
+                steps, tokens = event.step - run.step, event.tokens - run.tokens
+                kernel.metrics.trained(process.pool.device_name, max(0, steps), max(0, tokens))
             following.tell(kernel, process, run, event)
         case base.TrainDone(result):
             run.result, run.ready = replace(result, model=run.target), False

@@ -230,7 +230,7 @@ def _dispatch(
         case table.Stats():
             if subject.holds(t.Capability.AUDIT):
                 return table.StatsReply(True, kernel.metrics.families(kernel))
-            return table.StatsReply(False, kernel.metrics.use_of(subject.path.partition("/")[0]))
+            return table.StatsReply(False, kernel.metrics.use_of(subject.path))
         case table.Dmesg():
             kernel.readers.start(request, call.after, call.follow, credits_)
             return None
@@ -595,6 +595,7 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
         credits=credits_,
         reap=call.model is not None,
         leave=call.exit,
+        tally=kernel.metrics.came(process),
         arrived=kernel.now(),
         prefix=process.pool.memory.known(process.table, process.tokens, length - 1),
         beams=BeamSearch(beams, stop_ids, limit - length) if beams else None,

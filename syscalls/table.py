@@ -567,7 +567,8 @@ class StatsReply(t.Wire, frozen=True):
 
 
 class Stats(Call, frozen=True):
-    """What the kernel counts. Who holds `audit` gets all of it, others what their own tenant used."""
+    """What the kernel counts. Who holds `audit` gets all of it, others what they used themselves if
+    they are a tenant, a sub-tenant nothing."""
 
     name = "stats"
     needs = t.Capability.SEE

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 from hypothesis import given
 from hypothesis import strategies as st
-from llmasos.kernel.metrics import BOUNDS, MOST_TENANTS, OTHER, Waits
+from llmasos.kernel.infer import Infer
+from llmasos.kernel.metrics import BOUNDS, MOST_NAMED, MOST_SERIES, MOST_TENANTS, OTHER, Waits
 from llmasos.kernel.tenants import Subject
-from llmasos.syscalls import table
+from llmasos.syscalls import table, wire
 from llmasos.syscalls import types as t
 
-from .conftest import World, infer
+from .conftest import ROOT, World, infer
 
 ALICE = Subject("alice", 1000, 7, False, frozenset(t.TENANT_RIGHTS) | {t.Capability.CONNECT})
 
+NONE = t.Sample([], 0)
+
 
 def families(world: World, subject: Subject | None = None) -> dict[str, dict[tuple[str, ...], t.Sample]]:
-    session = b"\0" + (subject.path.encode() if subject else b"a")
-    id_ = world.send(table.Stats(), session, **({"subject": subject} if subject else {}))
+    session = b"\0" + (subject.path.encode() if subject else b"scraper")
+    id_ = world.send(table.Stats(), session, subject=subject or ROOT)
     world.turn()
     reply = world.result(id_, session).body
     return {
@@ -64,12 +70,80 @@ def test_a_tenant_learns_what_he_used_himself(world: World) -> None:
     assert found["tenant_generated_tokens"][("alice",)].value == 3
 
 
-def test_ten_thousand_tenants_are_bounded(world: World) -> None:
+def test_a_sub_tenant_learns_nothing_of_its_tenant(world: World) -> None:
     world.attach()
-    for number in range(MOST_TENANTS + 20):
+    world.send(infer([1, 2], model="tiny", max_tokens=3), b"\0alice", subject=ALICE)
+    world.turn(12)
+    assert not any(families(world, ALICE.narrowed("agent")).values())
+
+
+def test_the_tenant_who_is_one_too_many_counts_as_other(world: World) -> None:
+    world.attach()
+    for number in range(MOST_NAMED + 20):
         subject = Subject(f"t{number}", 1000, 7, False, ALICE.rights)
         world.send(infer([1], model="tiny", max_tokens=1), b"\0" + subject.path.encode(), subject=subject)
     world.turn(400)
     found = families(world)["tenant_requests"]
-    assert len(found) == MOST_TENANTS + 1
+    assert len(found) == MOST_NAMED + 1
     assert found[(OTHER,)].value == 20
+    late = Subject(f"t{MOST_NAMED + 19}", 1000, 7, False, ALICE.rights)
+    assert families(world, late)["tenant_requests"][(late.path,)].value == 1
+
+
+def test_ten_thousand_tenants_are_bounded(world: World) -> None:
+    metrics = world.kernel.metrics
+    for number in range(MOST_TENANTS + 20):
+        process: Any = SimpleNamespace(model=f"m{number}", sched_class="batch", owner=f"t{number}/agent")
+        one = Infer((b"", 1), t.Sampling(), 0, 3, 4, 0, True, False, metrics.came(process))
+        metrics.took(one, 1, 1.0)
+        metrics.ended(one, "length", 1)
+    found = {family.name: family for family in metrics.families(world.kernel)}
+    generated = {sample.labels[0]: sample.value for sample in found["tenant_generated_tokens"].samples}
+    assert len(generated) == MOST_NAMED + 1
+    assert sum(generated.values()) == MOST_TENANTS + 20
+    assert len(found["prompt_tokens"].samples) == MOST_SERIES + 1
+    assert sum(sample.value for sample in found["prompt_tokens"].samples) == 3 * (MOST_TENANTS + 20)
+    assert not any(metrics.use_of(f"t{MOST_TENANTS + 19}")[0].samples)
+
+
+def test_who_waits_for_memory_is_told_from_who_runs(world: World) -> None:
+    """16 blocks hold four of these contexts."""
+    world.model("small", llmasos_null_blocks=16, max_position_embeddings=128)
+    world.attach()
+    pids = [world.spawn("small") for _ in range(8)]
+    ids = [world.send(infer(list(range(60)), pid=pid, max_tokens=4)) for pid in pids]
+    world.turn()
+    key = ("small:latest", "interactive")
+    found = families(world)
+    running, waiting = found["requests_running"][key].value, found["requests_waiting"][key].value
+    assert running > 0
+    assert waiting > 0
+    assert running + waiting + found["requests"].get((*key, "length"), NONE).value == 8
+    world.turn(60)
+    assert all(world.answers(id_) for id_ in ids)
+    found = families(world)
+    assert found["requests_running"][key].value == found["requests_waiting"][key].value == 0
+    assert found["requests"][(*key, "length")].value == 8
+
+
+def test_however_a_request_ends_it_runs_no_more(world: World) -> None:
+    world.attach()
+    beams = t.Beams(num_beams=2)
+    world.send(infer([1, 2, 3], model="tiny", max_tokens=3, beams=beams))
+    world.turn(12)
+    for ending in ("cancel", "kill", "die"):
+        id_ = world.send(infer([4, 5], model="tiny", max_tokens=2000))
+        world.turn(6)
+        if ending == "cancel":
+            world.kernel.message(b"\0a", ROOT, wire.encode_cancel(id_))
+        elif ending == "kill":
+            world.kernel.processes.signal(next(iter(world.kernel.processes)), t.Signal.KILL)
+        else:
+            world.kernel.disconnected(b"\0a")
+        world.turn(3)
+    found = families(world)
+    key = ("tiny:latest", "interactive")
+    assert found["requests_running"][key].value == found["requests_waiting"][key].value == 0
+    assert found["requests"][(*key, "length")].value == 1
+    assert found["requests"][(*key, "killed")].value == 1
+    assert sum(sample.value for sample in found["requests"].values()) == 4

@@ -52,6 +52,14 @@ ALIASES = {
     "vllm:e2e_request_latency_seconds": "request_seconds",
 }
 
+# What vLLM calls the ends of a request; all others are an abort.
+_REASONS = {"stop": "stop", "length": "length", "error": "error", "encoded": "stop"}
+
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+"""Bounds of the buckets of HTTP requests: an answer may take minutes."""
+
 _MAKERS: dict[t.FamilyKind, Callable[..., Any]] = {
     t.FamilyKind.COUNTER: CounterMetricFamily,
     t.FamilyKind.GAUGE: GaugeMetricFamily,
@@ -74,7 +82,7 @@ def collected(families: Iterable[t.Family]) -> Iterator[Metric]:
         counts: defaultdict[tuple[str, str], float] = defaultdict(float)
         for sample in requests.samples:
             model, _, finish = sample.labels
-            counts[model, finish] += sample.value
+            counts[model, _REASONS.get(finish, "abort")] += sample.value
         for labels, value in counts.items():
             made.add_metric(labels, value)
         yield made
@@ -83,9 +91,33 @@ def collected(families: Iterable[t.Family]) -> Iterator[Metric]:
         usage = GaugeMetricFamily(
             "vllm:kv_cache_usage_perc", "Share of KV blocks in use.", None, ["model_name"]
         )
-        for all_, left in zip(blocks.samples, free.samples, strict=True):
-            usage.add_metric([all_.labels[1]], 1 - left.value / all_.value if all_.value else 0.0)
+        unused = {sample.labels[1]: 0.0 for sample in blocks.samples}
+        total = dict(unused)
+        for sums, samples in ((total, blocks.samples), (unused, free.samples)):
+            for sample in samples:  # one for each device
+                sums[sample.labels[1]] += sample.value
+        for model, count in total.items():
+            usage.add_metric([model], 1 - unused[model] / count if count else 0.0)
         yield usage
+    yield _adapters(by_name)
+
+
+def _adapters(by_name: dict[str, t.Family]) -> Metric:
+    """Which adapters are asked, as vLLM tells it: in labels, with the time as the value."""
+    busy = {
+        state: sorted(
+            {s.labels[0].partition("+")[2] for s in family.samples if s.value and "+" in s.labels[0]}
+        )
+        for state in ("running", "waiting")
+        if (family := by_name.get(f"requests_{state}")) is not None
+    }
+    made = GaugeMetricFamily(
+        "vllm:lora_requests_info",
+        "Adapters with requests.",
+        labels=["running_lora_adapters", "waiting_lora_adapters"],
+    )
+    made.add_metric([",".join(busy.get(state, [])) for state in ("running", "waiting")], time.time())
+    return made
 
 
 def _metric(name: str, labels: list[str], family: t.Family, samples: list[t.Sample]) -> Metric:
@@ -138,6 +170,7 @@ class GatewayMetrics:
             "llmasos_http_seconds",
             "From a request to the end of its answer.",
             ["route"],
+            buckets=_SECONDS,
             registry=self._registry,
         )
         self.open = Gauge("llmasos_http_open", "Requests that are being answered.", registry=self._registry)
@@ -152,7 +185,8 @@ class GatewayMetrics:
 
     def observe(self, record: Record) -> None:
         """A request is over."""
-        self._requests.labels(record.route, record.method, str(record.status)).inc()
+        method = record.method if record.method in _METHODS else "other"
+        self._requests.labels(record.route, method, str(record.status)).inc()
         self._seconds.labels(record.route).observe(time.perf_counter() - record.begun)
         if record.hung_up:
             self._hang_ups.labels(record.route).inc()
