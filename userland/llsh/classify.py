@@ -40,7 +40,8 @@ def classify(
     Zero-shot: the labels are scored as answers of the model, none is written. In a pipe, or with --json, each
     text is one line of JSON: {"text": …, "label": …, "probabilities": {…}}.
     """
-    from ..llm import CLASSIFY, LLM
+    from ..decisions import ABOUT
+    from ..llm import LLM
 
     shell = shell_of(context)
     names = [name.strip() for name in labels.split(",") if name.strip()]
@@ -60,7 +61,7 @@ def classify(
     for line in text or (line.rstrip("\r\n") for line in shell.stdin):
         if not line:
             continue
-        found = llm.classify(line, names, instructions=ask or CLASSIFY)
+        found = llm.classify(line, names, instructions=ask or ABOUT)
         chances = dict(zip(found.options, found.probabilities, strict=True))
         if told:
             shell.terminal.document({"text": line, "label": found.label, "probabilities": chances})
