@@ -190,6 +190,11 @@ def test_machine(llsh):
         assert "hashes of the history" in shown
     [resident] = llsh.json("show", "tiny")["resident"]
     assert resident == {"device": "null", "pool": pool}
+    known = {family["name"] for family in llsh.json("stats")["families"]}
+    assert {"requests", "first_token_seconds", "kv_blocks", "tenant_generated_tokens"} <= known
+    shown = llsh("stats").splitlines()
+    assert shown[0].split()[:5] == ["MODEL", "CLASS", "RUN", "WAIT", "DONE"]
+    assert any(line.startswith("tiny:latest") and " ms" in line for line in shown)
     assert set(llsh.json("whoami")) == {"subject", "uid", "pid", "admin"}
     assert llsh("whoami").split()[0] == llsh.json("whoami")["subject"]
     lines = llsh("dmesg", "--json").splitlines()

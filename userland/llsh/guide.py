@@ -15,7 +15,7 @@ SECTIONS: dict[str, list[str]] = {
     "Training": ["train", "plot", "merge"],
     "Models": ["pull", "list", "show", "rm", "cp"],
     "Files": ["ls", "cat", "df"],
-    "Machine": ["serve", "lsdev", "dmesg", "flight", "audit", "key", "quota", "whoami", "shutdown"],
+    "Machine": ["serve", "lsdev", "stats", "dmesg", "flight", "audit", "key", "quota", "whoami", "shutdown"],
     "Help": ["help"],
 }
 
