@@ -2,10 +2,13 @@
 
     python tests/bench/decisions.py [--model smollm2]
 
-Ways to put a question (letters, listed options, a chat template, plain text, behind answered examples),
-each with plain likelihoods, their means a token, and calibrated against a text that says nothing: the share
-of right answers, the mean negative log-probability of the right one (nats) at temperature 1 and at the best
-one, that one, and milliseconds a text. `decide` is what LLM.decide does. A JSON line each.
+Ways to put a question (letters, listed options, a chat template, plain text, behind answered examples), each
+with plain likelihoods, their means a token, and calibrated against a text that says nothing: the share of
+right answers, the mean negative log-probability of the right one (nats) at temperature 1 and at the best one,
+that one, and milliseconds a text. `decide` is what LLM.decide does. A JSON line each.
+
+The way of `decide` was chosen among some thirty by what is printed for the first three tasks, so their
+figures flatter it. The tasks held out are of texts by somebody else that nothing was chosen by: these count.
 """
 
 from __future__ import annotations
@@ -119,6 +122,34 @@ PREDICATES = [
     ("Can you send me the slides of yesterday's meeting?", "The message is spam.", False),
     ("Dinner at mine tomorrow? Anna is coming too.", "The message is spam.", False),
 ]
+SENTIMENT_HELD_OUT = [
+    ("What a wonderful film, I loved every minute!", "positive"),
+    ("I would buy this again, it works perfectly.", "positive"),
+    ("Best concert of my life.", "positive"),
+    ("The staff was kind and the room was clean.", "positive"),
+    ("Absolutely delicious, we will come back.", "positive"),
+    ("Fast delivery and great quality.", "positive"),
+    ("The food was cold and the waiter was rude.", "negative"),
+    ("It broke after two days and nobody answered my mails.", "negative"),
+    ("A boring waste of time.", "negative"),
+    ("I regret this purchase.", "negative"),
+    ("Terrible sound and the battery dies quickly.", "negative"),
+    ("The plot makes no sense and the acting is awful.", "negative"),
+]
+TOPICS_HELD_OUT = [
+    ("The striker scored twice in the final.", "sports"),
+    ("The team won the championship after extra time.", "sports"),
+    ("The tennis player retired after twenty years.", "sports"),
+    ("The central bank raised interest rates again.", "business"),
+    ("Shares of the car maker fell by ten percent.", "business"),
+    ("The company reported record profits this quarter.", "business"),
+    ("Scientists found water on a distant planet.", "science"),
+    ("A new vaccine protects mice from the virus.", "science"),
+    ("Researchers mapped the genome of the whale.", "science"),
+    ("The parliament voted on the new election law.", "politics"),
+    ("The president met the opposition leader.", "politics"),
+    ("Senators debated the budget until midnight.", "politics"),
+]
 
 LABELS = {"sentiment": ["positive", "negative"], "topic": ["sports", "business", "science", "politics"]}
 QUESTIONS = {"sentiment": "What is the sentiment of the text?", "topic": "What is the topic of the text?"}
@@ -128,13 +159,18 @@ Way = Callable[[str, str, list[str]], tuple[str, list[str]]]  # a prompt and wha
 
 
 def sets() -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {"sentiment": [], "topic": [], "predicate": []}
-    for task, texts in (("sentiment", SENTIMENT), ("topic", TOPICS)):
-        for text, label in texts:
-            found[task].append((text, QUESTIONS[task], LABELS[task], LABELS[task].index(label)))
-    for text, statement, true in PREDICATES:
-        found["predicate"].append((text, statement, ["yes", "no"], 0 if true else 1))
-    return found
+    def labelled(kind: str, texts: list[tuple[str, str]]) -> list[Row]:
+        return [(text, QUESTIONS[kind], LABELS[kind], LABELS[kind].index(label)) for text, label in texts]
+
+    return {
+        "sentiment": labelled("sentiment", SENTIMENT),
+        "topic": labelled("topic", TOPICS),
+        "predicate": [
+            (text, statement, ["yes", "no"], 0 if true else 1) for text, statement, true in PREDICATES
+        ],
+        "sentiment, held out": labelled("sentiment", SENTIMENT_HELD_OUT),
+        "topic, held out": labelled("topic", TOPICS_HELD_OUT),
+    }
 
 
 def ways() -> dict[str, tuple[bool, Way]]:
@@ -180,6 +216,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--tasks", default="", help="Only those with this in their names.")
     parser.add_argument("--home", type=Path, default=Path("~/.cache/llmasos-bench/gateway/real").expanduser())
     arguments = parser.parse_args()
     import daemon
@@ -190,6 +227,8 @@ def main() -> None:
 
         llm = LLM.from_pretrained(arguments.model)
         for task, rows in sets().items():
+            if arguments.tasks not in task:
+                continue
             for name, (chat, way) in ways().items():
                 of_ways(llm, task, rows, name, chat, way)
             of_decide(llm, task, rows)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import math
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import numpy as np
+import ollama
 import openai
 import pytest
 from llmasos.syscalls import errors
@@ -15,6 +17,7 @@ from llmasos.userland.client import Client
 from llmasos.userland.decisions import Option, Question
 from llmasos.userland.llm import LLM
 
+from ..llsh.conftest import add_model
 from .conftest import Gateway
 
 
@@ -144,3 +147,82 @@ def test_documents_by_how_well_they_fit(http: httpx.Client) -> None:
     words = http.post("/v1/rerank", json={**body, "model": "bytes"}).json()["results"]
     assert all(0 <= row["relevance_score"] <= 1 for row in words)
     assert http.post("/v1/score", json={**pairs, "text_1": ["w1", "w2"]}).status_code == 400
+
+
+def test_decisions_as_ollamas_client_asks_for_them(gateway: Gateway) -> None:
+    client = ollama.Client(gateway.url, headers={"authorization": f"Bearer {gateway.keys['alice']}"})
+    questions = {
+        "yes": {"type": "noul", "instructions": "w3"},
+        "which": {"type": "choice", "instructions": "w3", "criteria": {"w6": "w7", "w8": None}},
+        "much": {"type": "score", "instructions": "w4", "criteria": ["w1", "w2", "w3"]},
+    }
+    made = client.systemone("bytes", {"a": ["w1"]}, questions, keep_alive=60)
+    assert made.answers["which"].choice in ("w6", "w8")
+    assert 0 <= made.answers["much"].score <= 2
+    assert 0 <= made.answers["much"].confidence <= 1
+    assert made.usage.input_tokens > 0
+
+
+def test_an_input_may_hold_json_and_calls_of_tools(ai: openai.OpenAI) -> None:
+    question = {"type": "predicate", "instructions": [{"type": "input_json", "data": {"is": "w3"}}]}
+
+    def asked(item: dict) -> float:
+        (answer,) = ai.decisions.create(model="bytes", input=[item], questions=[question]).answers
+        assert answer.type == "predicate"
+        return answer.probability
+
+    assert 0 <= asked({"role": "user", "content": [{"type": "input_json", "data": [{"a": 1}]}]}) <= 1
+    call = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    assert 0 <= asked(call) <= 1
+    assert 0 <= asked({"type": "function_call_output", "call_id": "c", "output": "w4"}) <= 1
+    for part in ({"type": "input_image", "image_url": "data:,"}, {"type": "input_text"}):
+        with pytest.raises(openai.BadRequestError):
+            asked({"role": "user", "content": [part]})
+
+
+def test_what_a_decision_cannot_do_is_refused_by_name(http: httpx.Client, kernel: Client) -> None:
+    question = {"type": "choice", "instructions": "w", "choices": [{"value": "true"}, {"value": "w2"}]}
+    body = {"model": "bytes", "input": "w1", "questions": [question]}
+    both = {**question, "choices": [{"value": "true"}, {"value": True}]}
+    long = {**body, "input": "w" * 5000}
+    many = {**body, "questions": [question] * 9000}
+    big = {**body, "input": "w" * (1 << 20), "questions": [question] * 9}
+    for change in ({"pid": 7}, {"questions": [both]}, {"safety_identifier": "x"}):
+        assert http.post("/v1/decisions", json={**body, **change}).status_code == 400
+    for refused in (long, many, big):
+        assert http.post("/v1/decisions", json=refused).status_code == 400
+    assert http.post("/v1/decisions", json={**body, "model": "encoder"}).status_code == 400
+    late = http.post("/v1/decisions", json={**body, "model": "slow", "input": "w1", "deadline_ms": 20})
+    assert late.status_code == 504
+    assert http.post("/v1/decisions", json={**body, "priority": "idle"}).status_code == 200
+    assert http.post("/v1/decisions", json={**body, "priority": "realtime"}).status_code == 403
+    assert not [row for row in kernel.ps() if row.owner == "alice"]
+
+
+def test_texts_are_classified_by_labels_or_by_the_models_own_head(
+    http: httpx.Client, kernel: Client, home: Path
+) -> None:
+    texts = ["w1 w2", "w3"]
+    body = {"model": "bytes", "input": texts, "labels": ["up", "down"], "instructions": "Where?"}
+    made = http.post("/v1/classify", json=body).json()
+    llm = LLM.from_pretrained("bytes", client=kernel)
+    for row, text in zip(made["data"], texts, strict=True):
+        right = llm.classify(text, ["up", "down"], instructions="Where?")
+        assert row["label"] == right.label
+        assert row["probs"] == pytest.approx(right.probabilities, abs=1e-5)
+        assert row["num_classes"] == 2
+    assert made["usage"]["prompt_tokens"] > 0
+    add_model(home, "judge", template="", llmasos_null_encodes="classify", id2label={"0": "bad", "1": "good"})
+    own = http.post("/classify", json={"model": "judge", "input": texts}).json()
+    logits = llm_of(kernel, "judge").encode(texts)
+    for row, values in zip(own["data"], logits.tolist(), strict=True):
+        powers = [math.exp(value) for value in values]
+        assert row["probs"] == pytest.approx([power / sum(powers) for power in powers], abs=1e-5)
+        assert row["label"] in ("bad", "good", *(f"LABEL_{n}" for n in range(2, len(values))))
+    missing = http.post("/classify", json={"model": "bytes", "input": "w1"})
+    assert missing.status_code == 400
+    assert "labels" in missing.json()["error"]["message"]
+
+
+def llm_of(kernel: Client, name: str) -> LLM:
+    return LLM.from_pretrained(name, client=kernel)

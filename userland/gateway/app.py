@@ -12,7 +12,7 @@ from typing import Any
 from fastapi import FastAPI
 from llmasos.syscalls import errors
 
-from . import decisions, machine, metrics, processes, scores, system
+from . import classes, decisions, machine, metrics, processes, scores, system
 from .access import ApiKeys
 from .anthropic import messages
 from .callers import Callers
@@ -44,6 +44,7 @@ ROUTERS = (
     embeddings.router,
     decisions.router,
     scores.router,
+    classes.router,
     messages.router,
     generate.router,
     ollama_chat.router,

@@ -8,6 +8,7 @@ import typer
 from llmasos.syscalls import types as t
 
 from .argument import Class, Json, Model, Nice, examples
+from .embed import batches
 from .models import installed
 from .shell import shell_of
 from .table import Column, Table
@@ -30,7 +31,7 @@ def classify(
         typer.Argument(metavar="TEXT", help="A text each; without one, a line of stdin each."),
     ] = None,
     labels: Annotated[str, typer.Option("--labels", metavar="A,B,…", help="What it may be.")] = "",
-    ask: Annotated[str, typer.Option("--ask", help="What is asked of the text.", show_default=False)] = "",
+    ask: Annotated[str, typer.Option("--ask", help="A question about the text.", show_default=False)] = "",
     nice: Nice = 0,
     sched_class: Class = None,
     json: Json = False,
@@ -40,7 +41,7 @@ def classify(
     Zero-shot: the labels are scored as answers of the model, none is written. In a pipe, or with --json, each
     text is one line of JSON: {"text": …, "label": …, "probabilities": {…}}.
     """
-    from ..decisions import ABOUT
+    from ..decisions import ABOUT, Option, Question
     from ..llm import LLM
 
     shell = shell_of(context)
@@ -58,14 +59,14 @@ def classify(
     )
     told = json or not shell.terminal.is_tty
     table = Table([Column("LABEL"), Column("PROBABILITY", right=True), Column("TEXT", least=20)])
-    for line in text or (line.rstrip("\r\n") for line in shell.stdin):
-        if not line:
-            continue
-        found = llm.classify(line, names, instructions=ask or ABOUT)
-        chances = dict(zip(found.options, found.probabilities, strict=True))
-        if told:
-            shell.terminal.document({"text": line, "label": found.label, "probabilities": chances})
-        else:
-            table.add(found.label, f"{chances[found.label]:.3f}", line)
+    question = Question(ask or ABOUT, tuple(Option(name) for name in names))
+    for texts in batches(shell, text):
+        texts = [one for one in texts if one]
+        for one, (found,) in zip(texts, llm.decide_all(texts, question), strict=True):
+            chances = dict(zip(found.options, found.probabilities, strict=True))
+            if told:
+                shell.terminal.document({"text": one, "label": found.label, "probabilities": chances})
+            else:
+                table.add(found.label, f"{chances[found.label]:.3f}", one)
     if not told:
         shell.terminal.table(table)

@@ -17,7 +17,7 @@ from .table import Column, Table
 app = typer.Typer()
 
 BATCH = 256
-"""Lines of stdin that are read before their vectors are printed."""
+"""Lines of stdin that are read before what they come to is printed."""
 
 SHOWN = 6
 """Numbers of a vector that a person is shown."""
@@ -64,7 +64,7 @@ def embed(
     )
     told = json or not shell.terminal.is_tty
     table = Table([Column("DIMENSIONS", right=True), Column("VECTOR", least=20), Column("TEXT", least=12)])
-    for texts in _batches(shell, text):
+    for texts in batches(shell, text):
         for one, vector in zip(texts, llm.embed(texts, truncate=truncate).tolist(), strict=True):
             if told:
                 shell.terminal.document({"text": one, "embedding": vector})
@@ -75,7 +75,8 @@ def embed(
         shell.terminal.table(table)
 
 
-def _batches(shell: Shell, texts: list[str] | None) -> Iterator[list[str]]:
+def batches(shell: Shell, texts: list[str] | None) -> Iterator[list[str]]:
+    """Texts of the command line, or the lines of stdin."""
     lines = iter(texts) if texts else (line.rstrip("\r\n") for line in shell.stdin)
     while batch := list(itertools.islice(lines, BATCH)):
         yield batch
