@@ -5,10 +5,11 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llmasos.kernel.infer import Infer
-from llmasos.kernel.metrics import BOUNDS, MOST_NAMED, MOST_SERIES, MOST_TENANTS, OTHER, Waits
+from llmasos.kernel.metrics import BOUNDS, MOST_NAMED, MOST_SERIES, MOST_TENANTS, OTHER, Metrics, Waits
 from llmasos.kernel.tenants import Subject
 from llmasos.syscalls import table, wire
 from llmasos.syscalls import types as t
@@ -31,14 +32,33 @@ def families(world: World, subject: Subject | None = None) -> dict[str, dict[tup
     }
 
 
-@given(st.lists(st.tuples(st.floats(0, 1000), st.integers(1, 5))))
-def test_every_wait_is_in_one_bucket(waits: list[tuple[float, int]]) -> None:
+@given(st.lists(st.floats(0, 1000)))
+def test_every_wait_is_in_one_bucket(waits: list[float]) -> None:
     made = Waits()
-    for seconds, times in waits:
-        made.add(seconds, times)
+    for seconds in waits:
+        made.add(seconds)
     for index, bound in enumerate(BOUNDS):
-        assert sum(made.counts[: index + 1]) == sum(times for seconds, times in waits if seconds <= bound)
-    assert sum(made.counts) == sum(times for _, times in waits)
+        assert sum(made.counts[: index + 1]) == sum(seconds <= bound for seconds in waits)
+    assert sum(made.counts) == len(waits)
+
+
+@given(st.lists(st.tuples(st.integers(1, 9), st.floats(0, 100)), max_size=20))
+def test_tokens_that_come_together_share_their_wait(items: list[tuple[int, float]]) -> None:
+    now = 0.0
+    metrics = Metrics(lambda: now)
+    process: Any = SimpleNamespace(model="m", sched_class="batch", owner="alice")
+    one = Infer((b"", 1), t.Sampling(), 0, 3, 400, 0, True, False, metrics.came(process))
+    for count, seconds in items:
+        now += seconds
+        metrics.took(one, count, now)
+    series = one.tally.series
+    assert series.generated == sum(count for count, _ in items)
+    assert sum(series.first_token.counts) == min(1, len(items))
+    assert sum(series.between.counts) == sum(count for count, _ in items[1:])
+    assert series.between.total == pytest.approx(sum(seconds for _, seconds in items[1:]), abs=1e-6)
+    for bound in BOUNDS:
+        below = sum(count for count, seconds in items[1:] if seconds / count <= bound * (1 - 1e-6))
+        assert sum(series.between.counts[: BOUNDS.index(bound) + 1]) >= below
 
 
 def test_requests_are_counted_by_model_class_and_end(world: World) -> None:

@@ -103,6 +103,9 @@ def test_the_host_is_filled_before_the_disk(tmp_path: Path) -> None:
     pids = [small.spawn_now() for _ in range(3)]
     made = [small.do(pid, LONG[n], 4) for n, pid in enumerate(pids)]
     assert [Path(order.path).parent for order in small.exports()] == [host, small.store.swap]
+    counted = {f.name: f.samples for f in small.kernel.metrics.families(small.kernel)}
+    assert [s.labels for s in counted["swapped_bytes"]] == [["memory"], ["disk"]]
+    assert all(s.value > 0 for s in counted["swapped_bytes"])
     for n, pid in enumerate(pids):
         assert small.do(pid, [5], 4) == reference([*LONG[n], *made[n], 5], 4)
 

@@ -141,6 +141,10 @@ def test_a_run_prepares_trains_commits_and_is_waited_for(world: Runs) -> None:
     follower = world.send(table.Follow(pid))
     for step in (1, 2):
         world.event(connection, step)
+    counted = {f.name: f.samples for f in world.kernel.metrics.families(world.kernel)}
+    assert [s.value for s in counted["training_steps"]] == [2]
+    assert [s.value for s in counted["training_tokens"]] == [16]
+    assert counted["training_step"] == [t.Sample([str(pid)], 2)]
     waiter = world.send(table.Wait(pid))
     world.said(connection, base.TrainDone(result()))
     world.trainer_dies(connection, trainer)
