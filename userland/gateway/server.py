@@ -56,6 +56,7 @@ def serve(
         ssl_certfile=tls_cert,
         ssl_keyfile=tls_key,
         access_log=False,
+        log_config=None,  # its loggers speak JSON as all others do
         log_level="warning",
         server_header=False,
         h11_max_incomplete_event_size=MOST_HEADERS,
