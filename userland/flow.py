@@ -75,12 +75,25 @@ def drive(client: Client, flow: Flow[Result]) -> Result:
 
 
 async def adrive(client: AsyncClient, flow: Flow[Result]) -> Result:
-    """`drive` for asyncio; a cancelled task cancels in the kernel too."""
+    """`drive` for asyncio; a cancelled task cancels in the kernel too. That waits for the answer of a brief
+    call: what it has made the flow must hear of, or nobody cleans it up."""
+    cancelled: asyncio.CancelledError | None = None
     try:
         step = next(flow)
         while True:
             try:
-                if isinstance(step, Do):
+                if isinstance(step, Do) and not isinstance(step.call, table.Encode):
+                    task = asyncio.ensure_future(client.call(cast(Any, step.call)))
+                    while not task.done():
+                        try:
+                            await asyncio.wait((task,))
+                        except asyncio.CancelledError as cut:
+                            cancelled = cut
+                    answer = task.result()
+                elif cancelled is not None:
+                    late, cancelled = cancelled, None
+                    raise late
+                elif isinstance(step, Do):
                     answer = await client.call(cast(Any, step.call))
                 else:
                     answer = await _arun(client, step)
@@ -89,6 +102,8 @@ async def adrive(client: AsyncClient, flow: Flow[Result]) -> Result:
             else:
                 step = flow.send(answer)
     except StopIteration as end:
+        if cancelled is not None:
+            raise cancelled from None
         return cast(Result, end.value)
 
 
