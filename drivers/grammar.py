@@ -102,7 +102,12 @@ def _bounded(schema: Any) -> Any:
     made = {key: _bounded(part) for key, part in schema.items() if key not in ("enum", "const")}
     made |= {key: schema[key] for key in ("enum", "const") if key in schema}
     pattern = _BOUNDED.get(schema["format"]) if isinstance(schema.get("format"), str) else None
-    if pattern is not None and "pattern" not in schema and schema.get("type") == "string":
+    kinds = schema.get("type", [])
+    if (
+        pattern is not None
+        and "pattern" not in schema
+        and "string" in ([kinds] if isinstance(kinds, str) else kinds)
+    ):
         del made["format"]
         made["pattern"] = pattern
     return made

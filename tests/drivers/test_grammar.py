@@ -42,6 +42,15 @@ def test_answers_of_one_grammar_go_their_own_ways(vocabulary: Vocabulary) -> Non
     assert allowed(first, "a") == "bc"  # guesses that did not come true
 
 
+@pytest.mark.parametrize("kind", ["string", ["string", "null"]])
+def test_a_time_has_an_end(vocabulary: Vocabulary, kind: object) -> None:
+    schema = json.dumps({"type": kind, "format": "time"})
+    time = vocabulary.constraint(t.Grammar(t.GrammarKind.JSON_SCHEMA, schema), [END])
+    assert allowed(time, '"12:30:59.123456') == "+-Z"
+    assert allowed(time, '"12:30:5') == "0123456789"
+    assert allowed(time, '"12:30:') == "012345"  # no leap seconds
+
+
 def test_a_grammar_that_costs_too_much_is_refused() -> None:
     assert verdict(CHOICE, most_s=60) == ""
     assert verdict(CHOICE, most_s=0) == "it takes too much time to compile"
