@@ -276,7 +276,7 @@ def test_who_hangs_up_frees_his_process(gateway: Gateway, kernel: Client) -> Non
     def running() -> int:
         return len([row for row in kernel.ps() if row.owner == "bob"])
 
-    body = {"model": "slow", "messages": HELLO, "max_tokens": 400, "stream": True}
+    body = {"model": "slow", "messages": HELLO, "max_tokens": 400, "stream": True, "temperature": 0}
     with gateway.http("bob") as http, http.stream("POST", "/v1/messages", json=body) as answer:
         lines = answer.iter_lines()
         next(lines)
@@ -285,7 +285,7 @@ def test_who_hangs_up_frees_his_process(gateway: Gateway, kernel: Client) -> Non
 
 
 def test_a_killed_answer_is_told_so(http: httpx.Client, kernel: Client) -> None:
-    body = {"model": "slow", "messages": HELLO, "max_tokens": 400, "stream": True}
+    body = {"model": "slow", "messages": HELLO, "max_tokens": 400, "stream": True, "temperature": 0}
     with http.stream("POST", "/v1/messages", json=body) as answer:
         lines = answer.iter_lines()
         next(lines)
@@ -310,7 +310,7 @@ def test_a_process_holds_a_conversation(claude: anthropic.Anthropic, kernel: Cli
 
 def test_a_full_queue_is_a_429_also_of_a_stream(gateway: Gateway, kernel: Client) -> None:
     kernel.call(table.SetQuota("bob", table.t.Quota(queue=1)))
-    body = {"model": "slow", "messages": HELLO, "max_tokens": 400, "stream": True}
+    body = {"model": "slow", "messages": HELLO, "max_tokens": 400, "stream": True, "temperature": 0}
     try:
         with gateway.http("bob") as http, http.stream("POST", "/v1/messages", json=body) as running:
             assert running.status_code == 200

@@ -362,8 +362,8 @@ def test_who_hangs_up_frees_his_process(gateway: Gateway, kernel: Client) -> Non
         return len([row for row in kernel.ps() if row.owner == "bob"])
 
     for path, body in (
-        ("/api/chat", {"model": "slow", "messages": HELLO}),
-        ("/api/generate", {"model": "slow", "prompt": "w1 w2"}),
+        ("/api/chat", {"model": "slow", "messages": HELLO, "options": {"temperature": 0}}),
+        ("/api/generate", {"model": "slow", "prompt": "w1 w2", "options": {"temperature": 0}}),
     ):
         with gateway.http("bob") as http, http.stream("POST", path, json=body) as answer:
             lines = answer.iter_lines()
@@ -386,7 +386,9 @@ def test_a_process_holds_a_conversation(http: httpx.Client, kernel: Client) -> N
 
 
 def test_a_killed_answer_is_told_so(http: httpx.Client, kernel: Client) -> None:
-    with http.stream("POST", "/api/chat", json={"model": "slow", "messages": HELLO}) as answer:
+    with http.stream(
+        "POST", "/api/chat", json={"model": "slow", "messages": HELLO, "options": {"temperature": 0}}
+    ) as answer:
         lines = answer.iter_lines()
         next(lines)
         (row,) = [row for row in kernel.ps() if row.owner == "alice"]

@@ -146,7 +146,7 @@ def test_who_hangs_up_frees_his_process(gateway: Gateway, kernel: Client) -> Non
     def running() -> int:
         return len([row for row in kernel.ps() if row.owner == "bob"])
 
-    body = {"model": "slow", "messages": HELLO, "stream": True}
+    body = {"model": "slow", "messages": HELLO, "stream": True, "temperature": 0}
     with gateway.http("bob") as http, http.stream("POST", "/v1/chat/completions", json=body) as answer:
         lines = answer.iter_lines()
         next(lines)
@@ -186,7 +186,7 @@ def test_tiers_and_priorities_are_classes(http: httpx.Client, kernel: Client) ->
         ({"priority": "idle"}, t.SchedClass.IDLE, 0),
         ({"priority": 5}, t.SchedClass.INTERACTIVE, 5),
     ):
-        body = {"model": "slow", "messages": HELLO, "stream": True, **extra}
+        body = {"model": "slow", "messages": HELLO, "stream": True, "temperature": 0, **extra}
         with http.stream("POST", "/v1/chat/completions", json=body) as answer:
             lines = answer.iter_lines()
             next(lines)
@@ -200,14 +200,14 @@ def test_tiers_and_priorities_are_classes(http: httpx.Client, kernel: Client) ->
 
 
 def test_a_deadline_is_no_length(http: httpx.Client) -> None:
-    body = {"model": "slow", "messages": HELLO, "deadline_ms": 300}
+    body = {"model": "slow", "messages": HELLO, "deadline_ms": 300, "temperature": 0}
     choice = http.post("/v1/chat/completions", json=body).json()["choices"][0]
     assert choice["finish_reason"] == "deadline"
     assert choice["message"]["content"]
 
 
 def test_an_error_on_the_way_is_an_event(http: httpx.Client, kernel: Client) -> None:
-    body = {"model": "slow", "messages": HELLO, "stream": True}
+    body = {"model": "slow", "messages": HELLO, "stream": True, "temperature": 0}
     with http.stream("POST", "/v1/chat/completions", json=body) as answer:
         lines = answer.iter_lines()
         next(lines)
