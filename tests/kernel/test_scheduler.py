@@ -14,6 +14,7 @@ from llmasos.kernel.claims import Claims
 from llmasos.kernel.devices import Pool
 from llmasos.kernel.infer import Infer
 from llmasos.kernel.memory import Memory, Table
+from llmasos.kernel.metrics import Series, Tally
 from llmasos.kernel.pace import PASS_ROWS
 from llmasos.kernel.process import CLASS_RANK, Process
 from llmasos.kernel.quotas import Quotas
@@ -56,7 +57,7 @@ def process(pid: int, lacking: int = 1, sched_class: str = "interactive", **fiel
         born=0.0,
         tokens=[0] * 1000,
         computed=1000 - lacking,
-        infer=Infer((b"", pid), Sampling(), 0, 1000, 2000, 1, False, False),
+        infer=Infer((b"", pid), Sampling(), 0, 1000, 2000, 1, False, False, Tally(Series(), [])),
     )
     for name, value in fields.items():
         setattr(made, name, value)

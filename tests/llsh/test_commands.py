@@ -139,7 +139,7 @@ def test_top_prints_one_screen_without_a_terminal(llsh, pid):
 
 def test_models_are_listed_shown_copied_and_removed(llsh):
     assert llsh("list").splitlines()[0].split() == ["NAME", "ID", "SIZE", "MODIFIED"]
-    assert {entry["path"] for entry in llsh.json("list")} == {
+    assert {entry["path"] for entry in llsh.json("list")} >= {
         "/models/plain:latest",
         "/models/slow:latest",
         "/models/tiny:latest",
@@ -184,7 +184,7 @@ def test_machine(llsh):
     assert [device["name"] for device in llsh.json("lsdev")] == ["null"]
     assert "null" in llsh("lsdev")
     llsh("run", "tiny", "hello", "--max-tokens", "1")
-    [pool] = llsh.json("lsdev")[0]["pools"]
+    [pool] = [one for one in llsh.json("lsdev")[0]["pools"] if one["model"] == "tiny:latest"]
     assert (pool["kv_dtype"], pool["engine"]) == ("float32", "hashes of the history")
     for shown in (llsh("lsdev"), llsh("show", "tiny"), llsh("dmesg")):
         assert "hashes of the history" in shown
