@@ -33,27 +33,36 @@ class Journal:
 
     def __init__(self, folder: Path, schema: int = 0) -> None:
         self._folder = folder
+        self._witness = -1
+        try:
+            self._open(folder, schema)
+        except BaseException:
+            if self._witness >= 0:  # the connection closes itself when it is forgotten
+                os.close(self._witness)
+            raise
+
+    def _open(self, folder: Path, schema: int) -> None:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path = folder / "kernel.db"
         is_new = not path.exists()
         try:
             self._witness = os.open(folder / "witness", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            self._db = sqlite3.connect(path, isolation_level=None)
-            self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._db.execute("PRAGMA journal_mode = WAL")
-            self._db.execute("PRAGMA synchronous = FULL")
-            self._db.execute(
+            self._db = db = sqlite3.connect(path, isolation_level=None)
+            db.execute("PRAGMA locking_mode = EXCLUSIVE")
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            db.execute(
                 "CREATE TABLE IF NOT EXISTS rows "
                 "(name TEXT PRIMARY KEY, data BLOB NOT NULL, digest BLOB NOT NULL) WITHOUT ROWID"
             )
             if is_new:
                 sync_folder(folder)
-            found = self._db.execute("SELECT name, data, digest FROM rows").fetchall()
-            sound = self._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-            (written,) = self._db.execute("PRAGMA user_version").fetchone()
+            found = db.execute("SELECT name, data, digest FROM rows").fetchall()
+            sound = db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            (written,) = db.execute("PRAGMA user_version").fetchone()
             is_other = written != schema and any(name != _HEAD for name, _, _ in found)
             if written != schema and not is_other:
-                self._db.execute(f"PRAGMA user_version = {schema:d}")
+                db.execute(f"PRAGMA user_version = {schema:d}")
         except sqlite3.OperationalError as problem:
             raise errors.Unavailable(f"the journal in {folder} cannot be opened: {problem}") from None
         except (sqlite3.Error, UnicodeDecodeError) as problem:
@@ -61,7 +70,7 @@ class Journal:
         if not sound:
             raise self._damaged("its pages do not fit together")
         if is_other:
-            self.close()
+            self._db.close()
             raise errors.Corrupt(
                 f"the journal in {folder} is of another version of LLMasOS",
                 hint="start that version, or start without the processes that it holds: "
