@@ -179,7 +179,11 @@ class Vocabulary:
                 raise errors.UnsupportedModel(
                     f"grammars cannot read the model's tokenizer: {problem}"
                 ) from None
-        matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=_limits())
+        try:
+            source = _source(grammar)
+        except (ValueError, TypeError, RecursionError) as problem:
+            raise errors.InvalidArgument(f"the grammar: {problem}", field="sampling.grammar") from None
+        matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=_limits())
         if matcher.is_error():
             raise errors.InvalidArgument(f"the grammar: {matcher.get_error()}", field="sampling.grammar")
         return matcher

@@ -74,7 +74,10 @@ class Grammars:
 
     def _said(self, line: dict[str, Any]) -> None:
         if self._asked is not None and isinstance(problem := line.get("problem"), str):
-            self._answer(problem)
+            self._known[_key(self._asked[0])] = problem
+            if len(self._known) > MOST_KNOWN:
+                self._known.popitem(last=False)
+            self._answer(_refusal(problem))
 
     def _too_long(self) -> None:
         if self._program is not None:
@@ -86,21 +89,15 @@ class Grammars:
         if self._asked is None:
             return
         if isinstance(outcome, errors.Unavailable):
-            (_, then), self._asked = self._asked, None
-            self._call_off()
-            then(outcome)
-            self._next()
-        else:
-            self._answer("it takes too much time or memory to compile")
+            self._answer(outcome)
+        else:  # not remembered: the machine may have been busy, or somebody killed the program
+            self._answer(_refusal("it takes too much time or memory to compile"))
 
-    def _answer(self, problem: str) -> None:
+    def _answer(self, refusal: errors.LLMasOSError | None) -> None:
         assert self._asked is not None
-        (grammar, then), self._asked = self._asked, None
+        (_, then), self._asked = self._asked, None
         self._call_off()
-        self._known[_key(grammar)] = problem
-        if len(self._known) > MOST_KNOWN:
-            self._known.popitem(last=False)
-        then(_refusal(problem))
+        then(refusal)
         self._next()
 
 

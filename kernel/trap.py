@@ -439,8 +439,9 @@ def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer
     _refuse_new_work(kernel)
     if call.beams is not None:
         _check_beams(kernel, session, call, call.beams)
+    arrived = kernel.now()
     if (grammar := call.sampling.grammar) is None:
-        _admit(kernel, session, request, call, credits_)
+        _admit(kernel, session, request, call, credits_, arrived)
         return
     if not call.sampling.stop_token_ids:
         raise errors.InvalidArgument("a grammar needs a stop token", field="sampling.stop_token_ids")
@@ -457,7 +458,7 @@ def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer
         try:
             if problem is not None:
                 raise problem
-            _admit(kernel, session, request, call, credits_)
+            _admit(kernel, session, request, call, credits_, arrived)
         except errors.LLMasOSError as refusal:
             kernel.sessions.fail(request, refusal)
 
@@ -465,7 +466,9 @@ def _infer(kernel: Kernel, session: Session, request: Request, call: table.Infer
     kernel.grammars.check(session.subject.path, grammar, checked)
 
 
-def _admit(kernel: Kernel, session: Session, request: Request, call: table.Infer, credits_: int) -> None:
+def _admit(
+    kernel: Kernel, session: Session, request: Request, call: table.Infer, credits_: int, arrived: float
+) -> None:
     """Lets an infer in whose arguments are good, as soon as its model is there."""
     if call.pid is not None:
         process = kernel.processes.find(call.pid, session.subject)
@@ -522,7 +525,7 @@ def _admit(kernel: Kernel, session: Session, request: Request, call: table.Infer
             kernel.processes.discard(process)
 
     if call.deadline_ms is not None:
-        call_off = kernel.at(kernel.now() + call.deadline_ms / 1000, late)
+        call_off = kernel.at(arrived + call.deadline_ms / 1000, late)
         kernel.sessions.on_close(request, call_off)
     kernel.sessions.on_cancel(request, cancel)
     kernel.sessions.on_credit(request, credit)

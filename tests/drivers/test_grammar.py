@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from llmasos.drivers.grammar import Constraint, Vocabulary, blank, problem_of
 from llmasos.drivers.grammar_checker import verdict
+from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
 
 from .conftest import VOCAB, characters, file_of
@@ -54,6 +55,12 @@ def test_a_time_has_an_end(vocabulary: Vocabulary, kind: object) -> None:
 def test_a_grammar_that_costs_too_much_is_refused() -> None:
     assert verdict(CHOICE, most_s=60) == ""
     assert verdict(CHOICE, most_s=0) == "it takes too much time to compile"
+
+
+@pytest.mark.parametrize("text", ["[1", "[" * 100_000, "3", '{"pattern": "("}'])
+def test_a_bad_grammar_that_nobody_looked_at_fails_alone(vocabulary: Vocabulary, text: str) -> None:
+    with pytest.raises(errors.InvalidArgument):
+        vocabulary.constraint(t.Grammar(t.GrammarKind.JSON_SCHEMA, text), [END])
 
 
 @pytest.mark.parametrize("depth", [200, 600, 3000])

@@ -18,9 +18,9 @@ BOB = Subject("bob", 1000, 7, False, frozenset(t.TENANT_RIGHTS) | {t.Capability.
 class Checked(World):
     """The checking program is this object: it is told grammars and says what it thinks of them."""
 
-    def ask(self, pattern: str, subject: Subject = ROOT) -> int:
+    def ask(self, pattern: str, subject: Subject = ROOT, deadline_ms: int | None = None) -> int:
         sampling = t.Sampling(grammar=t.Grammar(t.GrammarKind.REGEX, pattern), stop_token_ids=[5])
-        call = infer([1, 2, 3], model="tiny", max_tokens=3, sampling=sampling)
+        call = infer([1, 2, 3], model="tiny", max_tokens=3, sampling=sampling, deadline_ms=deadline_ms)
         id_ = self.send(call, self.session(subject), subject=subject)
         self.turn(2)
         return id_
@@ -94,9 +94,21 @@ def test_a_program_that_dies_is_started_again(checked: Checked) -> None:
     checked.kernel.programs.over(first)
     checked.turn(2)
     assert checked.error(heavy, session) is errors.InvalidArgument
-    checked.ask("other")
-    assert checked.told() == ["other"]
+    again = checked.ask("heavy")  # it may not have been its fault
+    assert checked.told() == ["heavy"]
     assert checked.program.number != first
+    checked.says("")
+    checked.turn(6)
+    assert checked.answers(again, session)
+
+
+def test_a_deadline_counts_from_the_call(checked: Checked) -> None:
+    session = checked.session(ROOT)
+    late = checked.ask("good", deadline_ms=1000)
+    checked.told()
+    checked.now += 1.5
+    checked.says("")
+    assert checked.result(late, session).body["finish"] == t.Finish.DEADLINE
 
 
 def test_tenants_are_looked_at_by_turns(checked: Checked) -> None:
