@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from llmasos.syscalls import errors, table
 
 from .flow import Flow
-from .scoring import Decision, Trial, judged, scored, trial
+from .scoring import Decision, Trial, check_temperature, judged, scored, trial
 from .tokenizer import Tokenizer
 
 EXAMPLES = (
@@ -102,7 +102,8 @@ def docket(
 def decided(
     spawn: table.SpawnModel, asked: Docket, *, temperature: float = 1.0
 ) -> Flow[list[list[Decision]]]:
-    """The answers to all questions about all texts, [text][question]."""
+    """The answers to all questions about all texts, [text][question]. Raises InvalidArgument."""
+    check_temperature(temperature)
     trials, questions, count = asked.trials, asked.questions, len(asked.questions)
     first = count if asked.calibrated else 0  # trial of the first text
     # What trials have in common is computed once: a text with several questions is scored by itself.

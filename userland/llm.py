@@ -30,7 +30,7 @@ from .flow import Do, Flow, Run, adrive, drive, reap
 from .generation import Model, Options, Plan, check_names, plan
 from .models import ensure_model
 from .process import Process
-from .scoring import Decision, Trial, check_choices, check_length, judged, scored, trial
+from .scoring import Decision, Trial, check_choices, check_length, check_temperature, judged, scored, trial
 from .text_stream import TextStream
 from .tokenizer import Part, Tokenizer
 from .tools import CallReader, Toolbox
@@ -422,6 +422,7 @@ class LLM:
     def _scoring(
         self, choices: Sequence[str], trials: list[Trial], per_token: bool, temperature: float
     ) -> Flow[Decision]:
+        check_temperature(temperature)
         found = yield from scored(self._spawn(label="score"), trials)
         return judged(
             choices,

@@ -114,6 +114,14 @@ def trial(
     return Trial([*head, *prompt[:at]], [list(whole[at:]) for whole in wholes])
 
 
+def check_temperature(temperature: float) -> None:
+    """Raises InvalidArgument."""
+    if not 0 < temperature < math.inf:
+        raise errors.InvalidArgument(
+            f"a temperature is above 0, not {temperature}", hint="1 changes nothing", field="temperature"
+        )
+
+
 def check_length(tokens: int, most: int) -> None:
     """Raises ContextOverflow: nothing is ever cut off."""
     if tokens > most:
@@ -239,7 +247,8 @@ def weighed(
 def softmax(values: Sequence[float]) -> list[float]:
     highest = max(values)
     powers = [math.exp(value - highest) for value in values]
-    return [power / sum(powers) for power in powers]
+    total = sum(powers)
+    return [power / total for power in powers]
 
 
 def _waves(trials: Sequence[Trial]) -> Iterator[Sequence[Trial]]:

@@ -180,6 +180,15 @@ def test_choices_that_cannot_be_scored_are_refused(llm: LLM, choices) -> None:
         llm.score("A prompt", choices)
 
 
+@pytest.mark.parametrize("temperature", [0, -1.0, float("nan"), float("inf")])
+def test_a_temperature_is_above_nothing(llm: LLM, temperature) -> None:
+    with pytest.raises(errors.InvalidArgument):
+        llm.score("Ready?", ["yes", "no"], temperature=temperature)
+    with pytest.raises(errors.InvalidArgument):
+        llm.classify("Ready.", ["yes", "no"], temperature=temperature)
+    assert llm.client.ps() == []
+
+
 def test_nothing_is_cut_off(llm: LLM) -> None:
     with pytest.raises(errors.ContextOverflow):
         llm.classify("long " * llm.context_length, ["up", "down"])

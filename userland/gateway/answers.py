@@ -217,7 +217,7 @@ async def _process(caller: Caller, llm: LLM, prompt: Sequence[int], body: Placed
             raise errors.InvalidArgument(
                 f"process {pid} is of {row.model}, not of {llm.model}", field="model"
             )
-        held = await _tokens(caller, pid)
+        held = t.unpack_tokens(await asyncio.to_thread(caller.client.read_file, f"/proc/{pid}/tokens"))
         same = 0
         while same < min(len(held), len(prompt) - 1) and held[same] == prompt[same]:
             same += 1
@@ -228,16 +228,6 @@ async def _process(caller: Caller, llm: LLM, prompt: Sequence[int], body: Placed
             await caller.aio.call(table.Kill(pid))
         raise
     return pid, held[:same]
-
-
-async def _tokens(caller: Caller, pid: int) -> list[int]:
-    data, size = b"", 1
-    while len(data) < size:
-        reply = await caller.aio.call(table.Read(f"/proc/{pid}/tokens", len(data)))
-        data, size = data + reply.data, reply.size
-        if not reply.data:
-            break
-    return t.unpack_tokens(data)
 
 
 def sampling_options(llm: LLM, **wanted: Any) -> Options:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from llmasos.syscalls import types as t
 
 from .argument import Class, Json, Model, Nice, examples
-from .embed import batches
-from .models import installed
+from .embed import batches, reader
 from .shell import shell_of
 from .table import Column, Table
 
@@ -42,21 +40,12 @@ def classify(
     text is one line of JSON: {"text": …, "label": …, "probabilities": {…}}.
     """
     from ..decisions import ABOUT, Option, Question
-    from ..llm import LLM
 
     shell = shell_of(context)
     names = [name.strip() for name in labels.split(",") if name.strip()]
     if len(names) < 2:
         raise typer.BadParameter("at least two --labels, separated by commas")
-    if not text and shell.stdin.isatty():
-        raise typer.BadParameter("no text: give one, or pipe lines in")
-    client = shell.started()
-    llm = LLM.from_pretrained(
-        installed(shell, client, model),
-        client=client,
-        sched_class=sched_class or t.SchedClass.INTERACTIVE,
-        nice=nice,
-    )
+    llm = reader(shell, model, text, sched_class, nice)
     told = json or not shell.terminal.is_tty
     table = Table([Column("LABEL"), Column("PROBABILITY", right=True), Column("TEXT", least=20)])
     question = Question(ask or ABOUT, tuple(Option(name) for name in names))

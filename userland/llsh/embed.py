@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from llmasos.syscalls import types as t
@@ -13,6 +13,9 @@ from .argument import Class, Json, Model, Nice, examples
 from .models import installed
 from .shell import Shell, shell_of
 from .table import Column, Table
+
+if TYPE_CHECKING:
+    from ..llm import LLM
 
 app = typer.Typer()
 
@@ -50,18 +53,8 @@ def embed(
     Starts the daemon and pulls the model if need be. In a pipe, or with --json, each text is one line of
     JSON: {"text": …, "embedding": […]}. On a terminal the beginning of each vector is shown.
     """
-    from ..llm import LLM
-
     shell = shell_of(context)
-    if not text and shell.stdin.isatty():
-        raise typer.BadParameter("no text: give one, or pipe lines in")
-    client = shell.started()
-    llm = LLM.from_pretrained(
-        installed(shell, client, model),
-        client=client,
-        sched_class=sched_class or t.SchedClass.INTERACTIVE,
-        nice=nice,
-    )
+    llm = reader(shell, model, text, sched_class, nice)
     told = json or not shell.terminal.is_tty
     table = Table([Column("DIMENSIONS", right=True), Column("VECTOR", least=20), Column("TEXT", least=12)])
     for texts in batches(shell, text):
@@ -73,6 +66,23 @@ def embed(
                 table.add(str(len(vector)), " ".join(f"{x:+.4f}" for x in vector[:SHOWN]) + more, one)
     if not told:
         shell.terminal.table(table)
+
+
+def reader(
+    shell: Shell, model: str, texts: list[str] | None, sched_class: t.SchedClass | None, nice: int
+) -> LLM:
+    """The model, for texts of the command line or of stdin."""
+    from ..llm import LLM
+
+    if not texts and shell.stdin.isatty():
+        raise typer.BadParameter("no text: give one, or pipe lines in")
+    client = shell.started()
+    return LLM.from_pretrained(
+        installed(shell, client, model),
+        client=client,
+        sched_class=sched_class or t.SchedClass.INTERACTIVE,
+        nice=nice,
+    )
 
 
 def batches(shell: Shell, texts: list[str] | None) -> Iterator[list[str]]:
