@@ -136,7 +136,9 @@ def encode(kernel: Kernel, request: Request, call: table.Encode, process: Proces
         pool.queue.touch(process)
 
     def late() -> None:
-        kernel.fail(process, errors.TimedOut(f"not encoded within {call.deadline_ms} ms"))
+        kernel.fail(
+            process, errors.TimedOut(f"not encoded within {call.deadline_ms} ms", field="deadline_ms")
+        )
 
     if call.deadline_ms is not None:
         call_off = kernel.at(kernel.now() + call.deadline_ms / 1000, late)

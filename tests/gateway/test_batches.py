@@ -108,6 +108,10 @@ def test_other_requests_come_in_batches_too(ai: openai.OpenAI) -> None:
         row.embedding for row in made.data
     ]
     assert batch.usage.input_tokens == made.usage.prompt_tokens
+    late = {"model": "encoder", "input": ["w1 w2"] * 2000, "deadline_ms": 1}
+    batch = ended(ai, begin(ai, upload(ai, [late], "/v1/embeddings"), "/v1/embeddings"))
+    (line,) = lines(ai, batch.error_file_id)
+    assert line["response"]["status_code"] == 408
     prompt = {"model": "tiny", "prompt": "w1", "max_tokens": 2, "temperature": 0}
     batch = ended(ai, begin(ai, upload(ai, [prompt], "/v1/completions"), "/v1/completions"))
     (line,) = lines(ai, batch.output_file_id)

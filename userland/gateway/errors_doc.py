@@ -9,19 +9,16 @@ _WHAT = {
     401: "No API key, or one that is not known.",
     403: "The key lacks the right.",
     404: "No such model, process, file or object; or no source delivers it.",
-    409: "Something of that kind is there already, or is busy.",
+    408: "The request's own deadline has passed.",
+    409: "Something of that kind is there already, is busy, or was ended.",
     413: "The body is too long.",
     429: "The caller's quota or queue is full; see retry-after.",
     500: "A fault of the server.",
     503: "The kernel or a device is not there at the moment; see retry-after.",
-    504: "The kernel did not answer in time.",
 }
 
 
-def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """FastAPI's `responses` of a route: what every one may answer, and `statuses`."""
+def documented() -> dict[int | str, dict[str, Any]]:
+    """FastAPI's `responses` of a route."""
     shape = {"application/json": {"schema": {"type": "object"}}}
-    always = (400, 401, 403, 404, 413, 429, 500, 503, 504)
-    return {
-        status: {"description": _WHAT[status], "content": shape} for status in sorted({*always, *statuses})
-    }
+    return {status: {"description": what, "content": shape} for status, what in _WHAT.items()}

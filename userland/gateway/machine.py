@@ -62,7 +62,7 @@ class PullRequest(Body):
     )
 
 
-@router.post("/v1/models/pull", summary="Bring a model in", responses=documented(409))
+@router.post("/v1/models/pull", summary="Bring a model in", responses=documented())
 async def pulled(body: PullRequest, caller: Annotated[Caller, Depends(authenticated)]) -> Response:
     """A stream of events: `phase`, `file`, `done` of `total` bytes; the last one has the model. Hanging up
     stops it; the next pull goes on where it was. Needs the right `models`."""

@@ -24,6 +24,8 @@ async def patiently(attempt: Callable[[], Awaitable[R]], until: float) -> R:
     while True:
         try:
             return await attempt()
+        except errors.TimedOut:
+            raise  # the request's own deadline, which no second attempt changes
         except NOT_NOW as problem:
             pause = min(LONGEST_S, 2 * pause)
             wait = max(pause, min(60.0, float(problem.details.get("retry_after", 0))))

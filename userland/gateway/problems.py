@@ -54,7 +54,7 @@ _TABLE: list[tuple[type[errors.LLMasOSError], int, str, str | None]] = [
     (errors.LimitExceeded, 429, "rate_limit_error", "rate_limit_exceeded"),
     (NotSupported, 400, "invalid_request_error", "unsupported_parameter"),
     (errors.InvalidRequest, 400, "invalid_request_error", None),
-    (errors.TimedOut, 504, "server_error", "timeout"),
+    (errors.TimedOut, 408, "invalid_request_error", "timeout"),
     (errors.Unavailable, 503, "server_error", "unavailable"),
     (errors.UnsupportedModel, 400, "invalid_request_error", "unsupported_model"),
     (errors.RefusedFile, 400, "invalid_request_error", "refused_file"),
@@ -89,11 +89,11 @@ _ANTHROPIC = {
     403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
+    408: "timeout_error",
     409: "invalid_request_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
-    504: "timeout_error",
 }
 
 

@@ -75,7 +75,7 @@ async def signalled(pid: Pid, body: Sent, caller: Annotated[Caller, Depends(auth
     return json({"pid": pid, "signal": body.signal})
 
 
-@router.delete("/{pid}", summary="End a process", responses=documented(409))
+@router.delete("/{pid}", summary="End a process", responses=documented())
 async def ended(pid: Pid, caller: Annotated[Caller, Depends(authenticated)]) -> Response:
     """One that has ended already is taken from the list; the answer then says how it ended."""
     row = await caller.aio.call(table.StatProcess(pid))

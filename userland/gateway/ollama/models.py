@@ -134,7 +134,7 @@ class PullRequest(Named):
     stream: bool = True
 
 
-@router.post("/pull", summary="Bring a model in", responses=documented(409))
+@router.post("/pull", summary="Bring a model in", responses=documented())
 async def pull(
     request: Request, body: PullRequest, caller: Annotated[Caller, Depends(authenticated)]
 ) -> Response:
@@ -199,7 +199,7 @@ class CreateRequest(Named):
     stream: bool = True
 
 
-@router.post("/create", summary="Make a model of another", responses=documented(409))
+@router.post("/create", summary="Make a model of another", responses=documented())
 async def create(body: CreateRequest, caller: Annotated[Caller, Depends(authenticated)]) -> Response:
     """Needs the right `models`. An adapter is trained (/v1/fine_tuning/jobs) or pulled."""
     await _link(caller, body.from_, body.model)
@@ -211,14 +211,14 @@ class CopyRequest(Body):
     destination: str = Field(min_length=1, max_length=256)
 
 
-@router.post("/copy", summary="Give a model a second name", responses=documented(409))
+@router.post("/copy", summary="Give a model a second name", responses=documented())
 async def copy(body: CopyRequest, caller: Annotated[Caller, Depends(authenticated)]) -> Response:
     """Needs the right `models`; replacing a name is an administrator's act. Nothing is copied."""
     await _link(caller, body.source, body.destination)
     return Response()
 
 
-@router.delete("/delete", summary="Remove a model", responses=documented(409))
+@router.delete("/delete", summary="Remove a model", responses=documented())
 async def delete(body: Named, caller: Annotated[Caller, Depends(authenticated)]) -> Response:
     """What training made for the caller, with the right `train`; what everybody has is an administrator's."""
     await caller.aio.call(table.Unlink(f"/models/{full_name(body.model)}"))

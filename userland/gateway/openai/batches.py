@@ -171,7 +171,7 @@ async def one(batch_id: str, caller: CallerOf, store: StoreOf) -> Response:
     return json((await store.get(caller.tenant, "batch", batch_id)).body)
 
 
-@router.post("/{batch_id}/cancel", summary="Cancel a batch", responses=documented(409))
+@router.post("/{batch_id}/cancel", summary="Cancel a batch", responses=documented())
 async def cancelled(request: Request, batch_id: str, caller: CallerOf, store: StoreOf) -> Response:
     """What was done stays, in its files."""
 

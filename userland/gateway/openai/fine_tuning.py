@@ -117,7 +117,7 @@ def _recipe(chosen: Hyperparameters, seed: int) -> training.Recipe:
     return plain
 
 
-@router.post("", summary="Train a model", responses=documented(409))
+@router.post("", summary="Train a model", responses=documented())
 async def create(request: Request, body: JobRequest, caller: CallerOf, store: StoreOf) -> Response:
     """Makes an adapter (LoRA) of the model, `fine_tuned_model`, which is served at once. Needs the right
     `train`."""
@@ -188,20 +188,20 @@ async def one(job_id: str, caller: CallerOf, store: StoreOf) -> Response:
     return json((await store.get(caller.tenant, "job", job_id)).body)
 
 
-@router.post("/{job_id}/cancel", summary="Cancel a job", responses=documented(409))
+@router.post("/{job_id}/cancel", summary="Cancel a job", responses=documented())
 async def cancelled(job_id: str, caller: CallerOf, store: StoreOf) -> Response:
     return await _command(
         job_id, caller, store, ("validating_files", "queued", "running", "paused"), "cancelled"
     )
 
 
-@router.post("/{job_id}/pause", summary="Suspend a job", responses=documented(409))
+@router.post("/{job_id}/pause", summary="Suspend a job", responses=documented())
 async def paused(job_id: str, caller: CallerOf, store: StoreOf) -> Response:
     """It computes nothing; after half a minute it gives up its memory, too."""
     return await _command(job_id, caller, store, ("queued", "running"), "paused")
 
 
-@router.post("/{job_id}/resume", summary="Let a job go on", responses=documented(409))
+@router.post("/{job_id}/resume", summary="Let a job go on", responses=documented())
 async def resumed(job_id: str, caller: CallerOf, store: StoreOf) -> Response:
     return await _command(job_id, caller, store, ("paused",), "running")
 
