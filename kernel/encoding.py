@@ -172,14 +172,22 @@ def check(call: table.Encode) -> None:
         raise errors.InvalidArgument("a pair has its second text within its sequence", field="pairs")
 
 
+_DOES = {
+    None: "generates text",
+    t.Encodes.EMBED: "embeds texts",
+    t.Encodes.CLASSIFY: "classifies texts",
+    t.Encodes.TOKENS: "labels tokens",
+}
+
+
 def _admit(pool: Pool, encoding: Encoding, call: table.Encode) -> None:
     """Raises what keeps the model from encoding this."""
     loaded = pool.loaded
     assert loaded is not None
     if loaded.encodes is not call.encodes:
-        does = f"encodes to {loaded.encodes}" if loaded.encodes else "generates text"
         raise errors.UnsupportedModel(
-            f"{pool.model} {does}, not to {call.encodes}", hint="choose another model: llsh list"
+            f"{pool.model} {_DOES[loaded.encodes]}; this takes a model that {_DOES[call.encodes]}",
+            hint="all-minilm does" if call.encodes is t.Encodes.EMBED else "choose another: llsh list",
         )
     if (longest := max(call.lengths)) > loaded.context_length:
         raise errors.ContextOverflow(

@@ -79,6 +79,13 @@ def test_bodies_are_bounded(http: httpx.Client) -> None:
         assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
+def test_a_body_that_is_no_json_is_told_what_it_should_be(http: httpx.Client) -> None:
+    for content, kind in ((b"{}", "application/x-www-form-urlencoded"), (b"[]", "application/json")):
+        answer = http.post("/v1/chat/completions", content=content, headers={"content-type": kind})
+        assert answer.status_code == 400
+        assert "application/json" in answer.json()["error"]["message"]
+
+
 def test_tenants_do_not_see_each_other(gateway: Gateway, kernel: Client) -> None:
     with gateway.http("alice") as alice, gateway.http("bob") as bob:
         body = {"model": "tiny", "prompt": "w1", "max_tokens": 1}

@@ -256,7 +256,9 @@ def invalid_problem(first: Mapping[str, Any]) -> problems.Problem:
     """What HTTP says of the first thing that pydantic found wrong with a body."""
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
+    if first["loc"] == ("body",) and first["type"] in ("model_attributes_type", "dict_type"):
+        message = "the body is not a JSON object sent with content-type: application/json"
+    elif first["type"] == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {'.'.join(place)}"
     elif place:
         message = f"{'.'.join(place)}: {message}"
