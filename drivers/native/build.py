@@ -50,15 +50,17 @@ class Variant:
 
 _AVX512 = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni")
 _AVX512_WORDS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "fma", "f16c"})
+_AVX512_BF16 = (*(f"-m{word}" for word in _AVX512), "-mavx512bf16", "-mfma", "-mf16c")
 
 # Best first; the last runs everywhere.
 VARIANTS = {
     "x86_64": [
         Variant(
-            "avx512-bf16",
-            _AVX512_WORDS | {"avx512_bf16"},
-            (*(f"-m{word}" for word in _AVX512), "-mavx512bf16", "-mfma", "-mf16c"),
+            "avx512-amx",
+            _AVX512_WORDS | {"avx512_bf16", "amx_tile", "amx_int8"},
+            (*_AVX512_BF16, "-mamx-tile", "-mamx-int8"),
         ),
+        Variant("avx512-bf16", _AVX512_WORDS | {"avx512_bf16"}, _AVX512_BF16),
         Variant("avx512", _AVX512_WORDS, (*(f"-m{word}" for word in _AVX512), "-mfma", "-mf16c")),
         Variant(
             "avx2-vnni",

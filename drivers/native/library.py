@@ -17,7 +17,7 @@ from typing import Any
 
 from . import build
 
-ABI = 3
+ABI = 4
 MOST_RANKS = 768
 """Of the adapters of matrices that are packed as one."""
 PREBUILT = Path(__file__).parent / "lib"
@@ -36,6 +36,7 @@ class Matrix(ctypes.Structure):
         ("cols", c_int32),
         ("format", c_int32),
         ("fine", c_int32),
+        ("unit", c_void_p),
     ]
 
 
@@ -162,6 +163,8 @@ class Step(ctypes.Structure):
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llk_abi": (c_int32, []),
+    "llk_usable": (c_int32, []),
+    "llk_units": (c_int32, [POINTER(Matrix), c_void_p]),
     "llk_isa": (c_char_p, []),
     "llk_tile_bytes": (c_int64, [POINTER(Model)]),
     "llk_workspace_bytes": (c_int64, [c_void_p, POINTER(Model), c_int32, c_int32]),
@@ -198,18 +201,23 @@ def load(variant: str = "") -> Engine:
     problems: list[str] = []
     for candidate in fitting:
         prebuilt = PREBUILT / build.file_name(candidate)
+        engine = None
         try:
             if build.is_sealed(prebuilt):
-                return _open(candidate.name, prebuilt, "prebuilt")
+                engine = _open(candidate.name, prebuilt, "prebuilt")
         except NoEngine as problem:
             problems.append(str(problem))
         try:
-            return _compiled(candidate, compiler)
+            engine = engine or _compiled(candidate, compiler)
         except build.TookTooLong as problem:
             compiler = []
             problems.append(str(problem))
         except (build.CompileError, NoEngine) as problem:
             problems.append(str(problem))
+        if engine and engine.functions.llk_usable():
+            return engine
+        if engine:
+            problems.append(f"the operating system keeps what {candidate.name} needs from this process")
     raise NoEngine(problems[0])
 
 

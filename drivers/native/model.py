@@ -60,6 +60,7 @@ class NativeModel:
         self._functions, self._pool, self._packed = engine.functions, pool, packed
         self.architecture = packed.architecture
         self._layers = (Layer * len(self.architecture.layers))()
+        self._units: list[Floats] = []
         self._model = self._bind(packed, kv_dtype)
         tile = self._functions.llk_tile_bytes(self._model)
         self.block_bytes = tile * self.architecture.kv_heads * len(self.architecture.layers)
@@ -101,7 +102,7 @@ class NativeModel:
 
         def matrix(name: str) -> Matrix:
             tensor = tensors[name]
-            return Matrix(
+            made = Matrix(
                 data=tensor.address,
                 bias=address(f"{name}.bias"),
                 rows=tensor.rows,
@@ -109,6 +110,12 @@ class NativeModel:
                 format=library.FORMATS[tensor.format],
                 fine=name.rpartition(".")[2] in FINE,
             )
+            if self._functions.llk_units(made, None):
+                units = np.empty((2, tensor.rows), np.float32)
+                self._functions.llk_units(made, units.ctypes.data)
+                self._units.append(units)
+                made.unit = units.ctypes.data
+            return made
 
         for i, (settings, layer) in enumerate(zip(a.layers, self._layers, strict=True)):
             name = f"layer.{i}."

@@ -32,6 +32,7 @@ DTYPES = [
 # How far a product may be from the exact one, relative to the largest: activations of 24, 8, 8 and 8 bits.
 ERROR = {"float32": 1e-6, "bfloat16": 4e-3, "int8": 8e-3, "int4": 8e-3}
 FINE_ERROR = 1e-4
+UNITS_ERROR = 1.5e-2  # beside an outlier, 200 times as large as the rest of a row
 
 SAMPLINGS: list[dict[str, Any]] = [
     {},
@@ -71,6 +72,7 @@ class Check:
         self.numbers: dict[str, list[float]] = {}
         self.digests: dict[str, str] = {}
         self.cases = 0
+        self.in_units = 0
 
     def products(self) -> None:
         from llmasos.drivers.native import formats
@@ -105,6 +107,45 @@ class Check:
                 error = float(np.abs(alone - exact).max() / np.abs(exact).max())
                 assert error < allowed, (name, fine, error)
                 self.numbers[f"product {name} {fine}"] = alone.reshape(-1)[::7].tolist()
+        self.functions.llk_pool_free(pool)
+
+    def units(self) -> None:
+        """Products of int4 in units, where the engine has them; columns that fill no tile, one stretch, some."""
+        from llmasos.drivers.native import formats
+
+        rng = np.random.default_rng(3)
+        pool = self.functions.llk_pool_new(2, None, 0)
+        for rows, cols in ((80, 160), (16, 64), (48, 1376)):
+            weights = (rng.standard_normal((rows, cols)) * rng.uniform(0.01, 1, (rows, 1))).astype(np.float32)
+            packed = aligned(formats.interleave("int4", formats.to_rows("int4", "F32", weights)))
+            bias = aligned(rng.standard_normal(rows).astype(np.float32))
+            matrix = self.library.Matrix(
+                packed.ctypes.data, bias.ctypes.data, rows, cols, self.library.FORMATS["int4"], 0
+            )
+            if not self.functions.llk_units(matrix, None):
+                break
+            units = aligned(np.empty((2, rows), np.float32))
+            self.functions.llk_units(matrix, units.ctypes.data)
+            matrix.unit = units.ctypes.data
+            x = rng.standard_normal((600, cols)).astype(np.float32)
+            x[5] *= 1e4
+            x[:, 3] *= 50
+
+            def product(x: Any, matrix: Any = matrix, rows: int = rows) -> Any:
+                x, y = aligned(x), aligned(np.zeros((len(x), rows), np.float32))
+                self.functions.llk_matmul(pool, matrix, x.ctypes.data, len(x), y.ctypes.data)
+                return y
+
+            exact = x.astype(np.float64) @ formats.unpack("int4", packed, rows, cols).T.astype(np.float64)
+            whole = product(x)
+            error = np.abs(whole - exact - bias).max(1) / np.abs(exact).max(1)
+            assert error.max() < UNITS_ERROR, (rows, cols, error.max())
+            for count in (*range(1, 18), 40, 100, 530, 600):
+                assert product(x[600 - count :]).tobytes() == whole[600 - count :].tobytes(), (cols, count)
+                self.in_units += 1
+            x[7, 9] = np.nan
+            broken = np.isnan(product(x)).all(1)
+            assert np.flatnonzero(broken).tolist() == [7]
         self.functions.llk_pool_free(pool)
 
     def models(self, folder: Path) -> None:
@@ -183,11 +224,13 @@ def main() -> None:
     check = Check(Path(sys.argv[1]))
     check.products()
     check.choices()
+    check.units()
     check.models(Path(sys.argv[2]))
     json.dump(
         {
             "isa": check.functions.llk_isa().decode(),
             "cases": check.cases,
+            "in_units": check.in_units,
             "seconds": round(time.perf_counter() - begun, 1),
             "numbers": check.numbers,
             "digests": check.digests,

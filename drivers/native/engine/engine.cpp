@@ -82,11 +82,12 @@ struct Carver {
 static Rows take_rows(Carver &carver, int rows, int cols) {
     Rows r;
     r.cols = cols;
-    size_t all = (size_t)rows * cols;
-    r.q = carver.take<int8_t>(2 * all);
+    const size_t all = (size_t)rows * cols;
+    const size_t tiles = HAS_TILES ? (size_t)((rows + 15) / 16) * ((cols + 63) / 64) * 2048 : 0;
+    r.q = carver.take<int8_t>(tiles > 2 * all ? tiles : 2 * all);
     r.scale = carver.take<float>(all / GROUP);
     r.sum = carver.take<float>(all / GROUP);
-    r.minus = carver.take<int32_t>(all / GROUP);
+    r.minus = carver.take<int32_t>((HAS_TILES ? 3 : 1) * all / GROUP);
     r.half = carver.take<uint16_t>(all);
     r.full = carver.take<float>(all);
     return r;
@@ -154,6 +155,12 @@ static size_t lay_out(Engine &e, const llk_model &m, uint8_t *at, int max_rows, 
 }
 
 extern "C" int32_t llk_abi(void) { return LLK_ABI; }
+extern "C" int32_t llk_usable(void) { return tiles_usable(); }
+extern "C" int32_t llk_units(const llk_matrix *matrix, float *to) {
+    if (!HAS_TILES || matrix->format != LLK_Q4) return 0;
+    if (to) find_units(*matrix, to);
+    return 1;
+}
 extern "C" const char *llk_isa(void) { return LLK_ISA_NAME; }
 extern "C" int64_t llk_tile_bytes(const llk_model *m) { return (int64_t)tile_bytes(m->kv_format, m->head_dim); }
 extern "C" int64_t llk_workspace_bytes(const llk_pool *pool, const llk_model *m, int32_t max_rows, int32_t max_picks) {
@@ -219,6 +226,17 @@ static Rows prepare(Engine &e, Private &mine, int thread, const llk_matrix &matr
     const bool alone = count <= PRIVATE_ROWS;
     Rows to = alone ? mine.rows : e.shared;
     to.cols = matrix.cols;
+    const auto norm_at = [&](const float *x) {
+        return by.weight ? norm_of(m.norm, x, m.hidden, m.hidden_padded, m.epsilon) : RowNorm{0, 1};
+    };
+    if (is_tiled(matrix)) {  // rows do not lie interleaved
+        int row = 0, end = count;
+        if (!alone) share(count, 1, thread, e.pool->threads, row, end);
+        for (; row < end; row++) prepare_tiled(source.row(row), by, norm_at(source.row(row)), to, row, count);
+        if (more) reduce_rows(e, thread, source, by, *more, matrix.cols);
+        if (!alone || more) e.pool->barrier();
+        return to;
+    }
     const int groups = matrix.cols / GROUP, tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
     int begin = 0, end = tiles * groups;
     if (!alone) share(tiles * groups, 1, thread, e.pool->threads, begin, end);
@@ -228,7 +246,7 @@ static Rows prepare(Engine &e, Private &mine, int thread, const llk_matrix &matr
         for (int row = first; row < last; row++) {
             const float *x = source.row(row);
             const Tile tile = tile_of(row, count);
-            const RowNorm norm = by.weight ? norm_of(m.norm, x, m.hidden, m.hidden_padded, m.epsilon) : RowNorm{0, 1};
+            const RowNorm norm = norm_at(x);
             with_format(matrix, [&](auto format, auto fine) {
                 for (int g = group; g < group_end; g++)
                     prepare_group<decltype(format)::value, decltype(fine)::value>(x, by, norm, to, tile, row - tile.first, g);
@@ -497,6 +515,7 @@ static void step_thread(void *argument, int thread) {
     HeadRows &job = *(HeadRows *)argument;
     Engine &e = *job.engine;
     const llk_model &m = *e.model;
+    TileScope tiles;
     Private mine(m, e.thread_space + e.thread_bytes * (size_t)thread);
     embed(e, thread);
     for (int i = 0; i < m.layers; i++) layer_step(e, mine, thread, i);
@@ -509,6 +528,7 @@ static void step_thread(void *argument, int thread) {
 
 static void head_thread(void *argument, int thread) {
     HeadRows &job = *(HeadRows *)argument;
+    TileScope tiles;
     Private mine(*job.engine->model, job.engine->thread_space + job.engine->thread_bytes * (size_t)thread);
     head(*job.engine, mine, thread, job.rows, job.count, job.logits);
 }
@@ -693,15 +713,22 @@ struct ProductJob {
 
 static void product_thread(void *argument, int thread) {
     ProductJob &job = *(ProductJob *)argument;
+    TileScope tiles;
+    const Norm none = {nullptr, nullptr};
     int begin, end;
-    share(job.matrix->cols / GROUP, 1, thread, job.pool->threads, begin, end);
-    for (int row = 0; row < job.rows; row++) {
-        const Tile tile = tile_of(row, job.rows);
-        with_format(*job.matrix, [&](auto format, auto fine) {
-            for (int g = begin; g < end; g++)
-                prepare_group<decltype(format)::value, decltype(fine)::value>(job.x + (size_t)row * job.matrix->cols, {nullptr, nullptr},
-                                                                              {0, 1}, job.prepared, tile, row - tile.first, g);
-        });
+    if (is_tiled(*job.matrix)) {
+        share(job.rows, 1, thread, job.pool->threads, begin, end);
+        for (; begin < end; begin++) prepare_tiled(job.x + (size_t)begin * job.matrix->cols, none, {0, 1}, job.prepared, begin, job.rows);
+    } else {
+        share(job.matrix->cols / GROUP, 1, thread, job.pool->threads, begin, end);
+        for (int row = 0; row < job.rows; row++) {
+            const Tile tile = tile_of(row, job.rows);
+            const float *x = job.x + (size_t)row * job.matrix->cols;
+            with_format(*job.matrix, [&](auto format, auto fine) {
+                for (int g = begin; g < end; g++)
+                    prepare_group<decltype(format)::value, decltype(fine)::value>(x, none, {0, 1}, job.prepared, tile, row - tile.first, g);
+            });
+        }
     }
     job.pool->barrier();
     share(job.matrix->rows / 16, 1, thread, job.pool->threads, begin, end);

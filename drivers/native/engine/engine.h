@@ -33,7 +33,7 @@
 extern "C" {
 #endif
 
-#define LLK_ABI 3
+#define LLK_ABI 4
 #define LLK_MOST_RANKS 768  // of a llk_lora
 
 enum { LLK_F32 = 0, LLK_BF16 = 1, LLK_Q8 = 2, LLK_Q4 = 3 };                // weight formats
@@ -47,6 +47,7 @@ typedef struct {
     int32_t rows, cols; // padded
     int32_t format;
     int32_t fine;       // Q8, Q4: whether activations have 15 bits instead of 8, at almost twice the cost
+    const float *unit;  // from llk_units, or NULL
 } llk_matrix;
 
 typedef struct {
@@ -129,6 +130,10 @@ typedef struct {
 typedef struct llk_pool llk_pool;
 
 int32_t llk_abi(void);
+// 0: the operating system keeps registers that this variant needs from this process. Then there is no pool either.
+int32_t llk_usable(void);
+// 1 if products with this matrix are quicker in units: then `to` [2][rows], unless it is NULL, is what `unit` should be.
+int32_t llk_units(const llk_matrix *matrix, float *to);
 const char *llk_isa(void);
 // Bytes of one KV tile: 16 positions of one KV head.
 int64_t llk_tile_bytes(const llk_model *model);

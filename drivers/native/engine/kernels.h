@@ -30,6 +30,14 @@ static constexpr int CHUNK = 128;        // positions whose softmax is taken at 
 static constexpr float HIDDEN_SCORE = -1e30f;
 static constexpr float FINE_RANGE = 127.f * 128.f;  // of whole numbers of 15 bits, with a sign, that two bytes hold
 
+#ifdef __AMX_INT8__
+static constexpr bool HAS_TILES = true;
+#else
+static constexpr bool HAS_TILES = false;
+#endif
+// Whether products with a matrix are made by amx.h.
+static inline bool is_tiled(const llk_matrix &matrix) { return HAS_TILES && matrix.unit; }
+
 static inline int imin(int a, int b) { return a < b ? a : b; }
 static inline int imax(int a, int b) { return a > b ? a : b; }
 
@@ -475,6 +483,18 @@ static inline void store_pair(const llk_matrix &matrix, const Output &out, int r
     vf_store(out.to + (size_t)row * out.stride + block / 2 * 16, vf_mul(activate(out.activation, first), second));
 }
 
+#ifdef __AMX_INT8__
+#include "amx.h"
+#else
+struct TileScope {
+    TileScope() {}
+};
+static inline bool tiles_usable() { return true; }
+static inline void find_units(const llk_matrix &, float *) {}
+static inline void prepare_tiled(const float *, const Norm &, const RowNorm &, const Rows &, int, int) {}
+static inline void multiply_tiles(const llk_matrix &, const Rows &, int, const Output &, int, int) {}
+#endif
+
 // Blocks `block` and, if `pair`, `block` + 1 for a tile of M rows.
 template <int FORMAT, bool FINE, int M>
 static inline void rows_of_blocks(const llk_matrix &matrix, const Rows &x, int first, int block, bool pair, const Output &out) {
@@ -512,6 +532,7 @@ static void multiply_as(const llk_matrix &matrix, const Rows &x, int rows, const
 
 // Blocks begin … end-1 of the matrix times all rows.
 static void multiply(const llk_matrix &matrix, const Rows &x, int rows, const Output &out, int begin, int end) {
+    if (is_tiled(matrix)) return multiply_tiles(matrix, x, rows, out, begin, end);
     with_format(matrix, [&](auto format, auto fine) {
         multiply_as<decltype(format)::value, decltype(fine)::value>(matrix, x, rows, out, begin, end);
     });

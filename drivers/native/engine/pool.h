@@ -112,7 +112,7 @@ extern "C" void llk_pool_free(llk_pool *pool) {
 
 extern "C" llk_pool *llk_pool_new(int32_t threads, const int32_t *cpus, int32_t cpu_count) {
     void *memory = nullptr;
-    if (threads < 1 || posix_memalign(&memory, 64, sizeof(llk_pool))) return nullptr;
+    if (threads < 1 || !tiles_usable() || posix_memalign(&memory, 64, sizeof(llk_pool))) return nullptr;
     llk_pool *pool = new (memory) llk_pool;
     pool->handles = (pthread_t *)calloc((size_t)threads, sizeof(pthread_t));
     cpu_set_t allowed;

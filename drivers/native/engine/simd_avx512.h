@@ -3,7 +3,13 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#if defined(__AMX_INT8__)
+#define LLK_ISA_NAME "avx512-amx"
+#elif defined(__AVX512BF16__)
+#define LLK_ISA_NAME "avx512-bf16"
+#else
 #define LLK_ISA_NAME "avx512"
+#endif
 static constexpr int TILE_ROWS = 16;  // rows of activations that share one pass over a block of weights
 static constexpr int ABREAST = 1;    // … of which so many are computed side by side
 
