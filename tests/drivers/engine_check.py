@@ -110,7 +110,7 @@ class Check:
         self.functions.llk_pool_free(pool)
 
     def units(self) -> None:
-        """Products of int4 in units, where the engine has them; columns that fill no tile, one stretch, some."""
+        """Products of int4 in units, where the engine has them."""
         from llmasos.drivers.native import formats
 
         rng = np.random.default_rng(3)

@@ -23,6 +23,9 @@ ARM_ROOT = Path(os.environ.get("LLMASOS_ARM_ROOT") or Path.home() / ".cache" / "
 # How far logits may be from the portable engine's, relative to the largest. Where activations are rounded,
 # one that lies between two values goes either way.
 APART = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 2e-2, "int4": 3e-2}
+# For int4 AMX rounds activations to 12 bits. To 8, as all others do, is up to a sixth away from the exact result on
+# these models. engine_check.py holds AMX's products against the exact ones.
+APART_IN_UNITS = 0.15
 
 # Of test_conformance.py and test_native.py, what needs no torch but for its answers.
 NATIVE = "test_native and (bit or shared_prefix or guesses_change or call_of or broken_row)"
@@ -134,6 +137,8 @@ def test_a_variant_computes_what_the_portable_one_does(
     for case, numbers in reference["numbers"].items():
         words = case.split()
         allowed = APART[words[1]] if words[0] in ("llama", "gpt2", "qwen3", "mistral") else 1e-6
+        if allowed == APART["int4"] and found["in_units"]:
+            allowed = APART_IN_UNITS
         apart = np.abs(np.subtract(found["numbers"][case], numbers)).max() / np.abs(numbers).max()
         assert apart <= allowed, (case, apart)
     for case, digest in reference["digests"].items():
