@@ -23,8 +23,8 @@ ARM_ROOT = Path(os.environ.get("LLMASOS_ARM_ROOT") or Path.home() / ".cache" / "
 # How far logits may be from the portable engine's, relative to the largest. Where activations are rounded,
 # one that lies between two values goes either way.
 APART = {"float32": 1e-5, "bfloat16": 1e-2, "int8": 2e-2, "int4": 3e-2}
-# For int4 AMX rounds activations to 12 bits. To 8, as all others do, is up to a sixth away from the exact result
-# on these models. engine_check.py holds AMX's products against the exact ones.
+# For int4 AMX rounds activations to 12 bits. To 8, as all others do, is up to a sixth away from the exact
+# result on these models. engine_check.py holds AMX against the exact products.
 APART_IN_UNITS = 0.15
 
 # Of test_conformance.py and test_native.py, what needs no torch but for its answers.
