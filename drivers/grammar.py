@@ -92,9 +92,13 @@ _DATE = (
 _BOUNDED = {"time": f"^{_TIME}$", "date-time": f"^{_DATE}T{_TIME}$"}
 """Formats (RFC 3339) that llguidance lets go on for ever: a second has any number of digits there."""
 
+_LARGEST = 9 * 10**18
+"""An integer without a bound has this one, about that of 64 bits (at which llguidance fails): small models
+otherwise write digits until they are stopped."""
+
 
 def _bounded(schema: Any) -> Any:
-    """The schema with patterns in place of formats that have no end."""
+    """The schema with an end to what would have none: formats, integers."""
     if isinstance(schema, list):
         return [_bounded(part) for part in schema]
     if not isinstance(schema, dict):
@@ -103,13 +107,15 @@ def _bounded(schema: Any) -> Any:
     made |= {key: schema[key] for key in ("enum", "const") if key in schema}
     pattern = _BOUNDED.get(schema["format"]) if isinstance(schema.get("format"), str) else None
     kinds = schema.get("type", [])
-    if (
-        pattern is not None
-        and "pattern" not in schema
-        and "string" in ([kinds] if isinstance(kinds, str) else kinds)
-    ):
+    kinds = [kinds] if isinstance(kinds, str) else kinds
+    if pattern is not None and "pattern" not in schema and "string" in kinds:
         del made["format"]
         made["pattern"] = pattern
+    if "integer" in kinds and "number" not in kinds and "multipleOf" not in schema:
+        if not schema.keys() & {"minimum", "exclusiveMinimum"}:
+            made["minimum"] = -_LARGEST
+        if not schema.keys() & {"maximum", "exclusiveMaximum"}:
+            made["maximum"] = _LARGEST
     return made
 
 

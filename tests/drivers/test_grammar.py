@@ -52,6 +52,24 @@ def test_a_time_has_an_end(vocabulary: Vocabulary, kind: object) -> None:
     assert allowed(time, '"12:30:') == "012345"  # no leap seconds
 
 
+@pytest.mark.parametrize(
+    ("schema", "longest", "more"),
+    [
+        ({"type": "integer"}, "9" + "0" * 18, "$"),
+        ({"type": ["integer", "null"]}, "-9" + "0" * 18, "$"),
+        ({"type": "integer", "minimum": 0}, "9" + "0" * 17, "$0"),
+        ({"type": "integer", "exclusiveMaximum": 5}, "-9" + "0" * 17, "$0"),
+        ({"type": "integer"}, "123456789", "$0123456789"),
+        ({"type": "integer", "multipleOf": 10}, "1" * 30, "0123456789"),
+    ],
+)
+def test_an_integer_has_an_end(
+    vocabulary: Vocabulary, schema: dict[str, object], longest: str, more: str
+) -> None:
+    integer = vocabulary.constraint(t.Grammar(t.GrammarKind.JSON_SCHEMA, json.dumps(schema)), [END])
+    assert set(allowed(integer, longest)) <= set(more)
+
+
 def test_a_grammar_that_costs_too_much_is_refused() -> None:
     assert verdict(CHOICE, most_s=60) == ""
     assert verdict(CHOICE, most_s=0) == "it takes too much time to compile"
