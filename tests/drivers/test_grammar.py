@@ -70,6 +70,18 @@ def test_an_integer_has_an_end(
     assert set(allowed(integer, longest)) <= set(more)
 
 
+@pytest.mark.parametrize("kind", [True, {}, {"type": "integer"}, {"enum": ["integer", "string"]}])
+def test_a_property_may_be_called_type(kind: object) -> None:
+    schema = {"type": "object", "properties": {"type": kind, "format": {"type": "string"}}}
+    assert problem_of(t.Grammar(t.GrammarKind.JSON_SCHEMA, json.dumps(schema))) == ""
+
+
+@pytest.mark.parametrize("rest", [{"minimum": 0, "maximum": 10}, {"multipleOf": 10}, {"enum": [1, 20]}])
+def test_an_integer_may_be_bounded_elsewhere(rest: dict[str, object]) -> None:
+    schema = {"allOf": [{"type": "integer"}, rest]}
+    assert problem_of(t.Grammar(t.GrammarKind.JSON_SCHEMA, json.dumps(schema))) == ""
+
+
 def test_a_grammar_that_costs_too_much_is_refused() -> None:
     assert verdict(CHOICE, most_s=60) == ""
     assert verdict(CHOICE, most_s=0) == "it takes too much time to compile"
