@@ -106,7 +106,8 @@ def _bounded(schema: Any) -> Any:
     made = {key: _bounded(part) for key, part in schema.items() if key not in ("enum", "const")}
     made |= {key: schema[key] for key in ("enum", "const") if key in schema}
     pattern = _BOUNDED.get(schema["format"]) if isinstance(schema.get("format"), str) else None
-    kinds = schema.get("type")  # of a map of properties it may be anything: the schema of one that is called so
+    # In a map of properties it may be anything: the schema of a property that is called so.
+    kinds = schema.get("type")
     kinds = kinds if isinstance(kinds, list) else [kinds]
     if pattern is not None and "pattern" not in schema and "string" in kinds:
         del made["format"]
