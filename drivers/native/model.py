@@ -126,6 +126,7 @@ class NativeModel:
             layer.qkv, layer.out = matrix(f"{name}qkv"), matrix(f"{name}out")
             layer.up, layer.down = matrix(f"{name}up"), matrix(f"{name}down")
             layer.scale, layer.window, layer.rotated = settings.scale, settings.window, settings.rotated
+        head = matrix("head")
         return Model(
             layers=len(a.layers),
             hidden=a.hidden,
@@ -147,8 +148,8 @@ class NativeModel:
             positions=address("positions"),
             final_norm=address("final_norm"),
             final_norm_bias=address("final_norm.bias"),
-            head=matrix("head"),
-            embedding=matrix("head" if a.tied else "embedding"),
+            head=head,
+            embedding=head if a.tied else matrix("embedding"),
             layer=self._layers,
         )
 

@@ -218,28 +218,20 @@ static void reduce_rows(Engine &e, int thread, const Source &source, const Norm 
     }
 }
 
-// Prepares `count` rows, behind a norm if it has a weight, for a product with `matrix`. The threads share the
-// columns, not the rows, which lie interleaved; so each finds the norms of the rows that it needs for itself. `more`: what
-// adapters need for the same product is made too, unless it is NULL.
-static Rows prepare(Engine &e, Private &mine, int thread, const llk_matrix &matrix, const Source &source, int count, const Norm &by, const Additions *more) {
+// Prepares this thread's share of `count` rows, of all if the thread is alone. The threads share the columns, not the rows,
+// which lie interleaved but for tiles; so each finds the norms of the rows that it needs for itself.
+static void prepare_share(Engine &e, int thread, const llk_matrix &matrix, const Source &source, int count, const Norm &by, const Rows &to, bool alone) {
     const llk_model &m = *e.model;
-    const bool alone = count <= PRIVATE_ROWS;
-    Rows to = alone ? mine.rows : e.shared;
-    to.cols = matrix.cols;
     const auto norm_at = [&](const float *x) {
         return by.weight ? norm_of(m.norm, x, m.hidden, m.hidden_padded, m.epsilon) : RowNorm{0, 1};
     };
-    if (is_tiled(matrix)) {  // rows do not lie interleaved
-        int row = 0, end = count;
-        if (!alone) share(count, 1, thread, e.pool->threads, row, end);
-        for (; row < end; row++) prepare_tiled(source.row(row), by, norm_at(source.row(row)), to, row, count);
-        if (more) reduce_rows(e, thread, source, by, *more, matrix.cols);
-        if (!alone || more) e.pool->barrier();
-        return to;
+    const int groups = matrix.cols / GROUP, units = is_tiled(matrix) ? count : (count + TILE_ROWS - 1) / TILE_ROWS * groups;
+    int begin = 0, end = units;
+    if (!alone) share(units, 1, thread, e.pool->threads, begin, end);
+    if (is_tiled(matrix)) {
+        for (int row = begin; row < end; row++) prepare_tiled(source.row(row), by, norm_at(source.row(row)), to, row, count);
+        return;
     }
-    const int groups = matrix.cols / GROUP, tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
-    int begin = 0, end = tiles * groups;
-    if (!alone) share(tiles * groups, 1, thread, e.pool->threads, begin, end);
     for (int item = begin; item < end;) {
         const int first = item / groups * TILE_ROWS, last = imin(count, first + TILE_ROWS);
         const int group = item % groups, group_end = imin(groups, group + end - item);
@@ -254,6 +246,15 @@ static Rows prepare(Engine &e, Private &mine, int thread, const llk_matrix &matr
         }
         item += group_end - group;
     }
+}
+
+// Prepares `count` rows, behind a norm if it has a weight, for a product with `matrix`. `more`: what adapters need for the
+// same product is made too, unless it is NULL.
+static Rows prepare(Engine &e, Private &mine, int thread, const llk_matrix &matrix, const Source &source, int count, const Norm &by, const Additions *more) {
+    const bool alone = count <= PRIVATE_ROWS;
+    Rows to = alone ? mine.rows : e.shared;
+    to.cols = matrix.cols;
+    prepare_share(e, thread, matrix, source, count, by, to, alone);
     if (more) reduce_rows(e, thread, source, by, *more, matrix.cols);
     if (!alone || more) e.pool->barrier();
     return to;

@@ -47,7 +47,7 @@ typedef struct {
     int32_t rows, cols; // padded
     int32_t format;
     int32_t fine;       // Q8, Q4: whether activations have 15 bits instead of 8, at almost twice the cost
-    const float *unit;  // from llk_units, or NULL
+    const float *unit;  // from llk_units, or NULL. With units activations have 12 bits, and `fine` does not count
 } llk_matrix;
 
 typedef struct {
