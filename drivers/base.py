@@ -9,6 +9,9 @@ A sequence's KV lives in blocks of BLOCK_TOKENS positions; position p of a seque
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import msgspec
@@ -59,7 +62,8 @@ class Loaded(Struct, frozen=True):
     """A resident model. `blocks` is the number of KV blocks in its pool, all free. `engine` says in a line
     what computes it and, where it is not the fastest that the device has, why. `kv_layout` names how a
     block's bytes are laid out: devices of one layout can take each other's blocks. `repeats`: its steps are
-    done in as many rounds as a batch asks for, else in one. One that `encodes` is an encoder: it makes rows
+    done in as many rounds as a batch asks for, else in one. `interruptible`: a batch that overtakes need not
+    wait for the end of one of its steps. One that `encodes` is an encoder: it makes rows
     of `width` numbers, has no blocks and takes no steps."""
 
     handle: int
@@ -75,6 +79,7 @@ class Loaded(Struct, frozen=True):
     repeats: bool = False
     encodes: t.Encodes | None = None
     width: int = 0
+    interruptible: bool = False
 
 
 class SeqOpen(Struct, frozen=True, array_like=True):
@@ -122,7 +127,10 @@ class Batch(Struct, frozen=True, array_like=True):
 
     `rounds` > 1: whoever chose a token may go on with it, at most so many times in all, as if the same work
     had been sent again; together with its guesses by no more than `draft` + `rounds` - 1 further positions.
-    Only for models that have `repeats`."""
+    Only for models that have `repeats`.
+
+    One that `overtakes` need not wait for those before it: what they do is nothing to its sequences and
+    blocks. Where a device cannot interrupt a step it comes in its turn."""
 
     ticket: int
     handle: int
@@ -131,6 +139,7 @@ class Batch(Struct, frozen=True, array_like=True):
     copies: list[tuple[int, int]]
     work: list[Work]
     rounds: int = 1
+    overtakes: bool = False
 
 
 class SeqOut(Struct, frozen=True, array_like=True):
@@ -184,6 +193,22 @@ class Encoded(Struct, frozen=True, tag="encoded"):
     seconds: float
 
 
+@dataclass(slots=True)
+class Interrupt:
+    """What may come while a step is computed: when `fd` is readable it is to be taken, and other steps, of
+    other sequences, may be computed meanwhile. `fd` is -1 when nothing can come any more; `seconds` is the
+    time that it took."""
+
+    fd: int
+    serve: Callable[[], None]
+    seconds: float = 0.0
+
+    def take(self) -> None:
+        begun = time.perf_counter()
+        self.serve()
+        self.seconds += time.perf_counter() - begun
+
+
 class Driver(Protocol):
     """A device. Methods raise errors of `llmasos.syscalls.errors`: UnsupportedModel, Corrupt, NeverFits
     (the memory cannot hold the weights, or not one context), DeviceFault."""
@@ -205,8 +230,9 @@ class Driver(Protocol):
     def submit(self, batch: Batch) -> int:
         """Starts a step and returns its ticket. Steps end in the order they were submitted."""
 
-    def collect(self, ticket: int) -> StepResult:
-        """Waits for a step."""
+    def collect(self, ticket: int, interrupt: Interrupt | None = None) -> StepResult:
+        """Waits for a step. Only models that are Loaded.interruptible heed an `interrupt`, whose time is not
+        the step's."""
 
     def encode(self, encode: Encode) -> Encoded:
         """Runs an encoder over whole sequences, behind the steps that were submitted."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from llmasos.syscalls import errors
 from msgspec.structs import replace
 
-from .base import Batch, Description, Driver, Encode, Encoded, File, Loaded, LoadSpec, StepResult
+from .base import Batch, Description, Driver, Encode, Encoded, File, Interrupt, Loaded, LoadSpec, StepResult
 from .native.executor import NativeDriver
 from .native.library import NoEngine
 
@@ -75,10 +75,10 @@ class CpuDriver:
         driver = self._tickets[batch.ticket] = self._driver(batch.handle)
         return driver.submit(batch)
 
-    def collect(self, ticket: int) -> StepResult:
+    def collect(self, ticket: int, interrupt: Interrupt | None = None) -> StepResult:
         if (driver := self._tickets.pop(ticket, None)) is None:
             raise errors.DeviceFault(f"no step with ticket {ticket} was submitted")
-        return driver.collect(ticket)
+        return driver.collect(ticket, interrupt)
 
     def encode(self, encode: Encode) -> Encoded:
         return self._driver(encode.handle).encode(encode)

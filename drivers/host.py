@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 
 _CGROUP = Path("/sys/fs/cgroup")
+_CPUS = Path("/sys/devices/system/cpu")
 _PR_SET_PDEATHSIG = 1
 
 
@@ -23,10 +24,23 @@ def die_with_parent(parent: int) -> bool:
     return parent in (0, os.getppid())
 
 
+def cores() -> list[int]:
+    """A processor of each core that this process may use; hyper-threads share a core."""
+    if not hasattr(os, "sched_getaffinity"):
+        return list(range(psutil.cpu_count(logical=False) or 1))
+    found: dict[str, int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        try:
+            core = (_CPUS / f"cpu{cpu}" / "topology" / "thread_siblings_list").read_text()
+        except OSError:
+            core = str(cpu)
+        found.setdefault(core, cpu)
+    return list(found.values())
+
+
 def physical_cores() -> int:
-    """Cores that this process may use; hyper-threads share one and do not count."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(psutil.cpu_count(logical=False) or 1, allowed))
+    """Cores that this process may use; hyper-threads do not count."""
+    return len(cores())
 
 
 def cpu_name() -> str:

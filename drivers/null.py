@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import select
 import time
 import zlib
 from array import array
@@ -32,6 +33,7 @@ from .base import (
     Encode,
     Encoded,
     File,
+    Interrupt,
     Loaded,
     LoadSpec,
     SeqOut,
@@ -216,6 +218,7 @@ class NullDriver:
             block_bytes=_BLOCK,
             weights_bytes=0,
             repeats=True,
+            interruptible=True,
             kv_layout="slots",
             encodes=encodes,
             width=_number(config, "hidden_size", default=8) if encodes else 0,
@@ -254,15 +257,26 @@ class NullDriver:
         self._pending[batch.ticket] = batch
         return batch.ticket
 
-    def collect(self, ticket: int) -> StepResult:
+    def collect(self, ticket: int, interrupt: Interrupt | None = None) -> StepResult:
+        return self.end(self.begin(ticket), interrupt)
+
+    def begin(self, ticket: int) -> Step:
+        """Takes a step's batch in."""
         if ticket not in self._pending:
             raise errors.DeviceFault(f"no step with ticket {ticket} was submitted")
         batch = self._pending.pop(ticket)
         resident = self._resident(batch.handle)
         step = resident.mirror.apply(batch)
-        seconds = self._round(resident, step)
+        for source, target in step.copies:
+            resident.put(target, resident.block(source))
+        return step
+
+    def end(self, step: Step, interrupt: Interrupt | None = None) -> StepResult:
+        """Computes what has begun."""
+        ticket, resident = step.batch.ticket, self._resident(step.batch.handle)
+        seconds = self._round(resident, step, interrupt)
         while resident.mirror.again(step):
-            seconds += self._round(resident, step)
+            seconds += self._round(resident, step, interrupt)
         return StepResult(ticket, step.outputs, self._finish(ticket, seconds), step.rounds)
 
     def encode(self, encode: Encode) -> Encoded:
@@ -281,19 +295,16 @@ class NullDriver:
                 rows.extend(vector(part, loaded.width, second))
         return Encoded(encode.ticket, rows.tobytes(), seconds)
 
-    def _round(self, resident: Resident, step: Step) -> float:
+    def _round(self, resident: Resident, step: Step, interrupt: Interrupt | None) -> float:
         """Computes a round and returns the seconds that it took."""
-        begun = time.perf_counter()
-        if resident.step_seconds:
-            time.sleep(resident.step_seconds)
-        for source, target in step.copies:
-            resident.put(target, resident.block(source))
+        begun, away = time.perf_counter(), interrupt.seconds if interrupt else 0.0
+        _pass(resident.step_seconds, interrupt)
         # As on a device, one sequence of a batch may build on blocks that another fills in the same batch.
         for piece in sorted(step.pieces, key=lambda piece: piece.start):
             self._compute(resident, piece)
         for piece in step.pieces:
             step.take(piece, self._score(resident, piece))
-        return time.perf_counter() - begun
+        return time.perf_counter() - begun - (interrupt.seconds - away if interrupt else 0.0)
 
     def _compute(self, resident: Resident, piece: Piece) -> None:
         resident.compute(piece)
@@ -352,6 +363,20 @@ class NullDriver:
         if (resident := self._residents.get(handle)) is None:
             raise errors.DeviceFault(f"no model is loaded under handle {handle}")
         return resident
+
+
+def _pass(seconds: float, interrupt: Interrupt | None) -> None:
+    """Lets so many seconds pass, and what comes meanwhile be taken."""
+    while interrupt is not None and interrupt.fd >= 0:
+        begun, watch = time.perf_counter(), select.poll()
+        watch.register(interrupt.fd, select.POLLIN)
+        came = watch.poll(1000 * seconds)
+        seconds = max(0.0, seconds - (time.perf_counter() - begun))
+        if not came:
+            return
+        interrupt.take()
+    if seconds:
+        time.sleep(seconds)
 
 
 def _check_blocks(blocks: list[int], loaded: Loaded) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from msgspec.structs import replace
 
 from . import base
-from .base import Batch, Description, Encode, Encoded, SeqOut, StepResult
+from .base import Batch, Description, Encode, Encoded, Interrupt, SeqOut, StepResult
 from .mirror import Choice, Piece, Step
 from .null import NullDriver, Resident
 
@@ -82,9 +82,9 @@ class SimulatedDriver(NullDriver):
         seconds = self._step_time.fixed + self._step_time.prefill_token * sum(encode.lengths)
         return replace(super().encode(encode), seconds=self._finish(encode.ticket, seconds))
 
-    def _round(self, resident: Resident, step: Step) -> float:
+    def _round(self, resident: Resident, step: Step, interrupt: Interrupt | None) -> float:
         seconds = self._step_time.of(step)
-        super()._round(resident, step)  # in no time: of this machine the simulation is not about
+        super()._round(resident, step, interrupt)  # in no time: of this machine the simulation is not about
         return seconds
 
     def _finish(self, ticket: int, seconds: float) -> float:
@@ -109,9 +109,9 @@ class LightDriver(SimulatedDriver):
     def describe(self) -> Description:
         return replace(super().describe(), step_tokens=self._step_tokens, max_sequences=self._max_sequences)
 
-    def _round(self, resident: Resident, step: Step) -> float:
+    def _round(self, resident: Resident, step: Step, interrupt: Interrupt | None) -> float:
         prompts = any(piece.known - piece.start > 1 for piece in step.pieces)
-        return super()._round(resident, step) * self._factor(prompts)
+        return super()._round(resident, step, interrupt) * self._factor(prompts)
 
     def _compute(self, resident: Resident, piece: Piece) -> None:
         pass
@@ -125,8 +125,9 @@ class LightDriver(SimulatedDriver):
 
 
 class SimulatedWorker:
-    """A device in virtual time for who moves the clock: steps wait in `held` and run one after another. The
-    worker's own time is `pause` seconds a step, and `wake` instead when the step comes to an idle device."""
+    """A device in virtual time for who moves the clock: steps wait in `held` and run one after another, but
+    one that overtakes interrupts the one that runs. The worker's own time is `pause` seconds a step, and
+    `wake` instead when the step comes to an idle device."""
 
     def __init__(self, driver: SimulatedDriver, pause: float = 0.0, wake: float = 0.0) -> None:
         self.driver = driver
@@ -134,23 +135,34 @@ class SimulatedWorker:
         self.wake = wake
         self.landed = float("-inf")
         self.held: deque[base.Step | base.Encode] = deque()
-        self.running: StepResult | Encoded | None = None
-        self.ends = float("inf")
+        self._begun: list[tuple[float, StepResult | Encoded]] = []  # when they end, who runs at the end
+
+    @property
+    def running(self) -> bool:
+        return bool(self._begun)
+
+    @property
+    def ends(self) -> float:
+        """When the step that runs ends."""
+        return self._begun[-1][0] if self._begun else float("inf")
 
     def begin(self, now: float) -> None:
-        """Starts the first step that is held, if none runs."""
-        if self.running is None and self.held:
-            step = self.held.popleft()
+        """Starts the first step that is held if none runs, and those that overtake."""
+        overtaking = [step for step in self.held if isinstance(step, base.Step) and step.batch.overtakes]
+        for step in overtaking or list(self.held)[: not self._begun]:
+            self.held.remove(step)
             if isinstance(step, base.Encode):
-                self.running = self.driver.encode(step)
+                done: StepResult | Encoded = self.driver.encode(step)
             else:
-                self.running = self.driver.collect(self.driver.submit(step.batch))
-            self.ends = now + self.running.seconds + (self.pause if now == self.landed else self.wake)
+                done = self.driver.collect(self.driver.submit(step.batch))
+            own = self.pause if self._begun or now == self.landed else self.wake
+            self._begun = [(ends + own + done.seconds, other) for ends, other in self._begun]
+            self._begun.append((now + own + done.seconds, done))
 
     def land(self, now: float) -> StepResult | Encoded | None:
         """The result of the step that has ended by `now`."""
-        if self.running is None or now < self.ends:
+        if now < self.ends:
             return None
-        done, self.running, self.ends = self.running, None, float("inf")
+        _, done = self._begun.pop()
         self.landed = now if self.held else float("-inf")
         return done

@@ -2,11 +2,12 @@
 
     python -m llmasos.drivers.worker --device cpu --bus /run/user/1000/llmasos/bus.sock
 
-Single-threaded: what the kernel sends during a step, mostly the next one, waits in the socket. Outlives the
-kernel: when the bus breaks it keeps what it has loaded, connects again and tells the next kernel of it. Ends
-with status 0 when no kernel listens for KERNEL_TIMEOUT_S; dies with the thread that started it (Linux), so
-that no worker outlives a killed supervisor. What fails in a verb is answered with Failed; after a failed step
-its sequences must be opened anew."""
+Single-threaded: what the kernel sends during a step, mostly the next one, waits; but a step that overtakes
+is computed at once where the driver can interrupt the one that runs. Outlives the kernel: when the bus breaks
+it keeps what it has loaded, connects again and tells the next kernel of it. Ends with status 0 when no kernel
+listens for KERNEL_TIMEOUT_S; dies with the thread that started it (Linux), so that no worker outlives a
+killed supervisor. What fails in a verb is answered with Failed; after a failed step its sequences must be
+opened anew."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ import signal
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import cast
@@ -83,10 +85,25 @@ class Worker:
             early, self._early = self._early, []
             for note in early:
                 self._send(note)
-            reader = wire.FrameReader()
-            while data := bus.recv(1 << 20):
-                for message in reader.feed(data):
-                    self._answer(base.to_worker.decode(message))
+            reader, waiting = wire.FrameReader(), deque[base.ToWorker]()
+
+            def hear() -> bool:
+                """Takes in what came; False: the other side is gone."""
+                data = bus.recv(1 << 20)
+                for message in map(base.to_worker.decode, reader.feed(data)):
+                    (waiting.appendleft if _overtakes(message) else waiting.append)(message)
+                return bool(data)
+
+            def interrupted() -> None:
+                if not hear():
+                    interrupt.fd = -1
+                while waiting and _overtakes(waiting[0]):
+                    self._answer(waiting.popleft(), None)
+
+            while waiting or hear():
+                interrupt = base.Interrupt(bus.fileno(), interrupted)
+                if waiting:
+                    self._answer(waiting.popleft(), interrupt)
         finally:
             self._bus = None
 
@@ -109,7 +126,7 @@ class Worker:
         else:
             self._send(note)
 
-    def _answer(self, message: base.ToWorker) -> None:
+    def _answer(self, message: base.ToWorker, interrupt: base.Interrupt | None) -> None:
         handle, ticket = 0, 0
         try:
             match message:
@@ -132,7 +149,8 @@ class Worker:
                     opened = self._open.setdefault(handle, set())
                     opened.difference_update(batch.closes)
                     opened.update(opening.seq for opening in batch.opens)
-                    self._send(base.StepDone(self._driver.collect(self._driver.submit(batch))))
+                    result = self._driver.collect(self._driver.submit(batch), interrupt)
+                    self._send(base.StepDone(result))
                 case base.Encode(ticket, handle):
                     self._send(self._driver.encode(message))
                 case base.Export() | base.Import() | base.Relay():
@@ -181,6 +199,10 @@ class Worker:
     def _fail(self, handle: int, ticket: int, problem: errors.LLMasOSError) -> None:
         self._note("error", f"{self._device}: {problem}")
         self._send(base.Failed(handle, ticket, errors.to_wire(problem)))
+
+
+def _overtakes(message: base.ToWorker) -> bool:
+    return isinstance(message, base.Step) and message.batch.overtakes
 
 
 def _place(problem: BaseException) -> str:

@@ -164,7 +164,9 @@ class Texts:
 class Flight:
     """A step that was sent and not yet collected: its parts in the order of the batch, or an encoder's texts.
     `keys` name the blocks that it fills with prompts; `rows` and `tokens`, `rounds` times, are what it was
-    expected to take its time by."""
+    expected to take its time by, and `left` is what of that time is still to come when it begins or goes on
+    (None: nobody knows). One that `overtakes` interrupted those behind it; `lost` is the time that this one
+    was kept from running so."""
 
     ticket: int
     pool: Pool
@@ -175,6 +177,18 @@ class Flight:
     tokens: int
     rounds: int
     texts: list[Texts] = field(default_factory=list)
+    overtakes: bool = False
+    left: float | None = None
+    lost: float = 0.0
+
+    def expected(self) -> float | None:
+        """Seconds of all rounds."""
+        once = self.pool.pace.expected(self.rows, self.tokens)
+        return None if once is None else once * self.rounds
+
+    def stands(self) -> bool:
+        """Whether everybody in it still wants its result, and so keeps the blocks that it writes to."""
+        return all(p.process.infer is p.infer and p.process.epoch == p.epoch for p in self.parts)
 
 
 @dataclass(slots=True, eq=False)
@@ -203,6 +217,9 @@ class Device:
     worked: float | None = None  # when a step ended last
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=64))
 
+    def flight(self, ticket: int) -> Flight | None:
+        return next((flight for flight in self.flights if flight.ticket == ticket), None)
+
     @property
     def state(self) -> str:
         if self.worker is None:
@@ -228,7 +245,12 @@ class Device:
 
 
 def build(
-    pool: Pool, parts: list[Part], copies: list[tuple[int, int]], ticket: int, rounds: int
+    pool: Pool,
+    parts: list[Part],
+    copies: list[tuple[int, int]],
+    ticket: int,
+    rounds: int,
+    overtakes: bool,
 ) -> base.Batch:
     """The message for a step; brings the worker's mirrors up to date with the tables, and books in the
     processes what is in flight."""
@@ -257,7 +279,7 @@ def build(
         process.coming += part.sample
         process.guesses += part.extra
     closes, pool.closes = pool.closes, []
-    return base.Batch(ticket, pool.handle, closes, opens, copies, work, rounds)
+    return base.Batch(ticket, pool.handle, closes, opens, copies, work, rounds, overtakes)
 
 
 def _open(process: Process, infer: Infer) -> base.SeqOpen:

@@ -24,7 +24,7 @@ from llmasos.drivers import base
 from llmasos.syscalls import errors
 from llmasos.syscalls.types import FileInfo, Finish
 
-from . import encoding, migration, planning, residency, search, swapping, training, trap
+from . import encoding, migration, overtaking, planning, residency, search, swapping, training, trap
 from .audit import Audit
 from .config import LIVE, Config, changed
 from .devices import Device, Flight, Pool
@@ -207,18 +207,18 @@ class Kernel:
                 training.heard(self, self.trainers[worker], message)
             case base.LoadDone() if device and device.loading:
                 residency.load_done(self, device, device.loading, message)
-            case base.StepDone() if device and device.flights:
-                self._step_done(device, device.flights[0], message.result)
+            case base.StepDone(result) if device and device.flights:
+                self._step_done(device, device.flight(result.ticket), result)
             case base.Encoded() if device and device.flights:
-                self._encoded(device, device.flights[0], message)
+                self._encoded(device, device.flight(message.ticket), message)
             case base.Moved() if device and message.ticket in device.orders:
                 device.orders.pop(message.ticket)(message)
             case base.Failed() if device and message.ticket in device.orders:
                 device.orders.pop(message.ticket)(errors.from_wire(dict(message.error)))
             case base.Failed() if device and device.loading and message.handle == device.loading.handle:
                 residency.load_failed(self, device, device.loading, errors.from_wire(dict(message.error)))
-            case base.Failed() if device and device.flights and message.ticket == device.flights[0].ticket:
-                self._step_failed(device, device.flights[0], errors.from_wire(dict(message.error)))
+            case base.Failed() if device and (flight := device.flight(message.ticket)):
+                self._step_failed(device, flight, errors.from_wire(dict(message.error)))
             case base.Note() if device:
                 self.log.write(message.level, message.text)
             case _:
@@ -276,6 +276,7 @@ class Kernel:
         training.advance(self)
         for device in self.devices.values():
             planning.advance(self, device)
+            overtaking.advance(self, device)
         if self.draining and not any(p.infer or p.encoding for p in self.processes):
             loading = any(pool.awaited for d in self.devices.values() for pool in d.pools)
             saving = any(process.run and process.run.ready for process in self.trainers.values())
@@ -338,9 +339,9 @@ class Kernel:
 
     # Steps
 
-    def _landed(self, device: Device) -> Flight:
-        """Takes the first flight off the device and out of its processes."""
-        flight = device.flights.popleft()
+    def _landed(self, device: Device, flight: Flight) -> None:
+        """Takes a flight off the device and out of its processes."""
+        device.flights.remove(flight)
         planning.watch(self, device)
         for part in flight.parts:
             process = part.process
@@ -353,24 +354,25 @@ class Kernel:
         for texts in flight.texts:
             texts.process.flights -= 1
             texts.process.pool.queue.touch(texts.process)
-        return flight
 
-    def _encoded(self, device: Device, flight: Flight, answer: base.Encoded) -> None:
-        size = sum(encoding.row_bytes(flight.pool, texts) for texts in flight.texts)
-        if answer.ticket != flight.ticket or len(answer.data) != size:
+    def _encoded(self, device: Device, flight: Flight | None, answer: base.Encoded) -> None:
+        if flight is None or len(answer.data) != sum(
+            encoding.row_bytes(flight.pool, texts) for texts in flight.texts
+        ):
             self._not_asked(device)
             return
-        encoding.landed(self, device, self._landed(device), answer)
+        self._landed(device, flight)
+        encoding.landed(self, device, flight, answer)
 
     def _not_asked(self, device: Device) -> None:
         self.log.warn(f"{device.name}: answer to a step that was not asked")
         self.effects.append(KillWorker(device.worker_pid))
 
-    def _step_done(self, device: Device, flight: Flight, result: base.StepResult) -> None:
-        if result.ticket != flight.ticket or len(result.outputs) != len(flight.parts):
+    def _step_done(self, device: Device, flight: Flight | None, result: base.StepResult) -> None:
+        if flight is None or len(result.outputs) != len(flight.parts):
             self._not_asked(device)
             return
-        self._landed(device)
+        self._landed(device, flight)
         self.recorder.landed(flight.ticket, result.seconds, "done", result.rounds)
         rounds, outputs = result.rounds, result.outputs
         device.worked = self.now()
@@ -452,7 +454,7 @@ class Kernel:
     def _step_failed(self, device: Device, flight: Flight, error: errors.LLMasOSError) -> None:
         """The whole step raised: its requests are failed, the worker lives. Copies may not have been made,
         and the steps behind it build on them, so whoever holds a copy starts anew."""
-        self._landed(device)
+        self._landed(device, flight)
         self.log.warn(f"{device.name}: step failed: {type(error).__name__}")
         self.recorder.landed(flight.ticket, None, type(error).__name__)
         self._dump(f"{device.name}-failed")

@@ -53,7 +53,7 @@ def advance(kernel: Kernel, device: Device) -> None:
                 residency.load(kernel, device, pool)
             return
     while len(device.flights) < 2 and (not device.flights or kernel.now() >= device.ahead_at):
-        chosen = _next_pool(kernel, device)
+        chosen = next_pool(kernel, device)
         if chosen is not None and not _plan(kernel, device, chosen):
             return
         if chosen is None:
@@ -64,10 +64,10 @@ def advance(kernel: Kernel, device: Device) -> None:
 
 def places(kernel: Kernel, pool: Pool) -> dict[int, int]:
     """Queue places by pid, from 1, of those that could run and are not in a step."""
-    return pool.queue.places(kernel.config.aging_s, lambda process: _estimate(pool, process))
+    return pool.queue.places(kernel.config.aging_s, lambda process: estimate(pool, process))
 
 
-def _next_pool(kernel: Kernel, device: Device) -> Pool | None:
+def next_pool(kernel: Kernel, device: Device) -> Pool | None:
     """The one whose first process goes before those of the others, and before who trains; those of one tenant
     take turns. None: nobody can run, or who trains is to go first."""
     ready = [pool for pool in device.pools if pool.ready and len(pool.queue)]
@@ -82,7 +82,7 @@ def _next_pool(kernel: Kernel, device: Device) -> Pool | None:
     return chosen
 
 
-def _estimate(pool: Pool, process: Process) -> float:
+def estimate(pool: Pool, process: Process) -> float:
     """Seconds that a process gets of a step, about."""
     return pool.pace.cost(min(process.lacking, ESTIMATED_CHUNK))
 
@@ -95,14 +95,18 @@ def _plan(kernel: Kernel, device: Device, pool: Pool) -> bool:
             return encoding.plan(kernel, device, pool, taken)
         finally:
             pool.queue.settle()
-    taken = pool.queue.take(kernel.config.aging_s, lambda process: _estimate(pool, process))
+    taken = pool.queue.take(kernel.config.aging_s, lambda process: estimate(pool, process))
     try:
-        return _divide(kernel, device, pool, taken)
+        return divide(kernel, device, pool, taken)
     finally:
         pool.queue.settle()
 
 
-def _divide(kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]) -> bool:
+def divide(
+    kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process], overtakes: bool = False
+) -> bool:
+    """Sends a step of those `taken`, in their order. False: nothing can be sent now. One that `overtakes` is
+    short, and takes no memory from others: what they lose may still be being read."""
     description = device.description
     assert description is not None
     step_tokens = kernel.config.step_tokens or description.step_tokens
@@ -128,6 +132,8 @@ def _divide(kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]
         most = len(turn)
     rows = sum(1 for process in turn if process.lacking == 1)
     chunk_tokens = pool.pace.tokens_within(rows, step_s)
+    if overtakes:
+        step_tokens = min(step_tokens, max(most, pool.pace.tokens_within(0, longest_s)))
     settled: set[int] = set()  # in the step already, or pushed out of it
     keys: set[bytes] = set()  # of the blocks that the step fills with prompts
     claims = Claims(pool, kernel.quotas, max(PASS_ROWS, pool.pace.rows_within(step_s)))
@@ -148,9 +154,10 @@ def _divide(kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]
         if not force and not claims.lets_in(process):
             process.refused = claims.lacks
             return False
-        if not _reserve(kernel, claims, process, count, settled, force):
+        if not _reserve(kernel, claims, process, count, settled, force, overtakes):
             process.refused = "quota" if claims.over(process, 1) else "memory"
-            must_land |= claims.victim(process, settled, flying=True, force=force) is not None
+            if not overtakes:
+                must_land |= claims.victim(process, settled, flying=True, force=force) is not None
             return False
         process.refused = ""
         settled.add(process.pid)
@@ -159,6 +166,8 @@ def _divide(kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]
         return True
 
     shares = scheduler.plan(turn, more(), most, step_tokens, chunk_tokens, reserve)
+    if not shares and overtakes:
+        return False
     if not shares and not must_land:
         # Those whose turn it is may all lack room: who has the strongest claim to memory never does.
         runnable = (process for process in pool.queue if process.runnable)
@@ -170,7 +179,7 @@ def _divide(kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]
         # keep it there for ever.
         device.ahead_at = math.inf
         return False
-    _send(kernel, device, pool, claims, shares, keys)
+    _send(kernel, device, pool, claims, shares, keys, overtakes)
     return True
 
 
@@ -219,9 +228,15 @@ def _is_filled_elsewhere(kernel: Kernel, device: Device, process: Process, keys:
 
 
 def _reserve(
-    kernel: Kernel, claims: Claims, process: Process, count: int, settled: set[int], force: bool
+    kernel: Kernel,
+    claims: Claims,
+    process: Process,
+    count: int,
+    settled: set[int],
+    force: bool,
+    overtakes: bool,
 ) -> bool:
-    """Makes room for `count` more tokens of `process`, taken from others if need be."""
+    """Makes room for `count` more tokens of `process`, taken from others if need be and not `overtakes`."""
     pool, had = process.pool, len(process.table.blocks)
     start, end = process.reach(count)
     if process.swap:  # what others have computed again or still hold is shared, the rest comes from the file
@@ -234,7 +249,7 @@ def _reserve(
     while (path := claims.over(process, more)) or (
         room := pool.memory.reserve(process.table, start, end)
     ) is None:
-        victim = claims.victim(process, settled, force=force, path=path)
+        victim = None if overtakes else claims.victim(process, settled, force=force, path=path)
         if victim is None:
             if process.swap:
                 pool.memory.release(process.table)
@@ -263,6 +278,7 @@ def _send(
     claims: Claims,
     shares: list[Share],
     keys: set[bytes],
+    overtakes: bool,
 ) -> None:
     assert device.worker is not None
     now, drafts = kernel.now(), _drafts(kernel, pool, shares)
@@ -289,18 +305,26 @@ def _send(
     for share in shares:
         scheduler.charge(share.process, rounds * (pool.pace.cost(share.count) + fixed), now)
     copies, pool.copies = pool.copies, []
-    flight = Flight(next(kernel.numbers), pool, parts, copies, keys, rows, tokens, rounds)
+    ticket = next(kernel.numbers)
+    flight = Flight(ticket, pool, parts, copies, keys, rows, tokens, rounds, overtakes=overtakes)
     kernel.recorder.sent(device.name, flight, len(pool.queue))
-    batch = build(pool, parts, copies, flight.ticket, rounds)
+    batch = build(pool, parts, copies, ticket, rounds, overtakes)
     kernel.effects.append(ToWorker(device.worker, base.Step(batch)))
     sent(kernel, device, flight)
 
 
 def sent(kernel: Kernel, device: Device, flight: Flight) -> None:
     """Books that a step is on its way."""
-    flight.pool.served = flight.ticket
-    device.flights.append(flight)
-    if len(device.flights) == 1:
+    flight.pool.served, flight.left = flight.ticket, flight.expected()
+    if flight.overtakes:
+        interrupted, now = device.flights[0], kernel.now()
+        interrupted.lost += flight.left or 0.0
+        if interrupted.left is not None:
+            interrupted.left = max(0.0, interrupted.left - (now - device.begun))
+        device.flights.appendleft(flight)
+    else:
+        device.flights.append(flight)
+    if device.flights[0] is flight:
         watch(kernel, device)
 
 
@@ -338,18 +362,15 @@ def _rounds(pool: Pool, shares: list[Share], alone: bool) -> int:
 
 
 def watch(kernel: Kernel, device: Device) -> None:
-    """The first flight begins now. Sets when the one behind it is to be sent, if it is not yet."""
+    """The first flight begins now, or goes on. Sets when the one behind it is sent, if it is not yet."""
     device.alarm()
     device.ahead_at = math.inf
-    if len(device.flights) != 1:
+    if not device.flights:
         return
     watchdog.begun(kernel, device)
-    flight = device.flights[0]
-    expected = flight.pool.pace.expected(flight.rows, flight.tokens)
-    if expected is not None:
-        expected *= flight.rounds
-        now = kernel.now()
-        device.ahead_at = now if expected < 2 * LEAD_S else now + expected - LEAD_S
+    left, now = device.flights[0].left, kernel.now()
+    if len(device.flights) == 1 and left is not None:
+        device.ahead_at = now if left < 2 * LEAD_S else now + left - LEAD_S
         if device.ahead_at > now:
             device.alarm = kernel.at(device.ahead_at, lambda: None)
 

@@ -42,8 +42,8 @@ class Work(msgspec.Struct, frozen=True, array_like=True):
 class Decision(msgspec.Struct):
     """A step that was sent, to be repeated `rounds` times at most (what it was, once landed); `expected`
     seconds a round. Of `queue` processes that could run, those of `work` did; `pushed` lost their blocks for
-    it or since the step before it. `seconds` is the time on the device; `outcome` "flying", "done", "lost"
-    with its worker, or the error that it ended with."""
+    it or since the step before it. One that `overtakes` interrupted the one before it. `seconds` is the time
+    on the device; `outcome` "flying", "done", "lost" with its worker, or the error that it ended with."""
 
     time: float
     device: str
@@ -59,6 +59,7 @@ class Decision(msgspec.Struct):
     landed: float | None = None
     seconds: float | None = None
     outcome: str = "flying"
+    overtakes: bool = False
 
 
 class Recorder:
@@ -99,6 +100,7 @@ class Recorder:
             flight.pool.pace.expected(flight.rows, flight.tokens),
             work,
             self._pushed,
+            overtakes=flight.overtakes,
         )
         self._pushed = []
         self._ring.append(decision)

@@ -37,8 +37,8 @@ def _look(kernel: Kernel, device: Device) -> None:
     if not device.flights:
         return
     flight, now = device.flights[0], kernel.now()
-    expected = flight.pool.pace.expected(flight.rows, flight.tokens)
-    allowed = UNKNOWN_S if expected is None else max(LEAST_S, FACTOR * expected * flight.rounds)
+    expected = flight.expected()
+    allowed = UNKNOWN_S if expected is None else max(LEAST_S, FACTOR * expected)
     overdue = now - device.begun - allowed
     if overdue < 0:
         device.watched = True

@@ -7,7 +7,6 @@ float32; a row's result never depends on the batch, bit for bit, in every dtype.
 from __future__ import annotations
 
 import ctypes
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from llmasos.syscalls import errors
 
 from .. import adapter as peft
 from .. import host
-from ..base import Batch, Description, Encode, Encoded, File, Loaded, LoadSpec, StepResult
+from ..base import Batch, Description, Encode, Encoded, File, Interrupt, Loaded, LoadSpec, StepResult
 from ..checkpoint import read_json
 from ..families import describe
 from ..grammar import Vocabulary
@@ -46,11 +45,11 @@ class _Resident:
     model: NativeModel
     mirror: Mirror
 
-    def compute(self, step: Step) -> None:
+    def compute(self, step: Step, interrupt: Interrupt | None) -> None:
         for source, target in step.copies:
             self.model.copy_block(source, target)
         for pieces in _portions(step.pieces):
-            for piece, result in zip(pieces, self.model.compute(pieces), strict=True):
+            for piece, result in zip(pieces, self.model.compute(pieces, interrupt), strict=True):
                 step.take(
                     piece,
                     piece.failed(result.error)
@@ -84,11 +83,9 @@ class NativeDriver:
     def __init__(self, note: Note, variant: str = "") -> None:
         self._note = note
         self._engine = library.load(variant)
-        self._threads = host.physical_cores()
-        cpus = sorted(os.sched_getaffinity(0))
-        self._pool = self._engine.functions.llk_pool_new(
-            self._threads, (ctypes.c_int32 * len(cpus))(*cpus), len(cpus)
-        )
+        cpus = host.cores()
+        self._threads = len(cpus)
+        self._pool = self._engine.functions.llk_pool_new(len(cpus), (ctypes.c_int32 * len(cpus))(*cpus))
         if not self._pool:
             raise library.NoEngine(f"{self._threads} threads cannot be started")
         self._residents: dict[int, _Resident] = {}
@@ -146,6 +143,7 @@ class NativeDriver:
             block_bytes=model.block_bytes,
             weights_bytes=packed.nbytes,
             repeats=True,
+            interruptible=True,
             kv_layout="native tiles",
         )
         vocabulary = Vocabulary(spec.files, a.vocab_size)
@@ -181,20 +179,21 @@ class NativeDriver:
         self._pending[batch.ticket] = batch
         return batch.ticket
 
-    def collect(self, ticket: int) -> StepResult:
+    def collect(self, ticket: int, interrupt: Interrupt | None = None) -> StepResult:
         if (batch := self._pending.pop(ticket, None)) is None:
             raise errors.DeviceFault(f"no step with ticket {ticket} was submitted")
         resident = self._resident(batch.handle)
         begun = time.perf_counter()
         step = resident.mirror.apply(batch)
         try:
-            resident.compute(step)
+            resident.compute(step, interrupt)
             while resident.mirror.again(step):
-                resident.compute(step)
+                resident.compute(step, interrupt)
         except BaseException:
             resident.mirror.forget(batch)
             raise
-        return StepResult(ticket, step.outputs, time.perf_counter() - begun, step.rounds)
+        seconds = time.perf_counter() - begun - (interrupt.seconds if interrupt else 0.0)
+        return StepResult(ticket, step.outputs, seconds, step.rounds)
 
     def encode(self, encode: Encode) -> Encoded:
         raise errors.DeviceFault("the native engine computes no encoders")

@@ -17,7 +17,7 @@ from typing import Any
 
 from . import build
 
-ABI = 4
+ABI = 5
 MOST_RANKS = 768
 """Of the adapters of matrices that are packed as one."""
 PREBUILT = Path(__file__).parent / "lib"
@@ -156,8 +156,10 @@ class Step(ctypes.Structure):
         ("max_picks", c_int32),
         ("workspace", c_void_p),
         ("max_rows", c_int32),
-        ("reserved", c_int32),
+        ("layer", c_int32),
         ("finite", POINTER(c_uint8)),
+        ("watch", c_int32),
+        ("reserved", c_int32),
     ]
 
 
@@ -168,7 +170,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llk_isa": (c_char_p, []),
     "llk_tile_bytes": (c_int64, [POINTER(Model)]),
     "llk_workspace_bytes": (c_int64, [c_void_p, POINTER(Model), c_int32, c_int32]),
-    "llk_pool_new": (c_void_p, [c_int32, POINTER(c_int32), c_int32]),
+    "llk_pool_new": (c_void_p, [c_int32, POINTER(c_int32)]),
     "llk_pool_free": (None, [c_void_p]),
     "llk_run_step": (c_int32, [c_void_p, POINTER(Model), POINTER(Step)]),
     "llk_logits": (c_int32, [c_void_p, POINTER(Model), POINTER(Step), POINTER(c_int32), c_int32, c_void_p]),

@@ -18,7 +18,7 @@ from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
 
 from .. import grammar
-from ..base import BLOCK_TOKENS
+from ..base import BLOCK_TOKENS, Interrupt
 from ..mirror import Choice, Piece
 from . import library
 from .library import Layer, Matrix, Model, Pick, Run, Step
@@ -52,6 +52,37 @@ class Result:
     error: str = ""
 
 
+class _Desk:
+    """What a step of a model needs while it is computed: a workspace, and what the engine is asked and
+    answers with. A step that another one interrupts keeps its own."""
+
+    def __init__(self, size: int, vocab_size: int) -> None:
+        self.workspace = _memory(size)
+        self.runs, self.picks = (Run * MAX_ROWS)(), (Pick * MAX_PICKS)()
+        self.finite = (ctypes.c_uint8 * MAX_ROWS)()
+        self.stops: list[array[int]] = []
+        self.masks = [grammar.blank(vocab_size) for _ in range(MAX_PICKS)]
+        self.step = Step(
+            runs=self.runs,
+            picks=self.picks,
+            max_picks=MAX_PICKS,
+            workspace=_address(self.workspace),
+            max_rows=MAX_ROWS,
+            finite=self.finite,
+        )
+        self._ids, self._values = (
+            (ctypes.c_int32 * (MAX_PICKS * MOST_LISTED))(),
+            (ctypes.c_float * (MAX_PICKS * MOST_LISTED))(),
+        )
+        for row, pick in enumerate(self.picks):
+            pick.ids = ctypes.cast(
+                ctypes.byref(self._ids, row * MOST_LISTED * 4), ctypes.POINTER(ctypes.c_int32)
+            )
+            pick.values = ctypes.cast(
+                ctypes.byref(self._values, row * MOST_LISTED * 4), ctypes.POINTER(ctypes.c_float)
+            )
+
+
 class NativeModel:
     """`blocks` KV blocks of `block_bytes`, and the `adapters` that sequences may have. The pool's pages are
     committed when a block is first written."""
@@ -65,31 +96,7 @@ class NativeModel:
         tile = self._functions.llk_tile_bytes(self._model)
         self.block_bytes = tile * self.architecture.kv_heads * len(self.architecture.layers)
         self.padded_vocab = -(-self.architecture.vocab_size // 16) * 16
-        size = self._functions.llk_workspace_bytes(pool, self._model, MAX_ROWS, MAX_PICKS)
-        self._workspace = _memory(size)
-        self._runs, self._picks = (Run * MAX_ROWS)(), (Pick * MAX_PICKS)()
-        self._finite = (ctypes.c_uint8 * MAX_ROWS)()
-        self._ids, self._values = (
-            (ctypes.c_int32 * (MAX_PICKS * MOST_LISTED))(),
-            (ctypes.c_float * (MAX_PICKS * MOST_LISTED))(),
-        )
-        self._stops: list[array[int]] = []
-        self._masks = [grammar.blank(self.architecture.vocab_size) for _ in range(MAX_PICKS)]
-        self._step = Step(
-            runs=self._runs,
-            picks=self._picks,
-            max_picks=MAX_PICKS,
-            workspace=_address(self._workspace),
-            max_rows=MAX_ROWS,
-            finite=self._finite,
-        )
-        for row, pick in enumerate(self._picks):
-            pick.ids = ctypes.cast(
-                ctypes.byref(self._ids, row * MOST_LISTED * 4), ctypes.POINTER(ctypes.c_int32)
-            )
-            pick.values = ctypes.cast(
-                ctypes.byref(self._values, row * MOST_LISTED * 4), ctypes.POINTER(ctypes.c_float)
-            )
+        self._desks = [self._make_desk()]  # those that no step is using
         self.adapters: dict[int, BoundAdapter] = {}
         self.blocks = 0
         self._kv: mmap.mmap | None = None
@@ -153,6 +160,10 @@ class NativeModel:
             layer=self._layers,
         )
 
+    def _make_desk(self) -> _Desk:
+        size = self._functions.llk_workspace_bytes(self._pool, self._model, MAX_ROWS, MAX_PICKS)
+        return _Desk(size, self.architecture.vocab_size)
+
     def make_pool(self, blocks: int) -> None:
         """Takes the address space of `blocks` KV blocks, all zero."""
         self._kv = _memory(blocks * self.block_bytes)
@@ -164,7 +175,8 @@ class NativeModel:
         self._packed.close()
         if self._kv is not None:
             self._kv.close()
-        self._workspace.close()
+        for desk in self._desks:
+            desk.workspace.close()
 
     # Blocks
 
@@ -193,12 +205,20 @@ class NativeModel:
 
     # Steps
 
-    def compute(self, pieces: Items[Piece]) -> list[Result]:
-        """Computes pieces that together are at most MAX_ROWS rows and MAX_PICKS choices; what each gave."""
+    def compute(self, pieces: Items[Piece], interrupt: Interrupt | None = None) -> list[Result]:
+        """Computes pieces that together are at most MAX_ROWS rows and MAX_PICKS choices; what each gave.
+        An `interrupt` is served between layers, and may compute others meanwhile."""
+        desk = self._desks.pop() if self._desks else self._make_desk()
+        try:
+            return self._compute(desk, pieces, interrupt)
+        finally:
+            self._desks.append(desk)
+
+    def _compute(self, desk: _Desk, pieces: Items[Piece], interrupt: Interrupt | None) -> list[Result]:
         rows = picks = 0
-        self._stops = []
+        desk.stops = []
         refused: dict[int, str] = {}
-        for run, piece in zip(self._runs, pieces, strict=False):
+        for run, piece in zip(desk.runs, pieces, strict=False):
             sequence, count = piece.sequence, piece.end - piece.start
             run.tokens = sequence.tokens.buffer_info()[0] + 4 * piece.start
             run.blocks = sequence.blocks.buffer_info()[0]
@@ -206,27 +226,31 @@ class NativeModel:
             run.adapter = self.adapters[sequence.adapter].address if sequence.adapter else None
             run.wanted = wanted(piece)
             for row in range(run.wanted):
-                asked = self._picks[picks + row]
-                self._ask(asked, piece, row)
+                asked = desk.picks[picks + row]
+                self._ask(desk, asked, piece, row)
                 asked.mask = None
                 if piece.sequence.constraint is not None:
-                    mask = self._masks[picks + row]
+                    mask = desk.masks[picks + row]
                     if problem := piece.sequence.mask(piece.known + row, mask):
                         refused.setdefault(id(piece), problem)
                     else:
                         asked.mask = mask.buffer_info()[0]
             rows, picks = rows + count, picks + run.wanted
-        step = self._step
-        step.run_count, step.rows, step.pick_count = len(pieces), rows, picks
-        self._functions.llk_run_step(self._pool, self._model, step)
+        step = desk.step
+        step.run_count, step.rows, step.pick_count, step.layer = len(pieces), rows, picks, 0
+        step.watch = interrupt.fd if interrupt else -1
+        while self._functions.llk_run_step(self._pool, self._model, step):
+            assert interrupt is not None
+            interrupt.take()
+            step.watch = interrupt.fd
         results, pick = [], 0
         for index, piece in enumerate(pieces):
             result = Result()
             if id(piece) in refused:
                 result.error = refused[id(piece)]
-            elif self._finite[index]:
+            elif desk.finite[index]:
                 for place in range(pick, pick + wanted(piece)):
-                    self._take(self._picks[place], piece, result)
+                    self._take(desk.picks[place], piece, result)
             else:
                 result.error = NOT_FINITE
                 self._clear(piece)
@@ -235,7 +259,7 @@ class NativeModel:
         row = 0
         for piece, result in zip(pieces, results, strict=True):
             if piece.scores_prompt and not result.error:
-                result.prompt = self._score(piece, row)  # overwrites what the picks had listed
+                result.prompt = self._score(desk, piece, row)  # overwrites what the picks had listed
             row += piece.end - piece.start
         return results
 
@@ -245,9 +269,9 @@ class NativeModel:
         sequence = array("I", tokens)
         blocks = array("i", range(-(-len(tokens) // BLOCK_TOKENS)))
         logits = np.empty((len(tokens), self.architecture.vocab_size), np.float32)
-        step = self._step
-        step.run_count, step.pick_count = 1, 0
-        run = self._runs[0]
+        desk = self._desks[0]
+        step, run = desk.step, desk.runs[0]
+        step.run_count, step.pick_count, step.layer, step.watch = 1, 0, 0, -1
         run.blocks = blocks.buffer_info()[0]
         for start in range(0, len(tokens), chunk):
             count = min(chunk, len(tokens) - start)
@@ -257,11 +281,11 @@ class NativeModel:
             self._functions.llk_run_step(self._pool, self._model, step)
             for row in range(0, count, MAX_PICKS):
                 rows = list(range(row, min(row + MAX_PICKS, count)))
-                part = self._logits(rows)[:, : self.architecture.vocab_size]
+                part = self._logits(desk, rows)[:, : self.architecture.vocab_size]
                 logits[start + row : start + row + len(rows)] = part
         return logits
 
-    def _ask(self, pick: Pick, piece: Piece, row: int) -> None:
+    def _ask(self, desk: _Desk, pick: Pick, piece: Piece, row: int) -> None:
         """What to choose from the logits behind `row` of the piece's guesses."""
         sequence, sampling = piece.sequence, piece.sequence.sampling
         pick.temperature, pick.beams = sampling.temperature, piece.beams
@@ -280,7 +304,7 @@ class NativeModel:
         pick.prompt_length = sequence.prompt_length
         if sequence.generated < sampling.min_new_tokens:
             stops = array("i", [s for s in sampling.stop_token_ids if s < self.architecture.vocab_size])
-            self._stops.append(stops)  # lives as long as the step
+            desk.stops.append(stops)  # lives as long as the step
             pick.stops, pick.stop_count, pick.forbid_stops = stops.buffer_info()[0], len(stops), 1
 
     def _take(self, pick: Pick, piece: Piece, result: Result) -> None:
@@ -299,15 +323,15 @@ class NativeModel:
         for block in piece.sequence.blocks[piece.start // BLOCK_TOKENS : -(-piece.end // BLOCK_TOKENS)]:
             ctypes.memset(self._model.kv + block * self.block_bytes, 0, self.block_bytes)
 
-    def _score(self, piece: Piece, first: int) -> list[t.Chosen]:
+    def _score(self, desk: _Desk, piece: Piece, first: int) -> list[t.Chosen]:
         """Scores of the tokens at `piece.scored`, whose rows begin at row `first` of the step."""
         positions, scores = list(piece.scored), []
         top = piece.sequence.sampling.logprobs or 0
         for begin in range(0, len(positions), MAX_PICKS):
             part = positions[begin : begin + MAX_PICKS]
-            logits = self._logits([first + position - 1 - piece.start for position in part])
+            logits = self._logits(desk, [first + position - 1 - piece.start for position in part])
             picks = (Pick * len(part))()
-            for pick, mine, position in zip(picks, self._picks, part, strict=False):
+            for pick, mine, position in zip(picks, desk.picks, part, strict=False):
                 pick.token, pick.top, pick.ids, pick.values = (
                     piece.sequence.tokens[position],
                     top,
@@ -318,13 +342,11 @@ class NativeModel:
             scores += [t.Chosen(pick.logprob, _listed(pick)) for pick in picks]
         return scores
 
-    def _logits(self, rows: list[int]) -> Floats:
+    def _logits(self, desk: _Desk, rows: list[int]) -> Floats:
         """Logits [len(rows), padded_vocab] of rows of the step just computed."""
         logits = np.empty((len(rows), self.padded_vocab), np.float32)
         indices = (ctypes.c_int32 * len(rows))(*rows)
-        self._functions.llk_logits(
-            self._pool, self._model, self._step, indices, len(rows), logits.ctypes.data
-        )
+        self._functions.llk_logits(self._pool, self._model, desk.step, indices, len(rows), logits.ctypes.data)
         return logits
 
 

@@ -18,7 +18,7 @@ import torch
 from llmasos.syscalls import errors
 
 from .. import adapter as peft
-from ..base import Batch, Description, Encode, Encoded, File, Loaded, LoadSpec, SeqOut, StepResult
+from ..base import Batch, Description, Encode, Encoded, File, Interrupt, Loaded, LoadSpec, SeqOut, StepResult
 from ..families import describe
 from ..families import encoder as encoders
 from ..grammar import Vocabulary
@@ -329,7 +329,7 @@ class TorchDriver:
         ticket.seconds = now - max(ticket.begun, self._settled)
         self._settled = now
 
-    def collect(self, ticket: int) -> StepResult:
+    def collect(self, ticket: int, interrupt: Interrupt | None = None) -> StepResult:
         if (found := self._tickets.get(ticket)) is None:
             raise errors.DeviceFault(f"no step with ticket {ticket} was submitted")
         with torch.inference_mode():

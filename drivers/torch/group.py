@@ -19,7 +19,7 @@ from llmasos.syscalls import errors
 from msgspec import Struct
 from msgspec.structs import replace
 
-from ..base import Batch, Description, Encode, Encoded, File, Loaded, LoadSpec, StepResult
+from ..base import Batch, Description, Encode, Encoded, File, Interrupt, Loaded, LoadSpec, StepResult
 from ..launcher import BEAT_S, Place, end
 from .executor import TorchDriver
 from .ranks import Ranks
@@ -183,7 +183,7 @@ class GroupDriver:
                 end(f"rank 0 failed in a step: {_text(problem)}")
         return batch.ticket
 
-    def collect(self, ticket: int) -> StepResult:
+    def collect(self, ticket: int, interrupt: Interrupt | None = None) -> StepResult:
         if (result := self._results.pop(ticket, None)) is None:
             raise errors.DeviceFault(f"no step with ticket {ticket} was submitted")
         return result

@@ -84,7 +84,7 @@ def _beside(decisions: list[Decision]) -> tuple[float, float]:
     """Seconds of pause between steps, and of waking up for one that comes when the one before has landed."""
     pauses, wakes = [], []
     for a, b in itertools.pairwise(decisions):
-        if a.landed is None or b.landed is None or b.ticket != a.ticket + 1:
+        if a.landed is None or b.landed is None or b.ticket != a.ticket + 1 or b.overtakes:
             continue
         if b.time < a.landed:
             pauses.append(b.landed - a.landed - (b.seconds or 0.0))

@@ -262,9 +262,11 @@ class Kernel:
         self._closes = []
         return self.driver.submit(batch), [seq for seq, _ in counts]
 
-    def collect(self, step: tuple[int, list[Seq]]) -> list[base.SeqOut]:
+    def collect(
+        self, step: tuple[int, list[Seq]], interrupt: base.Interrupt | None = None
+    ) -> list[base.SeqOut]:
         ticket, seqs = step
-        outputs = self.driver.collect(ticket).outputs
+        outputs = self.driver.collect(ticket, interrupt).outputs
         for seq, out in zip(seqs, outputs, strict=True):
             if not out.error:
                 seq.computed = out.computed

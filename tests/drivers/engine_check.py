@@ -78,7 +78,7 @@ class Check:
         from llmasos.drivers.native import formats
 
         rng = np.random.default_rng(1)
-        pool = self.functions.llk_pool_new(2, None, 0)
+        pool = self.functions.llk_pool_new(2, None)
         rows, cols = 80, 160
         weights = (rng.integers(-500, 500, (rows, cols)) / 1024).astype(np.float32)
         bias = aligned((rng.integers(-500, 500, rows) / 1024).astype(np.float32))
@@ -114,7 +114,7 @@ class Check:
         from llmasos.drivers.native import formats
 
         rng = np.random.default_rng(3)
-        pool = self.functions.llk_pool_new(2, None, 0)
+        pool = self.functions.llk_pool_new(2, None)
         for rows, cols in ((80, 160), (16, 64), (48, 1376)):
             weights = (rng.standard_normal((rows, cols)) * rng.uniform(0.01, 1, (rows, 1))).astype(np.float32)
             packed = aligned(formats.interleave("int4", formats.to_rows("int4", "F32", weights)))
@@ -188,7 +188,7 @@ class Check:
 
     def choices(self) -> None:
         rng = np.random.default_rng(2)
-        pool = self.functions.llk_pool_new(1, None, 0)
+        pool = self.functions.llk_pool_new(1, None)
         context, stops = array("I", [3, 5, 3, 7, 5, 3] * 4), array("i", [1, 2, 3])
         ids, values = (ctypes.c_int32 * 64)(), (ctypes.c_float * 64)()
         chosen: list[int] = []

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -110,6 +111,56 @@ def test_guesses_change_nothing(dtype: str, kv_dtype: str, kernel_of: Callable[.
         assert drafted
 
 
+@pytest.mark.parametrize(("dtype", "kv_dtype"), DTYPES)
+def test_an_interrupted_step_and_the_one_that_interrupts_change_nothing(
+    dtype: str, kv_dtype: str, kernel_of: Callable[..., Kernel]
+) -> None:
+    kernel = kernel_of("llama", dtype, "native", kv_dtype)
+    options = {"logprobs": 3, "prompt_logprobs": True}
+    alone = {n: scored(kernel, kernel.open(prompt(n, seed=n), **options), 4) for n in (40, 170)}
+    here, there = os.pipe()
+    served = 0
+
+    def serve() -> None:
+        nonlocal served
+        served += 1
+        if served % 2:  # the other time there is nothing to compute
+            assert scored(kernel, kernel.open(prompt(40, seed=40), **options), 4) == alone[40]
+        if served >= 5:
+            os.read(here, 1)
+
+    os.write(there, b"!")
+    seq, found = kernel.open(prompt(170, seed=170), **options), []
+    while len(seq.tokens) < 174:
+        step = kernel.submit([(seq, len(seq.tokens) - seq.computed)])
+        interrupt = base.Interrupt(here, serve)
+        begun = time.perf_counter()
+        [out] = kernel.collect(step, interrupt)
+        assert not out.error
+        assert interrupt.seconds < time.perf_counter() - begun
+        found += [*out.prompt, *out.chosen]
+    os.close(here)
+    os.close(there)
+    assert found == alone[170]
+    assert served == 5, "between layers, so several times a step"
+
+
+def test_what_can_come_no_more_interrupts_no_more(kernel_of: Callable[..., Kernel]) -> None:
+    kernel = kernel_of("llama", device="native")
+    here, there = os.pipe()
+    os.close(there)  # always readable from now on
+    calls = []
+
+    def serve() -> None:
+        calls.append(1)
+        interrupt.fd = -1
+
+    interrupt = base.Interrupt(here, serve)
+    kernel.collect(kernel.submit([(kernel.open(prompt(20)), 20)]), interrupt)
+    os.close(here)
+    assert len(calls) == 1
+
+
 def test_more_than_a_call_of_the_engine_takes(
     kernel_of: Callable[..., Kernel], tiny: Callable[..., Any]
 ) -> None:
@@ -144,7 +195,7 @@ def test_a_broken_row_fails_its_sequence_and_leaves_no_nan(tiny: Callable[..., A
 @pytest.fixture(scope="module")
 def engine() -> Iterator[tuple[Any, int]]:
     functions = library.load().functions
-    pool = functions.llk_pool_new(1, None, 0)
+    pool = functions.llk_pool_new(1, None)
     yield functions, pool
     functions.llk_pool_free(pool)
 

@@ -83,10 +83,30 @@ def bus_to(tmp_path: Path) -> Iterator[Callable[[str], Bus]]:
         bus.close()
 
 
-def step(ticket: int, tokens: list[int], handle: int = 1) -> base.Step:
-    opened = base.SeqOpen(1, t.pack_tokens(tokens), len(tokens), 0, 99, [4, 2], t.Sampling(seed=0))
-    work = base.Work(1, len(tokens), [], [], True)
-    return base.Step(base.Batch(ticket, handle, [], [opened], [], [work]))
+def step(ticket: int, tokens: list[int], handle: int = 1, seq: int = 1, overtakes: bool = False) -> base.Step:
+    blocks = [4 * seq, 4 * seq + 1]
+    opened = base.SeqOpen(seq, t.pack_tokens(tokens), len(tokens), 0, 99, blocks, t.Sampling(seed=0))
+    work = base.Work(seq, len(tokens), [], [], True)
+    return base.Step(base.Batch(ticket, handle, [], [opened], [], [work], overtakes=overtakes))
+
+
+def test_a_step_that_overtakes_interrupts_the_one_that_runs(
+    bus_to: Callable[[str], Bus], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"llmasos_null_step_seconds": 0.5}')
+    bus = bus_to("null")
+    bus.receive()
+    bus.send(base.Load(base.LoadSpec(1, {"config.json": file_of(tmp_path / "config.json")}, "", 0.5)))
+    bus.receive()
+    for ticket in (1, 2):
+        bus.send(step(ticket, [3, 1, 4], seq=ticket))
+    time.sleep(0.1)
+    bus.send(step(3, [9, 9], seq=3, overtakes=True))
+    done = [bus.receive().result for _ in range(3)]
+    assert [result.ticket for result in done] == [3, 1, 2]
+    expected = [null.next_token(tokens) for tokens in ([9, 9], [3, 1, 4], [3, 1, 4])]
+    assert [result.outputs[0].tokens for result in done] == [[token] for token in expected]
+    assert all(0.5 <= result.seconds < 0.9 for result in done), "the other's time is not its own"
 
 
 @pytest.mark.parametrize("device", ["null", "null:1", "simulated"])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from llmasos.drivers import base, kv_file
+from llmasos.drivers.mirror import Step
 from llmasos.drivers.null import NullDriver, next_token
 from llmasos.drivers.simulated import SimulatedDriver, SimulatedWorker, StepTime
 from llmasos.kernel import planning
@@ -58,6 +59,7 @@ class World:
         self.next_id = 0
         self.holds_steps = False  # a device that takes its time: `land` ends a step
         self.held: deque[tuple[int, Any]] = deque()
+        self.begun: dict[int, Step] = {}  # of those that are held, by ticket
         self.sent: list[base.Batch] = []
         self.encodes: list[base.Encode] = []
         self.loaded: dict[int, dict[int, base.Loaded]] = {}  # by worker and handle
@@ -81,6 +83,7 @@ class World:
     def die(self, worker: int = 1) -> None:
         del self.drivers[worker]
         self.held.clear()
+        self.begun.clear()
         self.kernel.worker_gone(worker)
 
     def send(
@@ -142,7 +145,9 @@ class World:
             case base.Step(batch):
                 self.sent.append(batch)
                 if self.holds_steps:
-                    self.held.append((worker, message))
+                    # What is overtaken has taken its batch in, and computes when the other is done.
+                    self.begin()
+                    (self.held.appendleft if batch.overtakes else self.held.append)((worker, message))
                 else:
                     self.kernel.worker_message(worker, base.StepDone(driver.collect(driver.submit(batch))))
             case base.Encode():
@@ -174,11 +179,24 @@ class World:
             answer = base.Failed(0, message.ticket, errors.to_wire(problem))
         self.kernel.worker_message(worker, answer)
 
-    def land(self, fails: bool = False) -> None:
-        """The first step that is held ends, or raises half-way; what was asked about KV files before it,
-        too."""
+    def begin(self) -> None:
+        """The first step that is held takes its batch in, after the orders that were sent before it."""
         while self.held and not isinstance(self.held[0][1], base.Step | base.Encode):
             self.move(*self.held.popleft())
+        if not self.held:
+            return
+        worker, step = self.held[0]
+        if isinstance(step, base.Step) and step.batch.ticket not in self.begun:
+            driver = self.drivers[worker]
+            self.begun[step.batch.ticket] = driver.begin(driver.submit(step.batch))
+
+    def land(self, fails: bool = False, late: bool = False) -> None:
+        """The first step that is held ends, or raises half-way; what was asked about KV files before it,
+        too. `late`: it was to be overtaken, but its end came first."""
+        steps = [step for _, step in self.held if isinstance(step, base.Step)]
+        if late and len(steps) == len(self.held) > 1 and steps[0].batch.overtakes:
+            self.held[0], self.held[1] = self.held[1], self.held[0]
+        self.begin()
         if not self.held:
             self.flush()
             return
@@ -191,7 +209,7 @@ class World:
             )
             self.flush()
             return
-        result = driver.collect(driver.submit(step.batch))
+        result = driver.end(self.begun.pop(step.batch.ticket))
         if fails:
             driver._residents[step.batch.handle].mirror.forget(step.batch)
             error = errors.to_wire(errors.DeviceFault("raised"))
@@ -294,7 +312,7 @@ class Machine(World):
         while True:
             self.flush()
             while (
-                self.device.running is None
+                not self.device.running
                 and self.held
                 and not isinstance(self.held[0], base.Step | base.Encode)
             ):
@@ -305,7 +323,7 @@ class Machine(World):
             timer = self.kernel.next_timer()
             moment = min(self.device.ends, float("inf") if timer is None else max(timer, self.now), stops)
             assert moment < float("inf"), "nothing is going to happen"
-            if self.device.running is None:
+            if not self.device.running:
                 self.idle += moment - self.now
             self.now = moment
             if done := self.device.land(self.now):

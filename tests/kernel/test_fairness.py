@@ -77,13 +77,9 @@ def first_tokens(home: Path, others: int) -> list[float]:
     return sorted(world.first_token_s(id_) - at for at, id_ in waits)
 
 
-def test_a_flood_costs_others_no_more_than_a_busy_device_does(tmp_path: Path) -> None:
-    busy, flooded = first_tokens(tmp_path / "busy", 10), first_tokens(tmp_path / "flooded", 100)
-    assert flooded[-1] < 0.4, (
-        "the victim waits for a few steps of 100 ms, not for the hog's thousand requests"
-    )
-    assert flooded[len(flooded) // 2] < 0.3
-    assert busy[-1] < 0.4
+def test_a_flood_costs_others_next_to_nothing(tmp_path: Path) -> None:
+    alone, flooded = first_tokens(tmp_path / "alone", 0), first_tokens(tmp_path / "flooded", 100)
+    assert flooded[-1] <= 1.2 * alone[-1]
 
 
 def test_memory_wanted_four_times_over_is_not_fought_for(tmp_path: Path) -> None:

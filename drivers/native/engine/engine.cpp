@@ -1,4 +1,6 @@
 // One step of a decoder: what each thread does between the barriers. See engine.h for what goes in and out.
+#include <poll.h>
+
 #include <new>
 #include <type_traits>
 
@@ -53,6 +55,7 @@ struct Engine {
     uint8_t *thread_space;
     size_t thread_bytes;
     alignas(64) std::atomic<int32_t> next[2];
+    bool interrupted[2];  // by layers in turn: the first thread writes while the others may still read the other
 };
 
 static inline int qkv_columns(const llk_model &m) { return (m.heads + 2 * m.kv_heads) * m.head_dim; }
@@ -461,7 +464,14 @@ static void attention(Engine &e, Private &mine, int thread, int layer) {
     e.pool->barrier();
 }
 
-static void layer_step(Engine &e, Private &mine, int thread, int index) {
+// Whether there is something to read. A millisecond may pass between two looks, so a system call is nothing.
+static bool is_readable(int descriptor) {
+    pollfd watched = {descriptor, POLLIN, 0};
+    return descriptor >= 0 && poll(&watched, 1, 0) > 0;
+}
+
+// Returns whether the step is to be interrupted behind this layer.
+static bool layer_step(Engine &e, Private &mine, int thread, int index) {
     const llk_model &m = *e.model;
     const llk_layer &y = m.layer[index];
     const Source x = {e.x, m.hidden_padded, nullptr}, attended = {e.attended, out_columns(m), nullptr};
@@ -478,7 +488,9 @@ static void layer_step(Engine &e, Private &mine, int thread, int index) {
     attention(e, mine, thread, index);
     product(y.out, attended, {nullptr, nullptr}, residual);
     product(y.up, x, {y.norm2, y.norm2_bias}, {e.inner, m.inner, m.gated ? STORE_GATED : STORE_ACTIVATED, m.activation});
+    if (thread == 0) e.interrupted[index & 1] = index + 1 < m.layers && is_readable(e.step->watch);
     product(y.down, inner, {nullptr, nullptr}, residual);
+    return e.interrupted[index & 1];
 }
 
 // Logits of `count` rows of the hidden states, into `logits`.
@@ -505,11 +517,13 @@ static void check_finite(Engine &e, int thread) {
     }
 }
 
+// A step from layer `first` on, or the head alone.
 struct HeadRows {
     Engine *engine;
     const int32_t *rows;
     int count;
     float *logits;
+    int first;
 };
 
 static void step_thread(void *argument, int thread) {
@@ -518,8 +532,13 @@ static void step_thread(void *argument, int thread) {
     const llk_model &m = *e.model;
     TileScope tiles;
     Private mine(m, e.thread_space + e.thread_bytes * (size_t)thread);
-    embed(e, thread);
-    for (int i = 0; i < m.layers; i++) layer_step(e, mine, thread, i);
+    if (job.first == 0) embed(e, thread);
+    for (int i = job.first; i < m.layers; i++) {
+        if (!layer_step(e, mine, thread, i)) continue;
+        if (thread == 0) e.step->layer = i + 1;
+        return;
+    }
+    if (thread == 0) e.step->layer = 0;
     check_finite(e, thread);
     if (!job.count) return;
     head(e, mine, thread, job.rows, job.count, job.logits);
@@ -653,16 +672,16 @@ extern "C" int32_t llk_run_step(llk_pool *pool, const llk_model *model, llk_step
     Engine e;
     open_engine(e, pool, model, step);
     int32_t wanted[4096];
-    HeadRows job{&e, wanted, lay_out_rows(e, wanted), e.logits};
+    HeadRows job{&e, wanted, lay_out_rows(e, wanted), e.logits, step->layer};
     pool->run(step_thread, &job);
-    return 0;
+    return step->layer > 0;
 }
 
 extern "C" int32_t llk_logits(llk_pool *pool, const llk_model *model, llk_step *step, const int32_t *rows, int32_t count,
                               float *logits) {
     Engine e;
     open_engine(e, pool, model, step);
-    HeadRows job{&e, rows, count, logits};
+    HeadRows job{&e, rows, count, logits, 0};
     pool->run(head_thread, &job);
     return 0;
 }

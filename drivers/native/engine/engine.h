@@ -33,7 +33,7 @@
 extern "C" {
 #endif
 
-#define LLK_ABI 4
+#define LLK_ABI 5
 #define LLK_MOST_RANKS 768  // of a llk_lora
 
 enum { LLK_F32 = 0, LLK_BF16 = 1, LLK_Q8 = 2, LLK_Q4 = 3 };                // weight formats
@@ -123,8 +123,10 @@ typedef struct {
     int32_t max_picks;
     uint8_t *workspace;  // llk_workspace_bytes bytes, 64-byte aligned
     int32_t max_rows;
-    int32_t reserved;
+    int32_t layer;       // in: 0; out: where a step that was interrupted goes on
     uint8_t *finite;     // out [run_count]: whether all hidden states of the run are finite
+    int32_t watch;       // a descriptor: the step is interrupted within a layer when there is something to read; -1: none
+    int32_t reserved;
 } llk_step;
 
 typedef struct llk_pool llk_pool;
@@ -140,11 +142,13 @@ int64_t llk_tile_bytes(const llk_model *model);
 // Bytes that a step needs; they have to be zero at first.
 int64_t llk_workspace_bytes(const llk_pool *pool, const llk_model *model, int32_t max_rows, int32_t max_picks);
 
-// Threads that wait for work. `cpus` are the processors they may run on; NULL: any. NULL when it cannot.
-llk_pool *llk_pool_new(int32_t threads, const int32_t *cpus, int32_t cpu_count);
+// Threads that wait for work. `cpus` [threads] are the processors that they run on, the first one being the caller's while it
+// computes; NULL: any. NULL when it cannot.
+llk_pool *llk_pool_new(int32_t threads, const int32_t *cpus);
 void llk_pool_free(llk_pool *pool);
 
-// Computes a step. Returns 0; nothing is checked that the caller can check.
+// Computes a step. Returns 0, or 1 when it was interrupted: the same call goes on with it, after steps with workspaces
+// of their own if there are any. Nothing is checked that the caller can check.
 int32_t llk_run_step(llk_pool *pool, const llk_model *model, llk_step *step);
 // Logits of rows of the step just computed (`rows` count from the step's first row), into [count][vocab padded
 // to 16] floats. Needs that step's workspace.

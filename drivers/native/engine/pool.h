@@ -16,12 +16,13 @@
 
 #include "kernels.h"
 
-// How long a thread spins before it sleeps. At a barrier: some microseconds, which is what the others are behind
-// unless they lost their cores; to spin on then would keep them from the one that is left. For the next step: as
-// long as a busy kernel takes to send it, for waking up takes 100 µs. (Beside two busy programs, ms a step at
-// one stream: 23 with 50 µs at barriers, 473 with 2 ms, 5 with 5 µs; alone no difference.)
-static constexpr int64_t BARRIER_NS = 5000;
+// How long a thread spins for the next step before it sleeps: as long as a busy kernel takes to send it, for waking up takes
+// 100 µs.
 static constexpr int64_t IDLE_NS = 400000;
+
+// How long it spins at a barrier. Others are behind by microseconds, and where they lost their cores by what it takes to get
+// them back; to sleep and be woken takes 100 µs on a virtual machine.
+static constexpr int64_t BARRIER_NS = 200000;
 
 static inline int64_t now_ns() {
     timespec t;
@@ -31,6 +32,8 @@ static inline int64_t now_ns() {
 
 struct llk_pool {
     int threads = 1;
+    int *cpus = nullptr;  // one for each thread; NULL: they run anywhere
+    cpu_set_t allowed;    // what the caller may run on between steps
     pthread_t *handles = nullptr;
     void (*work)(void *, int) = nullptr;
     void *argument = nullptr;
@@ -69,16 +72,28 @@ struct llk_pool {
         wake(round, at_barrier);
     }
 
+    // Keeps the calling thread on one processor. Linux wakes a thread where it was or where its waker is; threads that meet
+    // every few microseconds can stay on one core for long, taking turns, while another is idle.
+    void pin(int thread) {
+        cpu_set_t one;
+        CPU_ZERO(&one);
+        CPU_SET(cpus[thread], &one);
+        sched_setaffinity(0, sizeof one, &one);
+    }
+
     // Runs work(argument, thread) on every thread, the caller being thread 0, and waits for all.
     void run(void (*what)(void *, int), void *with) {
         work = what;
         argument = with;
+        if (cpus) pin(0);
         if (threads > 1) wake(job, idle);
         what(with, 0);
         barrier();
+        if (cpus) sched_setaffinity(0, sizeof allowed, &allowed);
     }
 
     void serve(int thread) {
+        if (cpus) pin(thread);
         for (uint32_t seen = 0;; seen++) {
             wait(job, seen, idle, IDLE_NS);
             if (ending.load(std::memory_order_acquire)) return;
@@ -106,18 +121,21 @@ extern "C" void llk_pool_free(llk_pool *pool) {
     pool->wake(pool->job, pool->idle);
     for (int i = 1; i < pool->threads; i++) pthread_join(pool->handles[i], nullptr);
     free(pool->handles);
+    free(pool->cpus);
     pool->~llk_pool();
     free(pool);
 }
 
-extern "C" llk_pool *llk_pool_new(int32_t threads, const int32_t *cpus, int32_t cpu_count) {
+extern "C" llk_pool *llk_pool_new(int32_t threads, const int32_t *cpus) {
     void *memory = nullptr;
     if (threads < 1 || !tiles_usable() || posix_memalign(&memory, 64, sizeof(llk_pool))) return nullptr;
     llk_pool *pool = new (memory) llk_pool;
     pool->handles = (pthread_t *)calloc((size_t)threads, sizeof(pthread_t));
-    cpu_set_t allowed;
-    CPU_ZERO(&allowed);
-    for (int i = 0; i < cpu_count; i++) CPU_SET(cpus[i], &allowed);
+    // One thread alone may as well run where the others of the machine leave room.
+    if (cpus && threads > 1 && !sched_getaffinity(0, sizeof pool->allowed, &pool->allowed)) {
+        pool->cpus = (int *)malloc((size_t)threads * sizeof(int));
+        for (int i = 0; i < threads && pool->cpus; i++) pool->cpus[i] = cpus[i];
+    }
     for (int i = 1; i < threads && pool->handles; i++) {
         PoolThread *start = (PoolThread *)malloc(sizeof(PoolThread));
         if (start) *start = {pool, i};
@@ -127,7 +145,6 @@ extern "C" llk_pool *llk_pool_new(int32_t threads, const int32_t *cpus, int32_t 
             return nullptr;
         }
         pool->threads = i + 1;
-        if (cpu_count > 0) pthread_setaffinity_np(pool->handles[i], sizeof allowed, &allowed);
     }
     if (!pool->handles) {
         llk_pool_free(pool);
