@@ -11,6 +11,7 @@ Every decision has one order of claims, so whoever is first in it always finds r
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -44,7 +45,9 @@ class Claims:
         self._used: dict[str, int] | None = None  # blocks by owner path, those below it included
         self._fair: dict[str, float] = {}
         self._promised: int | None = None
-        self._served: Counter[tuple[int, str]] | None = None  # admitted ones by class and tenant
+        self._let_in: set[Process] = set()  # by this decision
+        self._coming = 0  # blocks that those are counted on to take
+        self._served: Counter[tuple[int, str]] | None = None  # those in, by class and tenant
         self.lacks = "memory"  # what who was not let in last has to wait for
         self._closed = len(CLASS_RANK)  # the strongest class of which somebody was not let in
 
@@ -55,26 +58,30 @@ class Claims:
         return (CLASS_RANK[head.sched_class], self._standing(process), head.nice, head.pid, process.pid)
 
     def lets_in(self, process: Process) -> bool:
-        """Whether the process may take blocks: it is in, or there is room for it now."""
+        """Whether the process may take blocks: it is in, or there is room for it now. Who is let in counts as
+        in from then on."""
         pool, head = self._pool, process.beam_of or process
-        if head in pool.admitted or not pool.admitted:
+        inside = len(pool.admitted) + len(self._let_in)
+        if head in pool.admitted or head in self._let_in:
             return True
         rank = CLASS_RANK[head.sched_class]
+        if not inside:
+            return self._count(head, needed(head))
+        self.lacks = "memory"
         if rank >= self._closed:
             return False
         need = needed(head)
-        self.lacks = "memory"
         if self._fills_quota(head, need):
             self.lacks = "quota"
             return False
-        if len(pool.admitted) >= self._slots and self._has_its_slots(head, rank):
+        if inside >= self._slots and self._has_its_slots(head, rank):
             self.lacks = "turn"
             return False
         room = pool.memory.free - need
-        if room >= len(pool.admitted) * (blocks_for(GROWTH_TOKENS) + 1):
-            return True
+        if room - self._coming >= inside * (blocks_for(GROWTH_TOKENS) + 1):
+            return self._count(head, need)
         if self._promised is None:
-            self._promised = sum(needed(p) for p in pool.admitted)
+            self._promised = sum(needed(p) for p in pool.admitted) + self._coming
         if room < self._promised:
             claim = self.claim(process)
             for p in self._holders():
@@ -83,7 +90,16 @@ class Claims:
             if room < self._promised:
                 self._closed = rank
                 return False
-        self._promised += need
+        return self._count(head, need)
+
+    def _count(self, head: Process, need: int) -> bool:
+        """Counts a process as in."""
+        self._let_in.add(head)
+        self._coming += need
+        if self._promised is not None:
+            self._promised += need
+        if self._served is not None:
+            self._served[CLASS_RANK[head.sched_class], tenant_of(head.owner)] += 1
         return True
 
     def victim(
@@ -134,9 +150,8 @@ class Claims:
         """Whether a tenant has its part of a step's places, as far as no stronger class has them: more would
         only make all of its own slower."""
         if self._served is None:
-            self._served = Counter(
-                (CLASS_RANK[p.sched_class], tenant_of(p.owner)) for p in self._pool.admitted
-            )
+            inside = itertools.chain(self._pool.admitted, self._let_in)
+            self._served = Counter((CLASS_RANK[p.sched_class], tenant_of(p.owner)) for p in inside)
         tenant = tenant_of(process.owner)
         peers = {one for of, one in self._served if of <= rank} | {tenant}
         whole = sum(self._quotas.weight(one) for one in peers)

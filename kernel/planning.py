@@ -115,14 +115,33 @@ def divide(
     step_s = min(longest_s, max(SHORT_S, 4 * pool.pace.fixed, 2 * pool.pace.one_pass))
     # Who arrives waits for the step that runs, so it is kept short, however many generate.
     most = min(description.max_sequences, step_tokens, max(PASS_ROWS, pool.pace.rows_within(step_s)))
-    turn = list(itertools.islice(taken, most))
-    if not turn:
-        return False
-    for process in turn:
-        _match_prefix(kernel, process)
-    turn = [process for process in turn if process.runnable]
-    if not turn:
-        return True  # a shared prefix was all that they wanted
+    claims = Claims(pool, kernel.quotas, max(PASS_ROWS, pool.pace.rows_within(step_s)))
+    some = refusals = 0  # of those taken
+
+    def let_in() -> Iterator[Process]:
+        nonlocal some, refusals
+        for process in taken:
+            some += 1
+            had = len(process.table.blocks)
+            _match_prefix(kernel, process)
+            claims.took(process, len(process.table.blocks) - had)
+            if not process.runnable:  # a shared prefix was all that it wanted
+                continue
+            if claims.lets_in(process):
+                yield process
+                continue
+            process.refused = claims.lacks
+            if claims.lacks != "quota":  # that is a matter of its owner, not of its tenant
+                pool.queue.pass_over(process)
+            refusals += 1
+            if refusals == scheduler.MOST_REFUSALS:
+                return
+
+    more = let_in()
+    # Whose turn it is: who is not let in keeps nobody from running.
+    turn = list(itertools.islice(more, most))
+    if not turn and not refusals:
+        return bool(some)
     if len(pool.queue) > 1:
         step_tokens = min(step_tokens, max(most, pool.pace.tokens_within(0, longest_s)))
     if (prompt := next((process for process in turn if process.lacking > PASS_ROWS), None)) is not None:
@@ -136,23 +155,11 @@ def divide(
         step_tokens = min(step_tokens, max(most, pool.pace.tokens_within(0, longest_s)))
     settled: set[int] = set()  # in the step already, or pushed out of it
     keys: set[bytes] = set()  # of the blocks that the step fills with prompts
-    claims = Claims(pool, kernel.quotas, max(PASS_ROWS, pool.pace.rows_within(step_s)))
     must_land = force = False
-
-    def more() -> Iterator[Process]:
-        for process in taken:
-            had = len(process.table.blocks)
-            _match_prefix(kernel, process)
-            claims.took(process, len(process.table.blocks) - had)
-            if process.runnable:
-                yield process
 
     def reserve(process: Process, count: int) -> bool:
         nonlocal must_land
         if process.pid in settled or (count > 1 and _is_filled_elsewhere(kernel, device, process, keys)):
-            return False
-        if not force and not claims.lets_in(process):
-            process.refused = claims.lacks
             return False
         if not _reserve(kernel, claims, process, count, settled, force, overtakes):
             process.refused = "quota" if claims.over(process, 1) else "memory"
@@ -165,7 +172,7 @@ def divide(
             keys.update(_filled(process, count))
         return True
 
-    shares = scheduler.plan(turn, more(), most, step_tokens, chunk_tokens, reserve)
+    shares = scheduler.plan(turn, more, most, step_tokens, chunk_tokens, reserve)
     if not shares and overtakes:
         return False
     if not shares and not must_land:

@@ -59,6 +59,7 @@ class RunQueue:
         self._homes: dict[Process, _Line] = {}
         self._busy = [0] * CLASSES
         self._taken: dict[Process, None] = {}  # by the decision that goes on, in order
+        self._passed: list[_Line] = []  # of which it takes nobody more
         self._places: dict[int, int] = {}
         self._places_at = float("-inf")
         self._numbers = itertools.count()
@@ -101,8 +102,18 @@ class RunQueue:
                 self._offer(line)
                 yield process
 
+    def pass_over(self, process: Process) -> None:
+        """The decision that goes on takes nobody more of this process's tenant in its class."""
+        line = self._homes[process]
+        if line.offer is not None:
+            line.offer = None
+            self._passed.append(line)
+
     def settle(self) -> None:
         """The decision is over: what was taken and could run on is put back."""
+        passed, self._passed = self._passed, []
+        for line in passed:
+            self._offer(line)
         taken, self._taken = self._taken, {}
         for process in taken:
             line = self._homes.get(process)
