@@ -112,8 +112,8 @@ class RunQueue:
     def settle(self) -> None:
         """The decision is over: what was taken and could run on is put back."""
         passed, self._passed = self._passed, []
-        for line in passed:
-            self._offer(line)
+        for each in passed:
+            self._offer(each)
         taken, self._taken = self._taken, {}
         for process in taken:
             line = self._homes.get(process)
