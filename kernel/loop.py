@@ -53,6 +53,11 @@ from .tiers import open_tiers
 from .timers import Timers
 
 
+TOLD_TOGETHER = 16
+"""The tokens of so many processes go out together: fewer would be more messages, which take the engine's
+cores; with more, the first would wait for the last to be booked."""
+
+
 class Kernel:
     """All tables. The I/O shell feeds events and carries out `take_effects()` after each."""
 
@@ -100,6 +105,7 @@ class Kernel:
         self.imports = Imports(self.sessions, self.programs, str(home), self.imported)
         self.runs: dict[int, Process] = {}  # those that train, ended ones too until they are waited for
         self.trainers: dict[int, Process] = {}  # by connection
+        self.tell: Callable[[], None] = lambda: None  # the I/O shell sends what clients are to be told so far
         self.departures: list[tuple[Process, Callable[[], None]]] = []  # who moves when no step has it
         self.draining = False
         self._verdict = Verdict.OPEN
@@ -340,7 +346,8 @@ class Kernel:
     # Steps
 
     def _landed(self, device: Device, flight: Flight) -> None:
-        """Takes a flight off the device and out of its processes."""
+        """Takes a flight off the device and out of its processes; the caller touches those that it has parts
+        for."""
         device.flights.remove(flight)
         planning.watch(self, device)
         for part in flight.parts:
@@ -350,7 +357,6 @@ class Kernel:
                 process.ahead -= part.count
                 process.coming -= part.sample
                 process.guesses -= part.extra
-            process.pool.queue.touch(process)
         for texts in flight.texts:
             texts.process.flights -= 1
             texts.process.pool.queue.touch(texts.process)
@@ -382,9 +388,12 @@ class Kernel:
         rows += sum(out.drafted for out in outputs) / rounds
         flight.pool.pace.learn(rows, flight.tokens, result.seconds / rounds)
         leaders: dict[int, Process] = {}
-        for part, out in zip(flight.parts, result.outputs, strict=True):
+        for number, (part, out) in enumerate(zip(flight.parts, result.outputs, strict=True), 1):
+            if number % TOLD_TOGETHER == 0:
+                self.tell()
             process, infer = part.process, part.infer
             if process.infer is not infer or process.epoch != part.epoch:
+                process.pool.queue.touch(process)
                 continue
             computed = process.computed + part.count + max(0, len(out.tokens) - 1)
             if out.error or out.computed != computed:
@@ -398,6 +407,7 @@ class Kernel:
                 self._take(process, infer, out)
                 continue
             process.pool.memory.publish(process.table, process.tokens, computed)
+            process.pool.queue.touch(process)
             if out.beams:
                 infer.tops[process.pid] = out.beams
                 leader = process.beam_of or process
@@ -460,6 +470,8 @@ class Kernel:
         self._dump(f"{device.name}-failed")
         infers = {part.process: part.infer for part in flight.parts}
         spoiled = frozenset(target for _, target in flight.copies)
+        for process in infers:
+            flight.pool.queue.touch(process)
         for process in [*infers, *(p for p in flight.pool.processes if p not in infers)]:
             ours = infers.get(process)
             if ours is None and spoiled.isdisjoint(process.table.blocks):

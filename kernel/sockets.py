@@ -130,6 +130,7 @@ class Sockets:
 
     def __init__(self, kernel: Kernel, journal: Journal, address: str, bus: Path, home: Path) -> None:
         self._kernel = kernel
+        kernel.tell = lambda: self._tell(kernel.sessions.take_outbox())
         self._journal = journal
         self._home = home
         self._running = True
@@ -237,9 +238,12 @@ class Sockets:
             # Devices need not wait for the disk, clients have to: what they are told is durable.
             told = [effect for effect in effects if isinstance(effect, Send)]
             self._carry_out([effect for effect in effects if not isinstance(effect, Send)])
-            if told:
-                self._commit()
-            self._carry_out(told)
+            self._tell(told)
+
+    def _tell(self, told: list[Send]) -> None:
+        if told:
+            self._commit()
+        self._carry_out(told)
 
     def _carry_out(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
