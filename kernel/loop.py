@@ -52,7 +52,6 @@ from .tenants import Subject
 from .tiers import open_tiers
 from .timers import Timers
 
-
 TOLD_TOGETHER = 16
 """The tokens of so many processes go out together: fewer would be more messages, which take the engine's
 cores; with more, the first would wait for the last to be booked."""
