@@ -218,7 +218,7 @@ class NullDriver:
             block_bytes=_BLOCK,
             weights_bytes=0,
             repeats=True,
-            interruptible=True,
+            interruptible=not encodes,
             kv_layout="slots",
             encodes=encodes,
             width=_number(config, "hidden_size", default=8) if encodes else 0,

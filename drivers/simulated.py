@@ -148,16 +148,20 @@ class SimulatedWorker:
 
     def begin(self, now: float) -> None:
         """Starts the first step that is held if none runs, and those that overtake."""
-        overtaking = [step for step in self.held if isinstance(step, base.Step) and step.batch.overtakes]
-        for step in overtaking or list(self.held)[: not self._begun]:
+        if not self._begun and self.held:
+            self._start(self.held.popleft(), now)
+        for step in [step for step in self.held if isinstance(step, base.Step) and step.batch.overtakes]:
             self.held.remove(step)
-            if isinstance(step, base.Encode):
-                done: StepResult | Encoded = self.driver.encode(step)
-            else:
-                done = self.driver.collect(self.driver.submit(step.batch))
-            own = self.pause if self._begun or now == self.landed else self.wake
-            self._begun = [(ends + own + done.seconds, other) for ends, other in self._begun]
-            self._begun.append((now + own + done.seconds, done))
+            self._start(step, now)
+
+    def _start(self, step: base.Step | base.Encode, now: float) -> None:
+        if isinstance(step, base.Encode):
+            done: StepResult | Encoded = self.driver.encode(step)
+        else:
+            done = self.driver.collect(self.driver.submit(step.batch))
+        own = self.pause if self._begun or now == self.landed else self.wake
+        self._begun = [(ends + own + done.seconds, other) for ends, other in self._begun]
+        self._begun.append((now + own + done.seconds, done))
 
     def land(self, now: float) -> StepResult | Encoded | None:
         """The result of the step that has ended by `now`."""

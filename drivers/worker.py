@@ -87,15 +87,17 @@ class Worker:
                 self._send(note)
             reader, waiting = wire.FrameReader(), deque[base.ToWorker]()
 
-            def hear() -> bool:
-                """Takes in what came; False: the other side is gone."""
+            def hear(running: bool = False) -> bool:
+                """Takes in what came; False: the other side is gone. Only a step that runs is overtaken: one
+                that has not begun may still close or copy what the other needs."""
                 data = bus.recv(1 << 20)
                 for message in map(base.to_worker.decode, reader.feed(data)):
-                    (waiting.appendleft if _overtakes(message) else waiting.append)(message)
+                    ahead = running and _overtakes(message)
+                    (waiting.appendleft if ahead else waiting.append)(message)
                 return bool(data)
 
             def interrupted() -> None:
-                if not hear():
+                if not hear(running=True):
                     interrupt.fd = -1
                 while waiting and _overtakes(waiting[0]):
                     self._answer(waiting.popleft(), None)

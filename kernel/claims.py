@@ -162,7 +162,7 @@ class Claims:
         """Whether an owner would have more than its most blocks, with what those of it that are in need."""
         for path, limit in self._quotas.limits_of(process.owner):
             if limit.kv_max is not None:
-                own = [p for p in self._pool.admitted if is_below(p.owner, path)]
+                own = [p for p in self._pool.admitted | self._let_in if is_below(p.owner, path)]
                 used = self._usage().get(path, 0)
                 if own and used + need + sum(needed(p) for p in own) > limit.kv_max:
                     return True

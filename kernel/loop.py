@@ -240,7 +240,9 @@ class Kernel:
             return
         device.restarts += 1
         self.log.warn(f"{device.name}: worker {device.worker_pid} died; its processes will be recomputed")
-        flight, loading = device.flights[0] if device.flights else None, device.loading
+        # Of a step and the one that overtakes it either may have run.
+        ran = list(device.flights)[: 2 if device.flights and device.flights[0].overtakes else 1]
+        loading = device.loading
         device.worker, device.worker_pid, device.loading = None, 0, None
         for lost in device.flights:
             self.recorder.landed(lost.ticket, None, "lost")
@@ -252,13 +254,13 @@ class Kernel:
             pool.forget()
             residency.expect_worker(self, device, pool)
         device.pools = [pool for pool in device.pools if pool.processes or pool.awaited]
-        for texts in flight.texts if flight else ():
+        for texts in (texts for flight in ran for texts in flight.texts):
             texts.encoding.crashes += 1
             if texts.process.encoding is texts.encoding and texts.encoding.crashes >= self.config.crash_limit:
                 died = errors.DeviceFault(f"the driver died {texts.encoding.crashes} times on this")
                 self.fail(texts.process, died)
         # Beams share one infer, which was in one death.
-        running = {id(part.infer): part for part in flight.parts} if flight else {}
+        running = {id(part.infer): part for flight in ran for part in flight.parts}
         for part in running.values():
             infer = part.infer
             if part.process.infer is infer:

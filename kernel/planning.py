@@ -116,10 +116,10 @@ def divide(
     # Who arrives waits for the step that runs, so it is kept short, however many generate.
     most = min(description.max_sequences, step_tokens, max(PASS_ROWS, pool.pace.rows_within(step_s)))
     claims = Claims(pool, kernel.quotas, max(PASS_ROWS, pool.pace.rows_within(step_s)))
-    some = refusals = 0  # of those taken
+    some = refused = refusals = 0  # of those taken; of the refused those whose tenants are asked further
 
     def let_in() -> Iterator[Process]:
-        nonlocal some, refusals
+        nonlocal some, refused, refusals
         for process in taken:
             some += 1
             had = len(process.table.blocks)
@@ -131,8 +131,10 @@ def divide(
                 yield process
                 continue
             process.refused = claims.lacks
+            refused += 1
             if claims.lacks != "quota":  # that is a matter of its owner, not of its tenant
                 pool.queue.pass_over(process)
+                continue
             refusals += 1
             if refusals == scheduler.MOST_REFUSALS:
                 return
@@ -140,7 +142,7 @@ def divide(
     more = let_in()
     # Whose turn it is: who is not let in keeps nobody from running.
     turn = list(itertools.islice(more, most))
-    if not turn and not refusals:
+    if not turn and not refused:
         return bool(some)
     if len(pool.queue) > 1:
         step_tokens = min(step_tokens, max(most, pool.pace.tokens_within(0, longest_s)))

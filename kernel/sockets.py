@@ -130,7 +130,7 @@ class Sockets:
 
     def __init__(self, kernel: Kernel, journal: Journal, address: str, bus: Path, home: Path) -> None:
         self._kernel = kernel
-        kernel.tell = lambda: self._tell(kernel.sessions.take_outbox())
+        kernel.tell = self._tell_so_far
         self._journal = journal
         self._home = home
         self._running = True
@@ -238,12 +238,14 @@ class Sockets:
             # Devices need not wait for the disk, clients have to: what they are told is durable.
             told = [effect for effect in effects if isinstance(effect, Send)]
             self._carry_out([effect for effect in effects if not isinstance(effect, Send)])
-            self._tell(told)
+            if told:
+                self._commit()
+            self._carry_out(told)
 
-    def _tell(self, told: list[Send]) -> None:
-        if told:
-            self._commit()
-        self._carry_out(told)
+    def _tell_so_far(self) -> None:
+        """In the middle of an event: what needs the disk first waits for the end of the turn."""
+        if not self._kernel.ledger.pending:
+            self._carry_out(self._kernel.sessions.take_outbox())
 
     def _carry_out(self, effects: Iterable[Effect]) -> None:
         for effect in effects:

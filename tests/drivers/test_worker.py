@@ -109,6 +109,23 @@ def test_a_step_that_overtakes_interrupts_the_one_that_runs(
     assert all(0.5 <= result.seconds < 0.9 for result in done), "the other's time is not its own"
 
 
+def test_a_step_that_has_not_begun_is_not_overtaken(bus_to: Callable[[str], Bus]) -> None:
+    """It may close what the other opens."""
+    bus = bus_to("null")
+    bus.receive()
+    bus.send(base.Load(base.LoadSpec(1, {}, "", 0.5)))
+    bus.receive()
+    closing = step(1, [3, 1, 4])
+    closing = base.Step(replace(closing.batch, closes=[3]))
+    both = [closing, step(2, [9, 9], seq=3, overtakes=True)]
+    bus.connection.sendall(b"".join(wire.frame(msgspec.msgpack.encode(each)) for each in both))
+    assert [bus.receive().result.ticket for _ in both] == [1, 2]
+    work = base.Work(3, 1, [], [], True)
+    bus.send(base.Step(base.Batch(3, 1, [], [], [], [work])))
+    [out] = bus.receive().result.outputs
+    assert not out.error
+
+
 @pytest.mark.parametrize("device", ["null", "null:1", "simulated"])
 def test_a_worker_attaches_computes_and_outlives_the_bus(device: str, bus_to: Callable[[str], Bus]) -> None:
     bus = bus_to(device)

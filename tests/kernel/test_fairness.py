@@ -108,3 +108,27 @@ def test_memory_wanted_four_times_over_is_not_fought_for(tmp_path: Path) -> None
         return world.now - begun
 
     assert spent(64, at_once=16) < spent(64, at_once=4) / 0.8, "as quick as with as many as there is room for"
+
+
+def test_newcomers_of_one_decision_do_not_outgrow_their_quota(tmp_path: Path) -> None:
+    world = Tenants(tmp_path, quotas={"q": t.Quota(kv_max=64)})
+    ids = [world.ask("q", 15, 241) for _ in range(16)]  # of 16 blocks each in the end
+    (pool,) = world.kernel.devices["null"].pools
+    while not all(world.ended(id_) for id_ in ids):
+        world.run(world.now + 0.05)
+        assert len(pool.admitted) <= 4
+        assert not any(p.preemptions for p in world.kernel.processes)
+
+
+def test_many_tenants_who_wait_for_memory_do_not_stop_those_who_run(tmp_path: Path) -> None:
+    world = Tenants(tmp_path, blocks=700, step_time=QUICK)
+    for tenant in range(12):
+        world.ask(f"in{tenant}", 200, 700)
+    world.run(5.0)
+    for tenant in range(100):
+        world.ask(f"waits{tenant}", 200, 700)
+    world.run(6.0)
+    before = len(world.sent)
+    world.run(9.0)
+    rows = [len(batch.work) for batch in world.sent[before:]]
+    assert sum(rows) / len(rows) > 4
