@@ -35,7 +35,7 @@ def cores() -> list[int]:
         except OSError:
             core = str(cpu)
         found.setdefault(core, cpu)
-    return list(found.values())
+    return list(found.values())[: psutil.cpu_count(logical=False)]
 
 
 def physical_cores() -> int:

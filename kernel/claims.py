@@ -37,16 +37,17 @@ Claim = tuple[int, int, int, int, int]
 class Claims:
     """The claims to `pool` as they are when the decision begins."""
 
-    def __init__(self, pool: Pool, quotas: Quotas, slots: int) -> None:
-        """`slots` are as many as a step serves."""
+    def __init__(self, pool: Pool, quotas: Quotas, slots: int, pushes: bool = True) -> None:
+        """`slots` are as many as a step serves. `pushes`: others may lose their blocks."""
         self._pool = pool
         self._quotas = quotas
         self._slots = slots
+        self._pushes = pushes
         self._used: dict[str, int] | None = None  # blocks by owner path, those below it included
         self._fair: dict[str, float] = {}
         self._promised: int | None = None
-        self._let_in: set[Process] = set()  # by this decision
-        self._coming = 0  # blocks that those are counted on to take
+        self._let_in: dict[Process, int] = {}  # by this decision, and not in yet: blocks that each will take
+        self._coming = 0  # the sum of them
         self._served: Counter[tuple[int, str]] | None = None  # those in, by class and tenant
         self.lacks = "memory"  # what who was not let in last has to wait for
         self._closed = len(CLASS_RANK)  # the strongest class of which somebody was not let in
@@ -94,13 +95,19 @@ class Claims:
 
     def _count(self, head: Process, need: int) -> bool:
         """Counts a process as in."""
-        self._let_in.add(head)
+        self._let_in[head] = need
         self._coming += need
         if self._promised is not None:
             self._promised += need
         if self._served is not None:
             self._served[CLASS_RANK[head.sched_class], tenant_of(head.owner)] += 1
         return True
+
+    def admit(self, process: Process) -> None:
+        """The process has its blocks."""
+        head = process.beam_of or process
+        self._pool.admitted.add(head)
+        self._coming -= self._let_in.pop(head, 0)
 
     def victim(
         self,
@@ -117,6 +124,8 @@ class Claims:
         `flying`: of those that are in flight instead, whose blocks may not be taken before they have landed.
         `force`: of those, too, that have made no progress yet. `path`: of this owner and those below it.
         """
+        if not self._pushes:
+            return None
         claim, rank = self.claim(claimant), CLASS_RANK[(claimant.beam_of or claimant).sched_class]
         best: tuple[bool, Claim] | None = None
         found = None
@@ -162,7 +171,7 @@ class Claims:
         """Whether an owner would have more than its most blocks, with what those of it that are in need."""
         for path, limit in self._quotas.limits_of(process.owner):
             if limit.kv_max is not None:
-                own = [p for p in self._pool.admitted | self._let_in if is_below(p.owner, path)]
+                own = [p for p in self._pool.admitted | self._let_in.keys() if is_below(p.owner, path)]
                 used = self._usage().get(path, 0)
                 if own and used + need + sum(needed(p) for p in own) > limit.kv_max:
                     return True

@@ -244,18 +244,11 @@ class Device:
         )
 
 
-def build(
-    pool: Pool,
-    parts: list[Part],
-    copies: list[tuple[int, int]],
-    ticket: int,
-    rounds: int,
-    overtakes: bool,
-) -> base.Batch:
+def build(flight: Flight) -> base.Batch:
     """The message for a step; brings the worker's mirrors up to date with the tables, and books in the
     processes what is in flight."""
-    opens, work = [], []
-    for part in parts:
+    opens, work, pool = [], [], flight.pool
+    for part in flight.parts:
         process, infer = part.process, part.infer
         mirror, blocks = process.mirror, process.table.blocks
         if mirror.stale:
@@ -279,7 +272,16 @@ def build(
         process.coming += part.sample
         process.guesses += part.extra
     closes, pool.closes = pool.closes, []
-    return base.Batch(ticket, pool.handle, closes, opens, copies, work, rounds, overtakes)
+    return base.Batch(
+        flight.ticket,
+        pool.handle,
+        closes,
+        opens,
+        flight.copies,
+        work,
+        flight.rounds,
+        flight.overtakes,
+    )
 
 
 def _open(process: Process, infer: Infer) -> base.SeqOpen:

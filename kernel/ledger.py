@@ -84,11 +84,6 @@ class Ledger:
         self._rows: dict[str, bytes | None] = {}
         self._next_pid = 0
 
-    @property
-    def pending(self) -> bool:
-        """Whether something is to be committed before clients are told more."""
-        return bool(self._processes or self._rows)
-
     def process(self, process: Process) -> None:
         """Its row changes. One that nobody can name (a one-shot's, a beam) has none."""
         if process.named:

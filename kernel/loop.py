@@ -52,10 +52,6 @@ from .tenants import Subject
 from .tiers import open_tiers
 from .timers import Timers
 
-TOLD_TOGETHER = 16
-"""The tokens of so many processes go out together: fewer would be more messages, which take the engine's
-cores; with more, the first would wait for the last to be booked."""
-
 
 class Kernel:
     """All tables. The I/O shell feeds events and carries out `take_effects()` after each."""
@@ -104,7 +100,6 @@ class Kernel:
         self.imports = Imports(self.sessions, self.programs, str(home), self.imported)
         self.runs: dict[int, Process] = {}  # those that train, ended ones too until they are waited for
         self.trainers: dict[int, Process] = {}  # by connection
-        self.tell: Callable[[], None] = lambda: None  # the I/O shell sends what clients are to be told so far
         self.departures: list[tuple[Process, Callable[[], None]]] = []  # who moves when no step has it
         self.draining = False
         self._verdict = Verdict.OPEN
@@ -389,9 +384,7 @@ class Kernel:
         rows += sum(out.drafted for out in outputs) / rounds
         flight.pool.pace.learn(rows, flight.tokens, result.seconds / rounds)
         leaders: dict[int, Process] = {}
-        for number, (part, out) in enumerate(zip(flight.parts, result.outputs, strict=True), 1):
-            if number % TOLD_TOGETHER == 0:
-                self.tell()
+        for part, out in zip(flight.parts, result.outputs, strict=True):
             process, infer = part.process, part.infer
             if process.infer is not infer or process.epoch != part.epoch:
                 process.pool.queue.touch(process)

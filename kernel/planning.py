@@ -115,7 +115,7 @@ def divide(
     step_s = min(longest_s, max(SHORT_S, 4 * pool.pace.fixed, 2 * pool.pace.one_pass))
     # Who arrives waits for the step that runs, so it is kept short, however many generate.
     most = min(description.max_sequences, step_tokens, max(PASS_ROWS, pool.pace.rows_within(step_s)))
-    claims = Claims(pool, kernel.quotas, max(PASS_ROWS, pool.pace.rows_within(step_s)))
+    claims = Claims(pool, kernel.quotas, max(PASS_ROWS, pool.pace.rows_within(step_s)), pushes=not overtakes)
     some = refused = refusals = 0  # of those taken; of the refused those whose tenants are asked further
 
     def let_in() -> Iterator[Process]:
@@ -144,7 +144,7 @@ def divide(
     turn = list(itertools.islice(more, most))
     if not turn and not refused:
         return bool(some)
-    if len(pool.queue) > 1:
+    if len(pool.queue) > 1 or overtakes:
         step_tokens = min(step_tokens, max(most, pool.pace.tokens_within(0, longest_s)))
     if (prompt := next((process for process in turn if process.lacking > PASS_ROWS), None)) is not None:
         needs = pool.pace.token * prompt.lacking
@@ -153,8 +153,6 @@ def divide(
         most = len(turn)
     rows = sum(1 for process in turn if process.lacking == 1)
     chunk_tokens = pool.pace.tokens_within(rows, step_s)
-    if overtakes:
-        step_tokens = min(step_tokens, max(most, pool.pace.tokens_within(0, longest_s)))
     settled: set[int] = set()  # in the step already, or pushed out of it
     keys: set[bytes] = set()  # of the blocks that the step fills with prompts
     must_land = force = False
@@ -163,10 +161,9 @@ def divide(
         nonlocal must_land
         if process.pid in settled or (count > 1 and _is_filled_elsewhere(kernel, device, process, keys)):
             return False
-        if not _reserve(kernel, claims, process, count, settled, force, overtakes):
+        if not _reserve(kernel, claims, process, count, settled, force):
             process.refused = "quota" if claims.over(process, 1) else "memory"
-            if not overtakes:
-                must_land |= claims.victim(process, settled, flying=True, force=force) is not None
+            must_land |= claims.victim(process, settled, flying=True, force=force) is not None
             return False
         process.refused = ""
         settled.add(process.pid)
@@ -237,15 +234,9 @@ def _is_filled_elsewhere(kernel: Kernel, device: Device, process: Process, keys:
 
 
 def _reserve(
-    kernel: Kernel,
-    claims: Claims,
-    process: Process,
-    count: int,
-    settled: set[int],
-    force: bool,
-    overtakes: bool,
+    kernel: Kernel, claims: Claims, process: Process, count: int, settled: set[int], force: bool
 ) -> bool:
-    """Makes room for `count` more tokens of `process`, taken from others if need be and not `overtakes`."""
+    """Makes room for `count` more tokens of `process`, taken from others if need be."""
     pool, had = process.pool, len(process.table.blocks)
     start, end = process.reach(count)
     if process.swap:  # what others have computed again or still hold is shared, the rest comes from the file
@@ -258,7 +249,7 @@ def _reserve(
     while (path := claims.over(process, more)) or (
         room := pool.memory.reserve(process.table, start, end)
     ) is None:
-        victim = None if overtakes else claims.victim(process, settled, force=force, path=path)
+        victim = claims.victim(process, settled, force=force, path=path)
         if victim is None:
             if process.swap:
                 pool.memory.release(process.table)
@@ -271,7 +262,7 @@ def _reserve(
         settled.add(victim.pid)
     if process.swap:
         swapping.bring_in(kernel, process)
-    pool.admitted.add(process.beam_of or process)
+    claims.admit(process)
     pool.holders.add(process)
     claims.took(process, len(process.table.blocks) - had)
     if room.copies:
@@ -314,11 +305,11 @@ def _send(
     for share in shares:
         scheduler.charge(share.process, rounds * (pool.pace.cost(share.count) + fixed), now)
     copies, pool.copies = pool.copies, []
-    ticket = next(kernel.numbers)
-    flight = Flight(ticket, pool, parts, copies, keys, rows, tokens, rounds, overtakes=overtakes)
+    flight = Flight(
+        next(kernel.numbers), pool, parts, copies, keys, rows, tokens, rounds, overtakes=overtakes
+    )
     kernel.recorder.sent(device.name, flight, len(pool.queue))
-    batch = build(pool, parts, copies, ticket, rounds, overtakes)
-    kernel.effects.append(ToWorker(device.worker, base.Step(batch)))
+    kernel.effects.append(ToWorker(device.worker, base.Step(build(flight))))
     sent(kernel, device, flight)
 
 

@@ -130,7 +130,6 @@ class Sockets:
 
     def __init__(self, kernel: Kernel, journal: Journal, address: str, bus: Path, home: Path) -> None:
         self._kernel = kernel
-        kernel.tell = self._tell_so_far
         self._journal = journal
         self._home = home
         self._running = True
@@ -241,11 +240,6 @@ class Sockets:
             if told:
                 self._commit()
             self._carry_out(told)
-
-    def _tell_so_far(self) -> None:
-        """In the middle of an event: what needs the disk first waits for the end of the turn."""
-        if not self._kernel.ledger.pending:
-            self._carry_out(self._kernel.sessions.take_outbox())
 
     def _carry_out(self, effects: Iterable[Effect]) -> None:
         for effect in effects:

@@ -52,7 +52,7 @@ class Life:
         for _ in range(3):
             self.pids.append(self.world.spawn())
         self.world.holds_steps = True
-        self.accepted = self.overtook = 0
+        self.accepted = 0
         self.saving: list[int] = []  # snapshots under way, by request
 
     # What may happen
@@ -184,9 +184,6 @@ class Life:
         pool.memory.check([p.table for p in pool.processes])
         for p in pool.processes:
             assert 0 <= p.flights <= 2
-        (device,) = self.world.kernel.devices.values()
-        self.overtook += sum(flight.overtakes for flight in device.flights)
-        for p in pool.processes:
             assert min(p.ahead, p.coming, p.guesses) >= 0
             if p.ahead:
                 assert p.reach(0)[1] <= 16 * len(p.table.blocks), "a step may write where it has no block"

@@ -518,7 +518,7 @@ static void check_finite(Engine &e, int thread) {
 }
 
 // A step from layer `first` on, or the head alone.
-struct HeadRows {
+struct StepJob {
     Engine *engine;
     const int32_t *rows;
     int count;
@@ -527,7 +527,7 @@ struct HeadRows {
 };
 
 static void step_thread(void *argument, int thread) {
-    HeadRows &job = *(HeadRows *)argument;
+    StepJob &job = *(StepJob *)argument;
     Engine &e = *job.engine;
     const llk_model &m = *e.model;
     TileScope tiles;
@@ -547,7 +547,7 @@ static void step_thread(void *argument, int thread) {
 }
 
 static void head_thread(void *argument, int thread) {
-    HeadRows &job = *(HeadRows *)argument;
+    StepJob &job = *(StepJob *)argument;
     TileScope tiles;
     Private mine(*job.engine->model, job.engine->thread_space + job.engine->thread_bytes * (size_t)thread);
     head(*job.engine, mine, thread, job.rows, job.count, job.logits);
@@ -672,7 +672,7 @@ extern "C" int32_t llk_run_step(llk_pool *pool, const llk_model *model, llk_step
     Engine e;
     open_engine(e, pool, model, step);
     int32_t wanted[4096];
-    HeadRows job{&e, wanted, lay_out_rows(e, wanted), e.logits, step->layer};
+    StepJob job{&e, wanted, lay_out_rows(e, wanted), e.logits, step->layer};
     pool->run(step_thread, &job);
     return step->layer > 0;
 }
@@ -681,7 +681,7 @@ extern "C" int32_t llk_logits(llk_pool *pool, const llk_model *model, llk_step *
                               float *logits) {
     Engine e;
     open_engine(e, pool, model, step);
-    HeadRows job{&e, rows, count, logits, 0};
+    StepJob job{&e, rows, count, logits, 0};
     pool->run(head_thread, &job);
     return 0;
 }

@@ -33,7 +33,6 @@ static inline int64_t now_ns() {
 struct llk_pool {
     int threads = 1;
     int *cpus = nullptr;  // one for each thread; NULL: they run anywhere
-    cpu_set_t allowed;    // what the caller may run on between steps
     pthread_t *handles = nullptr;
     void (*work)(void *, int) = nullptr;
     void *argument = nullptr;
@@ -85,11 +84,13 @@ struct llk_pool {
     void run(void (*what)(void *, int), void *with) {
         work = what;
         argument = with;
-        if (cpus) pin(0);
+        cpu_set_t before;  // torch, in the same process, gives its threads what the caller has
+        const bool pinned = cpus && !sched_getaffinity(0, sizeof before, &before);
+        if (pinned) pin(0);
         if (threads > 1) wake(job, idle);
         what(with, 0);
         barrier();
-        if (cpus) sched_setaffinity(0, sizeof allowed, &allowed);
+        if (pinned) sched_setaffinity(0, sizeof before, &before);
     }
 
     void serve(int thread) {
@@ -132,7 +133,7 @@ extern "C" llk_pool *llk_pool_new(int32_t threads, const int32_t *cpus) {
     llk_pool *pool = new (memory) llk_pool;
     pool->handles = (pthread_t *)calloc((size_t)threads, sizeof(pthread_t));
     // One thread alone may as well run where the others of the machine leave room.
-    if (cpus && threads > 1 && !sched_getaffinity(0, sizeof pool->allowed, &pool->allowed)) {
+    if (cpus && threads > 1) {
         pool->cpus = (int *)malloc((size_t)threads * sizeof(int));
         for (int i = 0; i < threads && pool->cpus; i++) pool->cpus[i] = cpus[i];
     }
