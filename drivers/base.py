@@ -228,7 +228,8 @@ class Driver(Protocol):
         """Sequences that are open may still have it; they are closed with the next step, and not computed."""
 
     def submit(self, batch: Batch) -> int:
-        """Starts a step and returns its ticket. Steps end in the order they were submitted."""
+        """Starts a step and returns its ticket. Steps end in the order they were submitted, but for those
+        submitted in an interrupt."""
 
     def collect(self, ticket: int, interrupt: Interrupt | None = None) -> StepResult:
         """Waits for a step. Only models that are Loaded.interruptible heed an `interrupt`, whose time is not

@@ -4,13 +4,13 @@ filesystem's, the keyring's and the audit log, where what an administrator does 
 Each turn: inbox (messages, worker results) → plan → submit → collect → apply → outbox. While a step is on a
 device the next one is sent, from what is certain of the first one's result, so that the device never waits
 for the kernel; but only shortly before the first one is expected to end, so that who arrives waits for one
-step at most.
+step at most, and who goes first not even for that (overtaking.py).
 
-What keeps two steps in flight safe: a device computes steps in the order they were sent. A block may be given
-away, and a process ended, cut or forked, while steps that write to it are in flight: whoever gets the block
-writes there in a later step, and reads only what was written in its own steps or booked (published) before.
-So results of an infer that is gone are simply dropped. Only who pushes others out looks first: a process
-that is in flight keeps its blocks, for its result is still to be booked.
+What keeps two steps in flight safe: but for those that overtake, a device computes steps in the order they
+were sent. A block may be given away, and a process ended, cut or forked, while steps that write to it are in
+flight: whoever gets the block writes there in a later step, and reads only what was written in its own steps
+or booked (published) before. So results of an infer that is gone are simply dropped. Only who pushes others
+out looks first: a process that is in flight keeps its blocks, for its result is still to be booked.
 """
 
 from __future__ import annotations
