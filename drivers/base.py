@@ -196,14 +196,16 @@ class Encoded(Struct, frozen=True, tag="encoded"):
 @dataclass(slots=True)
 class Interrupt:
     """What may come while a step is computed: when `fd` is readable it is to be taken, and other steps, of
-    other sequences, may be computed meanwhile. `fd` is -1 when nothing can come any more; `seconds` is the
-    time that it took."""
+    other sequences, may be computed meanwhile. It is to be taken as soon as the step has begun if `due`.
+    `fd` is -1 when nothing can come any more; `seconds` is the time that it took."""
 
     fd: int
     serve: Callable[[], None]
+    due: bool = False
     seconds: float = 0.0
 
     def take(self) -> None:
+        self.due = False
         begun = time.perf_counter()
         self.serve()
         self.seconds += time.perf_counter() - begun

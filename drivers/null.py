@@ -367,6 +367,8 @@ class NullDriver:
 
 def _pass(seconds: float, interrupt: Interrupt | None) -> None:
     """Lets so many seconds pass, and what comes meanwhile be taken."""
+    if interrupt is not None and interrupt.due:
+        interrupt.take()
     while interrupt is not None and interrupt.fd >= 0:
         begun, watch = time.perf_counter(), select.poll()
         watch.register(interrupt.fd, select.POLLIN)

@@ -88,24 +88,29 @@ class Worker:
             reader, waiting = wire.FrameReader(), deque[base.ToWorker]()
 
             def hear(running: bool = False) -> bool:
-                """Takes in what came; False: the other side is gone. Only a step that runs is overtaken: one
-                that has not begun may still close or copy what the other needs."""
+                """Takes in what came; False: the other side is gone. A step that overtakes goes before all
+                that wait while another one is `running`; else behind them, for a step that has not begun may
+                still close or copy what it needs."""
                 data = bus.recv(1 << 20)
                 for message in map(base.to_worker.decode, reader.feed(data)):
                     ahead = running and _overtakes(message)
                     (waiting.appendleft if ahead else waiting.append)(message)
                 return bool(data)
 
+            def due() -> bool:
+                return bool(waiting) and _overtakes(waiting[0])
+
             def interrupted() -> None:
-                if not hear(running=True):
+                if not due() and not hear(running=True):
                     interrupt.fd = -1
-                while waiting and _overtakes(waiting[0]):
+                while due():
                     self._answer(waiting.popleft(), None)
 
             while waiting or hear():
-                interrupt = base.Interrupt(bus.fileno(), interrupted)
                 if waiting:
-                    self._answer(waiting.popleft(), interrupt)
+                    message = waiting.popleft()
+                    interrupt = base.Interrupt(bus.fileno(), interrupted, due())
+                    self._answer(message, interrupt)
         finally:
             self._bus = None
 

@@ -165,8 +165,8 @@ class Flight:
     """A step that was sent and not yet collected: its parts in the order of the batch, or an encoder's texts.
     `keys` name the blocks that it fills with prompts; `rows` and `tokens`, `rounds` times, are what it was
     expected to take its time by, and `left` is what of that time is still to come when it begins or goes on
-    (None: nobody knows). One that `overtakes` interrupted those behind it; `lost` is the time that this one
-    was kept from running so."""
+    (None: nobody knows). One that is `apart` is of newcomers alone; one that `overtakes`, too, and has
+    interrupted those behind it; `lost` is the time that this one was kept from running so."""
 
     ticket: int
     pool: Pool
@@ -177,6 +177,7 @@ class Flight:
     tokens: int
     rounds: int
     texts: list[Texts] = field(default_factory=list)
+    apart: bool = False
     overtakes: bool = False
     left: float | None = None
     lost: float = 0.0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from llmasos.drivers import base
 
-from . import encoding, grants, residency, scheduler, swapping, watchdog
+from . import encoding, grants, newcomers, residency, scheduler, swapping, watchdog
 from .claims import Claims
 from .devices import Device, Flight, Part, Pool, build
 from .effects import ToWorker
@@ -97,22 +97,55 @@ def _plan(kernel: Kernel, device: Device, pool: Pool) -> bool:
             pool.queue.settle()
     taken = pool.queue.take(kernel.config.aging_s, lambda process: estimate(pool, process))
     try:
-        return divide(kernel, device, pool, taken)
+        first, looked = _newcomers(kernel, device, pool, taken)
+        if first and divide(kernel, device, pool, iter(first), apart=True):
+            return True
+        return divide(kernel, device, pool, itertools.chain(looked, taken))
     finally:
         pool.queue.settle()
 
 
+def _newcomers(
+    kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process]
+) -> tuple[list[Process], list[Process]]:
+    """Those at the head of `taken` who get a short step of their own, unless the one before was such a step;
+    and all that had to be looked at."""
+    first: list[Process] = []
+    looked: list[Process] = []
+    before = device.flights[-1] if device.flights else None
+    if before is None or before.apart or before.pool is not pool or not newcomers.gain(pool, before):
+        return first, looked
+    tokens = pool.pace.tokens_within(0, _bounds(kernel, pool)[0])
+    for process in itertools.islice(taken, PASS_ROWS):
+        looked.append(process)
+        if not any(newcomers.before(pool, before, [process])):
+            break
+        first.append(process)
+    return first if sum(process.lacking for process in first) <= tokens else [], looked
+
+
+def _bounds(kernel: Kernel, pool: Pool) -> tuple[float, float]:
+    """Seconds of the longest step beside who generates, and of the longest."""
+    # Where reading the weights takes that long already, as long again goes to who is in the step.
+    longest_s = max(kernel.config.step_ms / 1000, 2 * pool.pace.fixed)
+    return min(longest_s, max(SHORT_S, 4 * pool.pace.fixed, 2 * pool.pace.one_pass)), longest_s
+
+
 def divide(
-    kernel: Kernel, device: Device, pool: Pool, taken: Iterator[Process], overtakes: bool = False
+    kernel: Kernel,
+    device: Device,
+    pool: Pool,
+    taken: Iterator[Process],
+    apart: bool = False,
+    overtakes: bool = False,
 ) -> bool:
-    """Sends a step of those `taken`, in their order. False: nothing can be sent now. One that `overtakes` is
-    short, and takes no memory from others: what they lose may still be being read."""
+    """Sends a step of those `taken`, in their order. False: nothing can be sent now. One of newcomers `apart`
+    from the others is not sent if they lack room. One that `overtakes` takes no memory from others: what they
+    lose may still be being read."""
     description = device.description
     assert description is not None
     step_tokens = kernel.config.step_tokens or description.step_tokens
-    # Where reading the weights takes that long already, as long again goes to who is in the step.
-    longest_s = max(kernel.config.step_ms / 1000, 2 * pool.pace.fixed)
-    step_s = min(longest_s, max(SHORT_S, 4 * pool.pace.fixed, 2 * pool.pace.one_pass))
+    step_s, longest_s = _bounds(kernel, pool)
     # Who arrives waits for the step that runs, so it is kept short, however many generate.
     most = min(description.max_sequences, step_tokens, max(PASS_ROWS, pool.pace.rows_within(step_s)))
     claims = Claims(pool, kernel.quotas, max(PASS_ROWS, pool.pace.rows_within(step_s)), pushes=not overtakes)
@@ -144,7 +177,7 @@ def divide(
     turn = list(itertools.islice(more, most))
     if not turn and not refused:
         return bool(some)
-    if len(pool.queue) > 1 or overtakes:
+    if len(pool.queue) > 1 or apart:
         step_tokens = min(step_tokens, max(most, pool.pace.tokens_within(0, longest_s)))
     if (prompt := next((process for process in turn if process.lacking > PASS_ROWS), None)) is not None:
         needs = pool.pace.token * prompt.lacking
@@ -172,7 +205,7 @@ def divide(
         return True
 
     shares = scheduler.plan(turn, more, most, step_tokens, chunk_tokens, reserve)
-    if not shares and overtakes:
+    if not shares and apart:
         return False
     if not shares and not must_land:
         # Those whose turn it is may all lack room: who has the strongest claim to memory never does.
@@ -185,7 +218,7 @@ def divide(
         # keep it there for ever.
         device.ahead_at = math.inf
         return False
-    _send(kernel, device, pool, claims, shares, keys, overtakes)
+    _send(kernel, device, pool, claims, shares, keys, apart, overtakes)
     return True
 
 
@@ -278,6 +311,7 @@ def _send(
     claims: Claims,
     shares: list[Share],
     keys: set[bytes],
+    apart: bool,
     overtakes: bool,
 ) -> None:
     assert device.worker is not None
@@ -305,9 +339,8 @@ def _send(
     for share in shares:
         scheduler.charge(share.process, rounds * (pool.pace.cost(share.count) + fixed), now)
     copies, pool.copies = pool.copies, []
-    flight = Flight(
-        next(kernel.numbers), pool, parts, copies, keys, rows, tokens, rounds, overtakes=overtakes
-    )
+    ticket = next(kernel.numbers)
+    flight = Flight(ticket, pool, parts, copies, keys, rows, tokens, rounds, apart=apart, overtakes=overtakes)
     kernel.recorder.sent(device.name, flight, len(pool.queue))
     kernel.effects.append(ToWorker(device.worker, base.Step(build(flight))))
     sent(kernel, device, flight)

@@ -2,10 +2,11 @@
 costs O(log n) for each process that it takes.
 
 Order: a class that has waited for too long, then the classes; inside a class the tenant with the least
-counter (shares.py); inside a tenant who is in memory before who is not (claims.py tells how many get in),
-then the process with the least weighted service (nice), among equals those
-whose prompt shares the longest computed prefix, among the arrivals of a moment, then by age. While a decision
-takes processes each is counted as served at once, so that a step is divided between the tenants too.
+counter (shares.py), among equals the one who became busy last, for he was lifted to the other's counter;
+inside a tenant who is in memory before who is not (claims.py tells how many get in), then the process with
+the least weighted service (nice), among equals those whose prompt shares the longest computed prefix, among
+the arrivals of a moment, then by age. While a decision takes processes each is counted as served at once, so
+that a step is divided between the tenants too.
 
 What a process could do follows from its facts (`Process.runnable`): whoever changes them calls `touch`. A
 process that is found not to be runnable when its turn comes is dropped until it is touched again.
@@ -30,7 +31,7 @@ PLACES_S = 0.5
 """Places in a queue of more than MANY are found anew so often at most: it costs O(n log n)."""
 
 _Entry = tuple[bool, float, int, int, int, int, Process]
-_Offer = tuple[float, int, "_Line"]
+_Offer = tuple[float, int, int, "_Line"]
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +43,7 @@ class _Line:
     tenant: str
     heap: list[_Entry] = field(default_factory=list)
     busy: set[Process] = field(default_factory=set)
+    since: int = 0  # the later it became busy, the greater
     least: float = 0.0  # weighted service of the busy ones, when the line was last chosen
     taken: float = 0.0  # by the decision that goes on
     offer: _Offer | None = None
@@ -177,6 +179,7 @@ class RunQueue:
             line = self._lines[key] = _Line(*key)
         if not line.busy:
             self.shares.lift(*key)
+            line.since = next(self._numbers)
         if not self._busy[line.rank]:
             self.shares.served[line.rank] = max(self.shares.served[line.rank], self._now())
         head = process.beam_of or process
@@ -196,7 +199,7 @@ class RunQueue:
     def _offer(self, line: _Line) -> None:
         """Enters a line among the tenants of its class, where it belongs now."""
         counter = self.shares.counter(line.rank, line.tenant) + line.taken
-        line.offer = (counter, next(self._numbers), line)
+        line.offer = (counter, -line.since, next(self._numbers), line)
         heapq.heappush(self._offers[line.rank], line.offer)
 
     def _first_line(self, rank: int) -> _Line | None:
@@ -204,7 +207,7 @@ class RunQueue:
         offers = self._offers[rank]
         while offers:
             offer = heapq.heappop(offers)
-            line = offer[2]
+            line = offer[-1]
             if line.offer is not offer:
                 continue  # it was entered anew
             line.offer = None

@@ -17,7 +17,7 @@ from typing import Any
 
 from . import build
 
-ABI = 5
+ABI = 6
 MOST_RANKS = 768
 """Of the adapters of matrices that are packed as one."""
 PREBUILT = Path(__file__).parent / "lib"
@@ -101,7 +101,7 @@ class Run(ctypes.Structure):
         ("start", c_int32),
         ("count", c_int32),
         ("wanted", c_int32),
-        ("reserved", c_int32),
+        ("kept", c_int32),
     ]
 
 

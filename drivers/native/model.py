@@ -224,7 +224,7 @@ class NativeModel:
             run.blocks = sequence.blocks.buffer_info()[0]
             run.start, run.count = piece.start, count
             run.adapter = self.adapters[sequence.adapter].address if sequence.adapter else None
-            run.wanted = wanted(piece)
+            run.wanted, run.kept = wanted(piece), _kept(piece)
             for row in range(run.wanted):
                 asked = desk.picks[picks + row]
                 self._ask(desk, asked, piece, row)
@@ -238,6 +238,8 @@ class NativeModel:
             rows, picks = rows + count, picks + run.wanted
         step = desk.step
         step.run_count, step.rows, step.pick_count, step.layer = len(pieces), rows, picks, 0
+        if interrupt and interrupt.due:
+            interrupt.take()
         step.watch = interrupt.fd if interrupt else -1
         while self._functions.llk_run_step(self._pool, self._model, step):
             assert interrupt is not None
@@ -260,7 +262,7 @@ class NativeModel:
         for piece, result in zip(pieces, results, strict=True):
             if piece.scores_prompt and not result.error:
                 result.prompt = self._score(desk, piece, row)  # overwrites what the picks had listed
-            row += piece.end - piece.start
+            row += _kept(piece)
         return results
 
     def all_logits(self, tokens: list[int], chunk: int = MAX_ROWS) -> Floats:
@@ -276,7 +278,7 @@ class NativeModel:
         for start in range(0, len(tokens), chunk):
             count = min(chunk, len(tokens) - start)
             run.tokens = sequence.buffer_info()[0] + 4 * start
-            run.start, run.count, run.wanted, run.adapter = start, count, 0, None
+            run.start, run.count, run.wanted, run.kept, run.adapter = start, count, 0, count, None
             step.rows = count
             self._functions.llk_run_step(self._pool, self._model, step)
             for row in range(0, count, MAX_PICKS):
@@ -324,7 +326,7 @@ class NativeModel:
             ctypes.memset(self._model.kv + block * self.block_bytes, 0, self.block_bytes)
 
     def _score(self, desk: _Desk, piece: Piece, first: int) -> list[t.Chosen]:
-        """Scores of the tokens at `piece.scored`, whose rows begin at row `first` of the step."""
+        """Scores of the tokens at `piece.scored`, whose rows begin at row `first` of those that were kept."""
         positions, scores = list(piece.scored), []
         top = piece.sequence.sampling.logprobs or 0
         for begin in range(0, len(positions), MAX_PICKS):
@@ -353,6 +355,11 @@ class NativeModel:
 def wanted(piece: Piece) -> int:
     """Rows of a piece whose logits are needed to go on."""
     return piece.drafted + 1 if piece.choose else int(piece.beams > 0)
+
+
+def _kept(piece: Piece) -> int:
+    """Rows of a piece whose logits can be had behind the step."""
+    return piece.end - piece.start if piece.scores_prompt else wanted(piece)
 
 
 def _listed(pick: Pick) -> list[t.TokenLogprob]:

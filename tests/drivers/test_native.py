@@ -49,9 +49,9 @@ def scored(
     """The scores of the prompt and of `count` tokens generated, exactly as they come."""
     found: list[Any] = []
     while len(seq.tokens) < seq.prompt_length + count:
-        work = [(seq, min(chunk, len(seq.tokens) - seq.computed))]
-        work += [(other, min(7, len(other.tokens) - other.computed)) for other in beside or ()]
-        out = kernel.step(work)[0]
+        work = [(other, min(7, len(other.tokens) - other.computed)) for other in beside or ()]
+        work.append((seq, min(chunk, len(seq.tokens) - seq.computed)))
+        out = kernel.step(work)[-1]
         assert not out.error
         found += [*out.prompt, *out.chosen]
     return found

@@ -109,8 +109,8 @@ def test_a_step_that_overtakes_interrupts_the_one_that_runs(
     assert all(0.5 <= result.seconds < 0.9 for result in done), "the other's time is not its own"
 
 
-def test_a_step_that_has_not_begun_is_not_overtaken(bus_to: Callable[[str], Bus]) -> None:
-    """It may close what the other opens."""
+def test_a_step_is_not_overtaken_before_it_has_begun(bus_to: Callable[[str], Bus]) -> None:
+    """It may close what the other opens; both have come before it begins."""
     bus = bus_to("null")
     bus.receive()
     bus.send(base.Load(base.LoadSpec(1, {}, "", 0.5)))
@@ -119,7 +119,7 @@ def test_a_step_that_has_not_begun_is_not_overtaken(bus_to: Callable[[str], Bus]
     closing = base.Step(replace(closing.batch, closes=[3]))
     both = [closing, step(2, [9, 9], seq=3, overtakes=True)]
     bus.connection.sendall(b"".join(wire.frame(msgspec.msgpack.encode(each)) for each in both))
-    assert [bus.receive().result.ticket for _ in both] == [1, 2]
+    assert [bus.receive().result.ticket for _ in both] == [2, 1]
     work = base.Work(3, 1, [], [], True)
     bus.send(base.Step(base.Batch(3, 1, [], [], [], [work])))
     [out] = bus.receive().result.outputs

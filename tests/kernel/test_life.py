@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from llmasos.drivers.null import next_token
-from llmasos.kernel import overtaking, planning, swapping
+from llmasos.kernel import newcomers, planning, swapping
 from llmasos.syscalls import table, wire
 from llmasos.syscalls import types as t
 
@@ -267,7 +267,7 @@ def test_whatever_comes_between_a_step_and_its_result(
         patch.setattr(planning, "MOST_ROUNDS", rounds)
         if seed % 2 == 0:  # no step is sent ahead, so the one that runs may be overtaken
             patch.setattr(planning, "LEAD_S", float("-inf"))
-            patch.setattr(overtaking, "_worth", lambda *_: True)  # here no step takes any time
+            patch.setattr(newcomers, "gain", lambda *_: True)  # here no step takes any time
         dice = random.Random(seed)
         patch.setattr(swapping, "worth_saving", lambda kernel, process: dice.random() < 0.8)
         life = Life(Path(home), dice, memory, draft_tokens=draft_tokens)

@@ -1,7 +1,9 @@
-"""Who waits for a first token goes before the step that runs: who may, who may not, what it costs others."""
+"""Who waits for a first token goes before the step that runs, or before the next one: who may, who may not,
+what it costs others."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import msgspec
@@ -165,3 +167,57 @@ def test_a_result_that_came_first_is_booked_first(tmp_path: Path) -> None:
     box.run(lambda: box.ended(id_))
     assert box.result(id_, session=b"\0one").body["finish"] == "length"
     assert all(not box.ended(other) for other in box.crowd)
+
+
+class Plain(Box):
+    """A box whose device cannot interrupt its steps."""
+
+    def __init__(self, home: Path, of_class: t.SchedClass = t.SchedClass.BATCH) -> None:
+        super().__init__(home, of_class)
+        (pool,) = self.kernel.devices["null"].pools
+        pool.loaded = msgspec.structs.replace(pool.loaded, interruptible=False)
+        self.early()
+
+
+@pytest.mark.parametrize("of_class", [t.SchedClass.BATCH, t.SchedClass.INTERACTIVE])
+def test_a_newcomer_shares_no_step_with_those_before_whom_he_goes(
+    of_class: t.SchedClass, tmp_path: Path
+) -> None:
+    box = Plain(tmp_path, of_class)
+    for delay in (0.0, 0.02, 0.06):
+        box.early()
+        box.run(box.now + delay)
+        assert box.wait_of(box.ask("one", t.SchedClass.INTERACTIVE)) <= BUSY + OWN + 0.005
+        box.run(box.now + 1)
+
+
+def test_who_generates_misses_one_step_at_most(tmp_path: Path) -> None:
+    box = Plain(tmp_path, t.SchedClass.INTERACTIVE)
+    before = len(box.sent)
+    for _ in range(60):
+        box.ask("one", t.SchedClass.INTERACTIVE, new=1)
+        box.run(box.now + 0.01)
+    rows = [sum(work.count == 1 for work in batch.work) for batch in box.sent[before:]]
+    assert 0 in rows, "newcomers had steps of their own"
+    assert all(a or b for a, b in itertools.pairwise(rows))
+
+
+def test_a_long_prompt_gets_no_step_of_its_own(tmp_path: Path) -> None:
+    box = Plain(tmp_path, t.SchedClass.INTERACTIVE)
+    before = len(box.sent)
+    id_ = box.ask("one", t.SchedClass.INTERACTIVE, prompt=1000)
+    box.run(lambda: bool(box.seen.get(id_)))
+    assert all(len(batch.work) > 1 for batch in box.sent[before:-1])
+
+
+def test_newcomers_of_two_tenants_do_not_overtake_each_other(tmp_path: Path) -> None:
+    box = Box(tmp_path, t.SchedClass.INTERACTIVE)
+    for tenant in ("one", "two"):
+        box.early()
+        first = box.ask(tenant, t.SchedClass.INTERACTIVE)
+        box.flush()
+        for other in ("two", "three", "one"):
+            box.ask(other, t.SchedClass.INTERACTIVE)
+            box.flush()
+        assert box.wait_of(first) <= OWN + 0.005
+        box.run(box.now + 1)

@@ -294,6 +294,17 @@ def test_a_tenant_that_was_away_gets_no_credit_for_it() -> None:
     assert 0.98 <= queue.shares.counter(1, "b") <= queue.shares.counter(1, "a")
 
 
+def test_among_tenants_who_had_as_much_who_came_last_goes_first() -> None:
+    """He was lifted to the other's counter: what he had when he was last here was less."""
+    busy = [process(pid, owner="busy") for pid in (1, 2)]
+    queue = queue_of(busy)
+    queue.shares.charge(CLASS_RANK[busy[0].sched_class], "busy", 5.0, 0.0)
+    list(itertools.islice(queue.take(2.0, lambda _: 0.001), 1))
+    queue.settle()
+    queue.touch(process(3, owner="new"))
+    assert pids(list(queue.take(2.0, lambda _: 0.001)))[0] == 3
+
+
 def test_memory_is_taken_from_waiting_then_from_lower_claims_never_from_higher() -> None:
     def holding(pid: int, **fields: object) -> Process:
         return process(pid, table=Table(b"", [pid]), **fields)

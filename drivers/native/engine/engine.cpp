@@ -37,12 +37,14 @@ struct Engine {
     llk_pool *pool;
     const llk_model *model;
     llk_step *step;
-    int rows, piece_count, split_count, item_count, adapted_tiles;
+    bool last;  // behind the last layer's keys and values: only the rows that are kept are left
+    int rows, kept, piece_count, split_count, item_count, adapted_tiles;
     // workspace
     float *x, *qkv, *attended, *inner, *cosines, *sines, *logits;
     Rows shared;
     Piece *pieces;
     int32_t *row_run, *row_position;  // of every row of the batch
+    int32_t *wanted;                  // the rows that get logits
     SplitRow *split_rows;
     int32_t *order;  // of the split rows, those with equal beginnings side by side
     Item *items;
@@ -143,6 +145,7 @@ static size_t lay_out(Engine &e, const llk_model &m, uint8_t *at, int max_rows, 
     e.pieces = carver.take<Piece>((size_t)max_rows);
     e.row_run = carver.take<int32_t>((size_t)max_rows);
     e.row_position = carver.take<int32_t>((size_t)max_rows);
+    e.wanted = carver.take<int32_t>((size_t)max_picks);
     e.split_rows = carver.take<SplitRow>((size_t)max_rows);
     e.order = carver.take<int32_t>((size_t)max_rows);
     e.items = carver.take<Item>((size_t)most_partials(m));
@@ -464,6 +467,48 @@ static void attention(Engine &e, Private &mine, int thread, int layer) {
     e.pool->barrier();
 }
 
+// Rows of a run that are left.
+static inline int rows_of(const Engine &e, const llk_run &run) { return e.last ? run.kept : run.count; }
+
+// Notes the runs that have something in `values` [rows][columns] that is not finite.
+static void check_finite(Engine &e, int thread, const float *values, int columns) {
+    int begin, end, row = 0;
+    share(e.step->run_count, 1, thread, e.pool->threads, begin, end);
+    for (int r = 0; r < end; r++) {
+        const int count = rows_of(e, e.step->runs[r]);
+        if (r >= begin) {
+            vf sound = vf_zero();
+            const float *x = values + (size_t)row * columns;
+            for (size_t i = 0; i < (size_t)count * columns; i += 16) sound = vf_fma(vf_load(x + i), vf_zero(), sound);
+            if (vf_sum(sound) != 0) e.step->finite[r] = 0;
+        }
+        row += count;
+    }
+}
+
+static void lay_out_rows(Engine &e);
+
+// Drops the rows of which nothing but keys and values is needed: most rows of a prompt.
+static void keep_rows(Engine &e, int thread) {
+    const llk_model &m = *e.model;
+    check_finite(e, thread, e.qkv, qkv_columns(m));
+    e.pool->barrier();
+    if (thread == 0) {
+        int from = 0, to = 0;
+        for (int r = 0; r < e.step->run_count; r++) {
+            const llk_run &run = e.step->runs[r];
+            from += run.count;
+            for (int row = from - run.kept; row < from; row++, to++) {
+                memmove(e.x + (size_t)to * m.hidden_padded, e.x + (size_t)row * m.hidden_padded, (size_t)m.hidden_padded * 4);
+                memmove(e.qkv + (size_t)to * qkv_columns(m), e.qkv + (size_t)row * qkv_columns(m), (size_t)qkv_columns(m) * 4);
+            }
+        }
+        e.last = true;
+        lay_out_rows(e);
+    }
+    e.pool->barrier();
+}
+
 // Whether there is something to read. A millisecond may pass between two looks, so a system call is nothing.
 static bool is_readable(int descriptor) {
     pollfd watched = {descriptor, POLLIN, 0};
@@ -485,6 +530,8 @@ static bool layer_step(Engine &e, Private &mine, int thread, int index) {
     const Output residual = {e.x, m.hidden_padded, STORE_ADD, 0};
     product(y.qkv, x, {y.norm1, y.norm1_bias}, {e.qkv, qkv_columns(m), STORE_PLAIN, 0});
     write_cache(e, thread, index);
+    if (index + 1 == m.layers && e.kept < e.rows) keep_rows(e, thread);
+    if (!e.rows) return false;
     attention(e, mine, thread, index);
     product(y.out, attended, {nullptr, nullptr}, residual);
     product(y.up, x, {y.norm2, y.norm2_bias}, {e.inner, m.inner, m.gated ? STORE_GATED : STORE_ACTIVATED, m.activation});
@@ -499,22 +546,6 @@ static void head(Engine &e, Private &mine, int thread, const int32_t *rows, int 
     const Source x = {e.x, m.hidden_padded, rows};
     const Rows ready = prepare(e, mine, thread, m.head, x, count, {m.final_norm, m.final_norm_bias}, nullptr);
     multiply_shared(e, thread, m.head, ready, count, {logits, padded_vocab(m), STORE_PLAIN, 0});
-}
-
-static void check_finite(Engine &e, int thread) {
-    const llk_model &m = *e.model;
-    int begin, end, row = 0;
-    share(e.step->run_count, 1, thread, e.pool->threads, begin, end);
-    for (int r = 0; r < end; r++) {
-        const int count = e.step->runs[r].count;
-        if (r >= begin) {
-            vf sound = vf_zero();
-            const float *x = e.x + (size_t)row * m.hidden_padded;
-            for (size_t i = 0; i < (size_t)count * m.hidden_padded; i += 16) sound = vf_fma(vf_load(x + i), vf_zero(), sound);
-            e.step->finite[r] = vf_sum(sound) == 0;
-        }
-        row += count;
-    }
 }
 
 // A step from layer `first` on, or the head alone.
@@ -539,7 +570,7 @@ static void step_thread(void *argument, int thread) {
         return;
     }
     if (thread == 0) e.step->layer = 0;
-    check_finite(e, thread);
+    check_finite(e, thread, e.x, m.hidden_padded);
     if (!job.count) return;
     head(e, mine, thread, job.rows, job.count, job.logits);
     for (int i = thread; i < job.count; i += e.pool->threads)
@@ -557,7 +588,10 @@ static void open_engine(Engine &e, llk_pool *pool, const llk_model *model, llk_s
     e.pool = pool;
     e.model = model;
     e.step = step;
+    e.last = false;
     e.rows = step->rows;
+    e.kept = 0;
+    for (int r = 0; r < step->run_count; r++) e.kept += step->runs[r].kept;
     lay_out(e, *model, step->workspace, step->max_rows, step->max_picks, pool->threads);
     e.next[0] = e.next[1] = 0;
 }
@@ -633,46 +667,48 @@ static void group_adapted(Engine &e) {
 
 // Decides how each row is attended to: generating ones chunk by chunk where that pays, for it gives every thread
 // something to do, or reads a common beginning once; the others in pieces.
-static int lay_out_rows(Engine &e, int32_t *wanted) {
+static void lay_out_rows(Engine &e) {
     const llk_model &m = *e.model;
     const llk_step &step = *e.step;
     const int most = piece_rows(m), group = m.heads / m.kv_heads;
     int row = 0, picks = 0, partials = 0, generating = 0;
-    for (int r = 0; r < step.run_count; r++) generating += step.runs[r].count <= TILE_ROWS;
+    for (int r = 0; r < step.run_count; r++) generating += rows_of(e, step.runs[r]) <= TILE_ROWS;
     const bool few = e.pool->threads > 1 && generating * m.kv_heads < 4 * e.pool->threads;
     const bool split = group <= TILE_ROWS && (few || share_a_chunk(step));
     e.piece_count = e.split_count = e.item_count = 0;
     for (int r = 0; r < step.run_count; r++) {
         const llk_run &run = step.runs[r];
+        const int count = rows_of(e, run), start = run.start + run.count - count;
         int needed = 0;
-        for (int i = 0; i < run.count; i++) {
+        for (int i = 0; i < count; i++) {
             e.row_run[row + i] = r;
-            e.row_position[row + i] = run.start + i;
-            needed += (run.start + i) / CHUNK + 1;
+            e.row_position[row + i] = start + i;
+            needed += (start + i) / CHUNK + 1;
         }
-        if (split && run.count <= TILE_ROWS && partials + needed <= most_partials(m)) {
-            for (int i = 0; i < run.count; i++) {
-                const int chunks = (run.start + i) / CHUNK + 1;
-                e.split_rows[e.split_count++] = {r, row + i, run.start + i, chunks, partials};
+        if (split && count <= TILE_ROWS && partials + needed <= most_partials(m)) {
+            for (int i = 0; i < count; i++) {
+                const int chunks = (start + i) / CHUNK + 1;
+                e.split_rows[e.split_count++] = {r, row + i, start + i, chunks, partials};
                 partials += chunks;
             }
         } else {
-            for (int done = 0; done < run.count; done += most)
-                e.pieces[e.piece_count++] = {r, row + done, imin(most, run.count - done), run.start + done};
+            for (int done = 0; done < count; done += most)
+                e.pieces[e.piece_count++] = {r, row + done, imin(most, count - done), start + done};
         }
-        for (int i = run.count - run.wanted; i < run.count; i++) wanted[picks++] = row + i;
-        row += run.count;
+        for (int i = count - run.wanted; i < count; i++) e.wanted[picks++] = row + i;
+        row += count;
     }
+    e.rows = row;
     make_items(e);
     group_adapted(e);
-    return picks;
 }
 
 extern "C" int32_t llk_run_step(llk_pool *pool, const llk_model *model, llk_step *step) {
     Engine e;
     open_engine(e, pool, model, step);
-    int32_t wanted[4096];
-    StepJob job{&e, wanted, lay_out_rows(e, wanted), e.logits, step->layer};
+    lay_out_rows(e);
+    memset(step->finite, 1, (size_t)step->run_count);
+    StepJob job{&e, e.wanted, step->pick_count, e.logits, step->layer};
     pool->run(step_thread, &job);
     return step->layer > 0;
 }

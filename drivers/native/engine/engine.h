@@ -33,7 +33,7 @@
 extern "C" {
 #endif
 
-#define LLK_ABI 5
+#define LLK_ABI 6
 #define LLK_MOST_RANKS 768  // of a llk_lora
 
 enum { LLK_F32 = 0, LLK_BF16 = 1, LLK_Q8 = 2, LLK_Q4 = 3 };                // weight formats
@@ -87,12 +87,13 @@ typedef struct {
     int32_t format;        // LLK_F32, LLK_BF16 or LLK_Q8
 } llk_lora;
 
-// A run: `count` consecutive positions of one sequence, from `start`. The last `wanted` rows get logits.
+// A run: `count` consecutive positions of one sequence, from `start`. The last `wanted` rows get logits; of the last
+// `kept`, at least `wanted`, llk_logits can be had behind the step.
 typedef struct {
     const uint32_t *tokens;  // the token at `start` and those after it
     const int32_t *blocks;   // the sequence's block table
     const llk_lora *adapter; // [layers][4]: of qkv, out, up, down; NULL: none
-    int32_t start, count, wanted, reserved;
+    int32_t start, count, wanted, kept;
 } llk_run;
 
 // What to choose from one row of logits, in the order of Hugging Face `generate`: repetition penalty, presence
@@ -150,7 +151,7 @@ void llk_pool_free(llk_pool *pool);
 // Computes a step. Returns 0, or 1 when it was interrupted: the same call goes on with it, after steps with workspaces
 // of their own if there are any. Nothing is checked that the caller can check.
 int32_t llk_run_step(llk_pool *pool, const llk_model *model, llk_step *step);
-// Logits of rows of the step just computed (`rows` count from the step's first row), into [count][vocab padded
+// Logits of rows of the step just computed (`rows` count the rows that were kept), into [count][vocab padded
 // to 16] floats. Needs that step's workspace.
 int32_t llk_logits(llk_pool *pool, const llk_model *model, llk_step *step, const int32_t *rows, int32_t count,
                    float *logits);
