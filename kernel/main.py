@@ -21,7 +21,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from llmasos.syscalls import address, errors
+from llmasos.syscalls import address, errors, turns
 
 from . import systemd
 from .config import Config, load
@@ -160,6 +160,7 @@ def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> i
     from .supervisor import DAMAGED
     from .tiers import host_folder
 
+    turns.short()
     collect_rarely()
     keep_prompts_private()
     # libzmq aborts when descriptors run out; connections are bounded far below the hard limit.

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import msgspec
 import zmq
 from llmasos.syscalls import address as addresses
-from llmasos.syscalls import errors, table, wire
+from llmasos.syscalls import errors, table, turns, wire
 from llmasos.syscalls import types as t
 from zmq.utils.monitor import parse_monitor_message
 
@@ -185,6 +185,7 @@ class Connection:
     # From here on everything runs in the connection's thread.
 
     def _run(self) -> None:
+        turns.short()
         try:
             while self._obey():
                 self._dispatch(self._keep_connected())

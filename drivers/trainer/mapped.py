@@ -23,7 +23,7 @@ from ..native import pack
 from ..native.architecture import GROUP, ROWS, Architecture
 from ..native.recipe import Layout, layouts
 
-_PIECE = 1 << 21
+_PIECE = 1 << 20
 """Values that are numbers at a time."""
 
 _LOOKED_UP = 64  # rows of an embedding, whose blocks are unpacked together

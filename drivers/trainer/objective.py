@@ -18,7 +18,7 @@ from torch import nn
 from .attention import Attention
 from .batches import Batch
 
-_LOGITS = 1 << 23
+_LOGITS = 1 << 22
 """Values of logits that are held at once."""
 
 
@@ -30,9 +30,11 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         rows = torch.arange(len(targets), device=targets.device)
         logits = logits.detach()
-        sums = logits.logsumexp(dim=1)
-        loss = (sums - logits[rows, targets]).sum()
-        logits.sub_(sums[:, None]).exp_()
+        chosen = logits[rows, targets]
+        most = logits.amax(dim=1, keepdim=True)
+        sums = logits.sub_(most).exp_().sum(dim=1, keepdim=True)
+        loss = ((sums.log() + most)[:, 0] - chosen).sum()
+        logits.div_(sums)
         logits[rows, targets] -= 1
         ctx.save_for_backward(logits)
         return loss
@@ -126,7 +128,8 @@ class Objective:
     def loss(self, rows: torch.Tensor, targets: torch.Tensor, output: type) -> torch.Tensor:
         """The sum over rows [n, hidden]."""
         self._done.output = output(last_hidden_state=rows[None])
-        logits = self._head(input_ids=targets[None], use_cache=False).logits[0].float()
+        # The gradient of an index, `logits[0]`, would be a copy.
+        logits = self._head(input_ids=targets[None], use_cache=False).logits.squeeze(0).float()
         self._done.output = None
         loss: torch.Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
         return loss

@@ -32,6 +32,7 @@ from llmasos.drivers.trainer.batches import IGNORED, Batches
 from llmasos.drivers.trainer.gate import Gate
 from llmasos.drivers.trainer.mapped import MappedLinear
 from llmasos.drivers.trainer.model import build
+from llmasos.drivers.trainer.optimizer import Optimizer
 from llmasos.drivers.trainer.run import Run
 from llmasos.syscalls import errors, wire
 from llmasos.syscalls.training import DataHead, Lora, Method, Recipe, TrainEvent, TrainResult
@@ -128,7 +129,7 @@ def curve(events: list[TrainEvent]) -> list[float]:
 
 def reference(folder: Path, recipe: Recipe, data: Path) -> Any:
     """As somebody would write it with transformers and peft: one example after the other, whole logits.
-    Returns losses, norms and the model."""
+    Returns losses, norms, gradients by name and the model."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if recipe.method is Method.LORA:
         config = peft.LoraConfig(
@@ -148,7 +149,7 @@ def reference(folder: Path, recipe: Recipe, data: Path) -> Any:
     optimizer = torch.optim.AdamW(wanted, lr=recipe.rate, weight_decay=0.0)
     batches = Batches(data, recipe, VOCAB)
     scheduler = transformers.get_scheduler("linear", optimizer, 0, batches.steps)
-    losses, norms = [], []
+    losses, norms, gradients = [], [], []
     for step in range(batches.steps):
         rows = [row for batch in batches.step(step).batches for row in apart(batch)]
         learnt = sum(int((targets != IGNORED).sum()) for _, targets in rows)
@@ -158,12 +159,24 @@ def reference(folder: Path, recipe: Recipe, data: Path) -> Any:
             loss = functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / learnt
             loss.backward()
             total += loss.item()
+        gradients.append(gradients_of(model))
         norms.append(torch.nn.utils.clip_grad_norm_(wanted, recipe.max_grad_norm).item())
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
         losses.append(total)
-    return losses, norms, model
+    return losses, norms, gradients, model
+
+
+def relative(ours: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    """The distance of all gradients of a step from others', over the length of these."""
+    assert ours.keys() == others.keys()
+    apart = torch.stack([(ours[name] - others[name]).norm() for name in ours])
+    return float(apart.norm() / torch.stack([other.norm() for other in others.values()]).norm())
+
+
+def gradients_of(model: Any) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def apart(batch: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -189,7 +202,18 @@ def test_twenty_steps_are_those_of_transformers_and_peft(
     packing: bool,
     spec: Callable[..., base.TrainSpec],
     tiny: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    gradients = []
+    steps = Optimizer.step
+
+    def noted(optimizer: Optimizer, step: int) -> float:
+        gradients.append(
+            {name: p.grad.clone() for name, p in optimizer.parameters.items() if p.grad is not None}
+        )
+        return steps(optimizer, step)
+
+    monkeypatch.setattr(Optimizer, "step", noted)
     targets = ["c_attn", "c_fc"] if model == "gpt2" else ["q_proj", "v_proj", "down_proj"]
     recipe = Recipe(
         method=method,
@@ -208,10 +232,14 @@ def test_twenty_steps_are_those_of_transformers_and_peft(
         asked = without_dropout(asked, tiny("gpt2").folder)
     events, result, run = train(asked)
     folder = Path(asked.files["config.json"].path).parent
-    losses, norms, theirs = reference(folder, recipe, Path(asked.data))
+    losses, norms, expected, theirs = reference(folder, recipe, Path(asked.data))
     assert curve(events) == pytest.approx(losses, rel=1e-5)
     found = [event.grad_norm for event in events if event.phase == "train"]
     assert found == pytest.approx(norms, rel=2e-5)
+    # AdamW makes the rounding of a step's gradients a difference of the next one's weights.
+    distances = [relative(ours, others) for ours, others in zip(gradients, expected, strict=True)]
+    assert distances[0] < 1e-5
+    assert max(distances) < 5e-5
     assert losses[-1] < losses[0]
     assert result.steps == 20
     check_result(Path(asked.folder) / "result", run, theirs, folder, method)

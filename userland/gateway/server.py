@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from pathlib import Path
 
-from llmasos.syscalls import errors
+from llmasos.syscalls import errors, turns
 
 from .access import ApiKeys, folder
 
@@ -40,6 +40,7 @@ def serve(
     if (tls_cert is None) != (tls_key is None):
         raise errors.InvalidArgument("TLS needs a certificate and its key", field="tls_key")
     ensure_daemon(address).close()
+    turns.short()  # not before: a daemon started here would inherit that
     log_to_stderr()
     app = build(address, keys)
     scheme = "https" if tls_cert else "http"
