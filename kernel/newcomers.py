@@ -8,8 +8,7 @@ next step as others do.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 
 from .devices import Flight, Pool
 from .process import CLASS_RANK, Process
@@ -20,10 +19,24 @@ BURST_S = 0.2
 a few. What he has had counts, so in the long run nobody gets more than his share."""
 
 
-def before(pool: Pool, flight: Flight, processes: Iterable[Process]) -> Iterator[Process]:
-    """Those of `processes` who go before everybody in a flight."""
+def before(pool: Pool, flight: Flight) -> Callable[[Process], bool]:
+    """Tells of a process whether it goes before everybody in a flight."""
     others = {_rank_and_tenant(part.process) for part in flight.parts}
-    return (process for process in processes if _goes_first(pool, process, others))
+    counter = pool.queue.shares.counter
+
+    def goes_first(process: Process) -> bool:
+        infer = process.infer
+        if infer is None or infer.first_token is not None or infer.beams or process.flights or process.swap:
+            return False
+        rank, tenant = _rank_and_tenant(process)
+        had = counter(rank, tenant)
+        return all(
+            rank < other_rank
+            or (rank == other_rank and tenant != other and had <= counter(rank, other) + BURST_S)
+            for other_rank, other in others
+        )
+
+    return goes_first
 
 
 def gain(pool: Pool, flight: Flight, left_s: float = 0.0) -> bool:
@@ -31,22 +44,6 @@ def gain(pool: Pool, flight: Flight, left_s: float = 0.0) -> bool:
     the weights: the `left_s` seconds of a step that runs, and the rows of a flight, which would else be in
     his."""
     return left_s + pool.pace.row * flight.rows >= pool.pace.fixed
-
-
-def _goes_first(pool: Pool, process: Process, others: set[tuple[int, str]]) -> bool:
-    infer = process.infer
-    if infer is None or infer.first_token is not None or infer.beams or process.flights or process.swap:
-        return False
-    rank, tenant = _rank_and_tenant(process)
-    counter = pool.queue.shares.counter
-    had = counter(rank, tenant)
-
-    def precedes(other_rank: int, other: str) -> bool:
-        if rank != other_rank:
-            return rank < other_rank
-        return tenant != other and had <= counter(rank, other) + BURST_S
-
-    return all(itertools.starmap(precedes, others))
 
 
 def _rank_and_tenant(process: Process) -> tuple[int, str]:

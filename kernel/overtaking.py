@@ -33,7 +33,7 @@ def advance(kernel: Kernel, device: Device) -> None:
         return
     taken = pool.queue.take(kernel.config.aging_s, lambda process: planning.estimate(pool, process))
     try:
-        first = list(newcomers.before(pool, running, itertools.islice(taken, PASS_ROWS)))
+        first = list(filter(newcomers.before(pool, running), itertools.islice(taken, PASS_ROWS)))
         if first:
             planning.divide(kernel, device, pool, iter(first), apart=True, overtakes=True)
     finally:

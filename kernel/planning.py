@@ -115,13 +115,16 @@ def _newcomers(
     before = device.flights[-1] if device.flights else None
     if before is None or before.apart or before.pool is not pool or not newcomers.gain(pool, before):
         return first, looked
-    tokens = pool.pace.tokens_within(0, _bounds(kernel, pool)[0])
-    for process in itertools.islice(taken, PASS_ROWS):
+    tokens, goes_first = pool.pace.tokens_within(0, _bounds(kernel, pool)[0]), newcomers.before(pool, before)
+    for process in taken:
         looked.append(process)
-        if not any(newcomers.before(pool, before, [process])):
-            break
+        tokens -= process.lacking
+        if not goes_first(process):
+            return first, looked
+        if tokens < 0:
+            return [], looked
         first.append(process)
-    return first if sum(process.lacking for process in first) <= tokens else [], looked
+    return first, looked
 
 
 def _bounds(kernel: Kernel, pool: Pool) -> tuple[float, float]:

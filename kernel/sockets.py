@@ -24,7 +24,7 @@ from typing import Any
 import msgspec
 import zmq
 from llmasos.drivers import base
-from llmasos.syscalls import errors, wire
+from llmasos.syscalls import errors, turns, wire
 from llmasos.syscalls.types import Capability
 
 from . import guard, systemd
@@ -76,7 +76,8 @@ class Running:
         self.program = program
         command = [sys.executable, "-m", *program.arguments, "--parent", str(os.getpid())]
         stdin = subprocess.PIPE if program.listens else subprocess.DEVNULL
-        self.process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE)
+        with turns.ordinary():  # most of them compute
+            self.process = subprocess.Popen(command, stdin=stdin, stdout=subprocess.PIPE)
         assert self.process.stdout is not None
         if self.process.stdin:
             os.set_blocking(self.process.stdin.fileno(), False)

@@ -145,6 +145,20 @@ def test_an_interrupted_step_and_the_one_that_interrupts_change_nothing(
     assert served == 5, "between layers, so several times a step"
 
 
+def test_what_is_due_is_taken_though_nothing_can_be_read(kernel_of: Callable[..., Kernel]) -> None:
+    kernel = kernel_of("llama", device="native")
+    alone = {n: scored(kernel, kernel.open(prompt(n, seed=n), logprobs=3), 1) for n in (40, 170)}
+    found = []
+
+    def serve() -> None:
+        found.append(scored(kernel, kernel.open(prompt(40, seed=40), logprobs=3), 1))
+
+    interrupt = base.Interrupt(-1, serve, due=True)
+    [out] = kernel.collect(kernel.submit([(kernel.open(prompt(170, seed=170), logprobs=3), 170)]), interrupt)
+    assert found == [alone[40]]
+    assert out.chosen == alone[170]
+
+
 def test_what_can_come_no_more_interrupts_no_more(kernel_of: Callable[..., Kernel]) -> None:
     kernel = kernel_of("llama", device="native")
     here, there = os.pipe()
