@@ -119,10 +119,8 @@ def _newcomers(
     for process in taken:
         looked.append(process)
         tokens -= process.lacking
-        if not goes_first(process):
-            return first, looked
-        if tokens < 0:
-            return [], looked
+        if tokens < 0 or not goes_first(process):
+            break
         first.append(process)
     return first, looked
 
