@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import hashlib
 import mmap
@@ -351,17 +352,27 @@ class _Derived:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells that it is not abandoned
             _write_data(descriptor, start, plan, recipe, progress)
-            mapped = _map(descriptor)
-            header = msgspec.structs.replace(plan, pieces=_digests(mapped, start, plan.size))
+            with _map(descriptor) as mapped:
+                header = msgspec.structs.replace(plan, pieces=_digests(mapped, start, plan.size))
             os.pwrite(descriptor, _encoded(header), 0)
             os.fsync(descriptor)
+            # What is read for a mapping with MADV_HUGEPAGE lies in huge pages (ext4 since Linux 6.16, others
+            # before), what has been written does not.
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.replace(temporary, self._path(plan.dtype))
         except BaseException:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
         self._forget_older(plan.dtype)
-        return Packed(header, mapped, start)
+        try:
+            packed = self._open(plan.dtype, natural=False)
+        except _Unusable as problem:
+            self._path(plan.dtype).unlink()
+            raise OSError(errno.EIO, f"what was written came back otherwise: {problem}") from None
+        assert packed is not None
+        return packed
 
     def _sweep(self) -> None:
         """Deletes files that a killed worker began."""

@@ -115,9 +115,16 @@ class Check:
 
         rng = np.random.default_rng(3)
         pool = self.functions.llk_pool_new(2, None)
-        for rows, cols in ((80, 160), (16, 64), (48, 1376)):
+        for rows, cols, negative in ((80, 160, 0), (16, 64, 0), (48, 1376, 0), (48, 608, 1)):
             weights = (rng.standard_normal((rows, cols)) * rng.uniform(0.01, 1, (rows, 1))).astype(np.float32)
-            packed = aligned(formats.interleave("int4", formats.to_rows("int4", "F32", weights)))
+            stored = formats.to_rows("int4", "F32", weights)
+            if negative:  # as Q4_0 has them: levels counted from the other end
+                groups = stored.view([("d", "<f2"), ("m", "<f2"), ("q", "<u4", (4,))])
+                flipped = rng.random(groups.shape) < 0.5
+                groups["m"][flipped] += 15 * groups["d"][flipped]
+                groups["d"][flipped] *= -1
+                groups["q"][flipped] ^= 0xFFFFFFFF
+            packed = aligned(formats.interleave("int4", stored))
             bias = aligned(rng.standard_normal(rows).astype(np.float32))
             matrix = self.library.Matrix(
                 packed.ctypes.data, bias.ctypes.data, rows, cols, self.library.FORMATS["int4"], 0

@@ -535,6 +535,28 @@ def test_a_full_disk_keeps_the_weights_in_memory(
     assert not list((tmp_path / "derived").iterdir())
 
 
+def test_what_a_disk_gives_back_otherwise_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = write(tmp_path / "model", CONFIGS["llama"])
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        real(descriptor)
+        size = os.fstat(descriptor).st_size
+        os.pwrite(descriptor, bytes([os.pread(descriptor, 1, size - 100)[0] ^ 1]), size - 100)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    notes: list[str] = []
+    packed = pack.load(base.LoadSpec(1, files, "", 0.5, derived=str(tmp_path / "derived")), notes.append)
+    assert "came back otherwise" in notes[0]
+    assert "in memory" in notes[1]
+    np.testing.assert_array_equal(
+        pack.unpack(packed.tensors["layer.0.down"]), expected_matrices(files, 0)["down"]
+    )
+    assert not list((tmp_path / "derived").iterdir())
+
+
 def test_without_memory_a_nameless_file_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = write(tmp_path / "model", CONFIGS["llama"])
     monkeypatch.setattr(pack.host, "memory", lambda: (1 << 30, 100))

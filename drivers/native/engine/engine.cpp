@@ -561,7 +561,6 @@ static void step_thread(void *argument, int thread) {
     StepJob &job = *(StepJob *)argument;
     Engine &e = *job.engine;
     const llk_model &m = *e.model;
-    TileScope tiles;
     Private mine(m, e.thread_space + e.thread_bytes * (size_t)thread);
     if (job.first == 0) embed(e, thread);
     for (int i = job.first; i < m.layers; i++) {
@@ -579,7 +578,6 @@ static void step_thread(void *argument, int thread) {
 
 static void head_thread(void *argument, int thread) {
     StepJob &job = *(StepJob *)argument;
-    TileScope tiles;
     Private mine(*job.engine->model, job.engine->thread_space + job.engine->thread_bytes * (size_t)thread);
     head(*job.engine, mine, thread, job.rows, job.count, job.logits);
 }
@@ -769,7 +767,6 @@ struct ProductJob {
 
 static void product_thread(void *argument, int thread) {
     ProductJob &job = *(ProductJob *)argument;
-    TileScope tiles;
     const Norm none = {nullptr, nullptr};
     int begin, end;
     if (is_tiled(*job.matrix)) {

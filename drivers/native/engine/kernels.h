@@ -69,6 +69,14 @@ static inline vf vf_exp_coarse(vf x) {
     return vf_scale2(p, n);
 }
 
+// Out of line: sixteen calls would cost the products around them their registers.
+__attribute__((noinline)) static vf gelu(vf x) {
+    float lanes[16];
+    vf_store(lanes, x);
+    for (float &v : lanes) v = 0.5f * v * (1.f + erff(v * 0.70710678f));
+    return vf_load(lanes);
+}
+
 static inline vf activate(int kind, vf x) {
     switch (kind) {
     case LLK_SILU:
@@ -78,12 +86,8 @@ static inline vf activate(int kind, vf x) {
         vf inner = vf_mul(vf_set(1.5957691216f), vf_fma(vf_set(0.044715f), cube, x));
         return vf_div(x, vf_add(vf_set(1.f), vf_exp(vf_sub(vf_zero(), inner))));
     }
-    case LLK_GELU: {
-        float lanes[16];
-        vf_store(lanes, x);
-        for (float &v : lanes) v = 0.5f * v * (1.f + erff(v * 0.70710678f));
-        return vf_load(lanes);
-    }
+    case LLK_GELU:
+        return gelu(x);
     default:
         return vf_max(x, vf_zero());
     }
@@ -486,9 +490,6 @@ static inline void store_pair(const llk_matrix &matrix, const Output &out, int r
 #ifdef __AMX_INT8__
 #include "amx.h"
 #else
-struct TileScope {
-    TileScope() {}
-};
 static inline bool tiles_usable() { return true; }
 static inline void find_units(const llk_matrix &, float *) {}
 static inline void prepare_tiled(const float *, const Norm &, const RowNorm &, const Rows &, int, int) {}
