@@ -14,6 +14,7 @@ import argparse
 import glob
 import json
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -44,9 +45,13 @@ TORCH = "torch==2.13.0+cpu"
 VISION = ("torchvision", "torchaudio", "torchcodec")
 
 # In the order of installation: transformers first, its folders are what others are made from.
+# Its code for AMX dies of SIGSEGV (0.3.36).
+_NO_AMX = " -DCMAKE_C_FLAGS=-mno-amx-tile -DCMAKE_CXX_FLAGS=-mno-amx-tile"
+_LLAMA = "-DGGML_NATIVE=ON" + (_NO_AMX if platform.machine() == "x86_64" else "")
+
 PEERS = {
     "transformers": Peer((TORCH, "transformers", "accelerate", "gguf", "safetensors"), forms=("hf", "w8a8")),
-    "llama": Peer(("llama-cpp-python",), forms=("q4_0",), environment={"CMAKE_ARGS": "-DGGML_NATIVE=ON"}),
+    "llama": Peer(("llama-cpp-python",), forms=("q4_0",), environment={"CMAKE_ARGS": _LLAMA}),
     "openvino": Peer(
         (TORCH, "openvino-genai", "optimum-intel", "gguf", "accelerate"), VISION, forms=("openvino",)
     ),

@@ -74,7 +74,7 @@ class Runner:
         tree = self._tree()
         try:
             self._ask({"op": "close"}, 60.0)
-        except (RunnerFailed, BrokenPipeError):
+        except RunnerFailed:
             pass
         try:
             self.process.wait(10)
@@ -88,8 +88,11 @@ class Runner:
     def _ask(self, message: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         assert self.process.stdin
         assert self.process.stdout
-        self.process.stdin.write(json.dumps(message).encode() + b"\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(json.dumps(message).encode() + b"\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise RunnerFailed(f"{self.name} has ended, see {self.log}") from None
         if not select.select([self.process.stdout], [], [], timeout_s)[0]:
             raise RunnerFailed(f"{self.name}: no answer in {timeout_s:g} s, see {self.log}")
         line = self.process.stdout.readline()
