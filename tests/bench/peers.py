@@ -46,7 +46,7 @@ VISION = ("torchvision", "torchaudio", "torchcodec")
 
 # In the order of installation: transformers first, its folders are what others are made from.
 # Its code for AMX dies of SIGSEGV (0.3.36).
-_NO_AMX = " -DCMAKE_C_FLAGS=-mno-amx-tile -DCMAKE_CXX_FLAGS=-mno-amx-tile"
+_NO_AMX = " -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"
 _LLAMA = "-DGGML_NATIVE=ON" + (_NO_AMX if platform.machine() == "x86_64" else "")
 
 PEERS = {
@@ -200,7 +200,8 @@ def install(name: str) -> bool:
     python = str(interpreter(name))
     steps = [[sys.executable, "-m", "venv", str(CACHE / name)]]
     pip = [python, "-m", "pip", "--disable-pip-version-check", "--quiet"]
-    steps += [[*pip, "install", "psutil", "numpy", *peer.packages]]
+    fresh = ["--no-cache-dir"] if peer.environment else []  # pip's cache does not know what it was built with
+    steps += [[*pip, "install", *fresh, "psutil", "numpy", *peer.packages]]
     if peer.unwanted:
         steps += [[*pip, "uninstall", "--yes", *peer.unwanted]]
     for step in steps:

@@ -23,14 +23,14 @@ for package in "$work"/debs/*.deb; do dpkg-deb -x "$package" "$work/root"; done
 
 # The versions that are tested with elsewhere.
 wanted=$("$python" -m pip list --format freeze |
-    grep -E '^(numpy|msgspec|msgpack|psutil|pytest|pytest-timeout|iniconfig|pluggy|packaging|[Pp]ygments)==')
+    grep -E '^(numpy|msgspec|msgpack|psutil|tokenizers|safetensors|llguidance|pytest|pytest-timeout|iniconfig|pluggy|packaging|[Pp]ygments)==')
 "$python" -m pip download --quiet --disable-pip-version-check --dest "$work/wheels" --no-deps --python-version 311 \
     --only-binary :all: --platform manylinux2014_aarch64 --platform manylinux_2_28_aarch64 \
-    --platform manylinux_2_27_aarch64 $wanted
+    --platform manylinux_2_27_aarch64 --platform manylinux_2_31_aarch64 $wanted
 for wheel in "$work"/wheels/*.whl; do "$python" -m zipfile -e "$wheel" "$work/root/site"; done
 
 qemu-aarch64 -L "$work/root" -E PYTHONPATH="$work/root/site" "$work/root/usr/bin/python3.11" \
-    -c 'import ctypes, hashlib, msgpack, msgspec, numpy, psutil, pytest'
+    -c 'import ctypes, hashlib, llguidance, msgpack, msgspec, numpy, psutil, pytest, safetensors, tokenizers'
 rm -rf "$root"
 mv "$work/root" "$root"
 echo "$root is ready; now: pytest tests/drivers/test_variants.py"
