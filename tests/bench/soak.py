@@ -26,6 +26,9 @@ import peers
 from tokenizers import Tokenizer
 from workloads import TEXT
 
+# A pool that has soon been used whole: a block that is used for the first time adds to worker and kernel.
+SMALL = "kv_fraction=0.01"
+
 
 class Load:
     """Threads that use the daemon in their ways until `over` is set."""
@@ -161,7 +164,7 @@ def main() -> int:
     begun = time.monotonic()
     ends = begun + 60 * arguments.minutes
     samples: dict[str, list[tuple[float, float]]] = {}
-    with daemon.running(arguments.home) as supervisor:
+    with daemon.running(arguments.home, SMALL) as supervisor:
         threads = load.threads()
         for thread in threads:
             thread.start()
