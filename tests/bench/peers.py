@@ -44,11 +44,11 @@ TORCH = "torch==2.13.0+cpu"
 # PyPI's torchvision belongs to the CUDA build of torch and does not load beside the CPU one.
 VISION = ("torchvision", "torchaudio", "torchcodec")
 
-# In the order of installation: transformers first, its folders are what others are made from.
-# Its code for AMX dies of SIGSEGV (0.3.36).
+# llama.cpp's code for AMX dies of SIGSEGV (0.3.36).
 _NO_AMX = " -DCMAKE_C_FLAGS=-mno-amx-int8 -DCMAKE_CXX_FLAGS=-mno-amx-int8"
 _LLAMA = "-DGGML_NATIVE=ON" + (_NO_AMX if platform.machine() == "x86_64" else "")
 
+# In the order of installation: transformers first, its folders are what others are made from.
 PEERS = {
     "transformers": Peer((TORCH, "transformers", "accelerate", "gguf", "safetensors"), forms=("hf", "w8a8")),
     "llama": Peer(("llama-cpp-python",), forms=("q4_0",), environment={"CMAKE_ARGS": _LLAMA}),
