@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format bench faults clean
+.PHONY: demo test check format bench faults wheels clean
 
 demo: .venv/installed
 	$(BIN)/python examples/demo.py
@@ -44,6 +44,20 @@ bench: .venv/benching
 N ?= 1
 faults: .venv/benching
 	$(BIN)/python tests/bench/faults.py --kernel $$((30*$(N))) --worker $$((10*$(N))) --both $$((5*$(N)))
+
+# For PyPI, in dist/: with every variant of the engine, for Linux with glibc 2.34 or later. Needs Debian's
+# g++-x86-64-linux-gnu and g++-aarch64-linux-gnu.
+wheels: .venv/releasing
+	rm -rf build dist
+	for machine in x86_64 aarch64; do \
+		CXX=$$machine-linux-gnu-g++ LLMASOS_BUILD_MACHINE=$$machine \
+			$(BIN)/pip wheel --disable-pip-version-check --quiet --no-deps --wheel-dir build/wheels . || exit; \
+	done
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --wheel-dir dist build/wheels/*.whl
+
+.venv/releasing: .venv/installed
+	$(BIN)/pip install --disable-pip-version-check --quiet --editable '.[release]'
+	touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

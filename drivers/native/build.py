@@ -71,10 +71,8 @@ VARIANTS = {
         Variant("portable", frozenset()),
     ],
     "aarch64": [
-        Variant(
-            "neon-i8mm", frozenset({"asimddp", "atomics", "i8mm"}), ("-march=armv8.2-a+dotprod+fp16+i8mm",)
-        ),
-        Variant("neon", frozenset({"asimddp", "atomics"}), ("-march=armv8.2-a+dotprod+fp16",)),
+        Variant("neon-i8mm", frozenset({"asimddp", "atomics", "i8mm"}), ("-march=armv8.2-a+dotprod+i8mm",)),
+        Variant("neon", frozenset({"asimddp", "atomics"}), ("-march=armv8.2-a+dotprod",)),
         Variant("portable", frozenset()),
     ],
 }
