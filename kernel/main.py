@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import gc
 import glob
 import os
 import resource
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 
-from llmasos.syscalls import address, errors, turns
+from llmasos.syscalls import address, errors, garbage, turns
 
 from . import systemd
 from .config import Config, load
@@ -141,13 +140,6 @@ def run_supervisor(config: Config, overrides: list[str]) -> int:
         return Supervisor(kernel, {name: [*worker, name] for name in device_names(config)}).run()
 
 
-def collect_rarely() -> None:
-    """Has Python look for cycles less often: nearly all garbage is freed by its counts, and with many
-    processes a search is the longest pause of the kernel. What is there now is never looked at again."""
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
-
-
 def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> int:
     """The kernel process: standard input is the supervisor's pipe, one line on standard output says ready.
     `reload` reads the configuration again."""
@@ -161,7 +153,7 @@ def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> i
     from .tiers import host_folder
 
     turns.short()
-    collect_rarely()
+    garbage.collect_rarely()
     keep_prompts_private()
     # libzmq aborts when descriptors run out; connections are bounded far below the hard limit.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -20,12 +20,12 @@ from llmasos.kernel import planning
 from llmasos.kernel.config import Config
 from llmasos.kernel.effects import ToWorker
 from llmasos.kernel.loop import Kernel
-from llmasos.kernel.main import collect_rarely
 from llmasos.kernel.modelfs.store import ModelFS
 from llmasos.kernel.sessions import Send
 from llmasos.kernel.tenants import Subject
 from llmasos.syscalls import table, wire
 from llmasos.syscalls import types as t
+from llmasos.syscalls.garbage import collect_rarely
 
 SESSION = b"\0bench"
 TENANTS = 50

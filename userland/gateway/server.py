@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from pathlib import Path
 
-from llmasos.syscalls import errors, turns
+from llmasos.syscalls import errors, garbage, turns
 
 from .access import ApiKeys, folder
 
@@ -63,6 +63,8 @@ def serve(
         h11_max_incomplete_event_size=MOST_HEADERS,
         timeout_graceful_shutdown=DRAIN_S,
     )
+    config.load()
+    garbage.collect_rarely()
     server = uvicorn.Server(config)
     app.state.ending = lambda: server.should_exit
     server.run()
