@@ -317,7 +317,11 @@ def test_what_is_ones_own_is_copied_and_deleted(gateway: Gateway, home: Path) ->
         with pytest.raises(ollama.ResponseError) as hidden:
             client(gateway).show(name)
         assert hidden.value.status_code == 404
+        carol.generate(name, "once", options={"num_predict": 1})
         carol.delete(name)
+        with pytest.raises(ollama.ResponseError, match=name) as refused:
+            carol.generate(name, "twice", options={"num_predict": 1})
+        assert refused.value.status_code == 404
     assert not {"hers:latest", "hers2:latest"} & {model.model for model in carol.list().models}
     with pytest.raises(ollama.ResponseError) as gone:
         carol.delete("hers")

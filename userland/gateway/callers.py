@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..llm import LLM
 from ..models import full_name
 from ..tokenizer import Tokenizer
 from .access import ApiKeys
-from .limits import Limits
+from .limits import FRESH_S, Limits
 
 MOST_TOKENIZERS = 32
 """Tokenizers that are kept, of all models together: one takes up to 100 MB."""
@@ -47,13 +48,22 @@ class Tokenizers:
             return tokenizer
 
 
+@dataclass(slots=True)
+class Known:
+    """A model as it was when the kernel was last asked for it."""
+
+    digest: str
+    llm: LLM
+    asked_at: float
+
+
 @dataclass(eq=False)
 class Caller:
     """A tenant's session with the kernel; all its requests share one."""
 
     client: Client
     tokenizers: Tokenizers
-    models: dict[str, tuple[str, LLM]] = field(default_factory=dict)
+    models: dict[str, Known] = field(default_factory=dict)
     rights: frozenset[t.Capability] = frozenset()
     login: tuple[str, t.Rights] = ("", ())
     """What `Callers.session` takes; `Callers.again` takes it as JSON gives it back."""
@@ -74,8 +84,12 @@ class Caller:
             )
 
     async def llm(self, name: str) -> LLM:
-        """The model `name`, which has to be there. Raises NoSuchModel, UnsupportedModel."""
+        """The model `name`, which was there FRESH_S ago: beside many requests the question is a good part of
+        the way to a first token, and the kernel looks again. Raises NoSuchModel, UnsupportedModel."""
         full = full_name(name)
+        known = self.models.get(full)
+        if known is not None and time.monotonic() - known.asked_at < FRESH_S:
+            return known.llm
         try:
             found = await self.aio.call(table.Stat(f"/models/{full}"))
         except (errors.NotFound, errors.InvalidRequest):
@@ -83,15 +97,16 @@ class Caller:
                 f"The model {name!r} does not exist or you do not have access to it.",
                 hint=f"`llsh ls` lists what is there; `llsh pull {name}` brings one in",
             ) from None
-        digest, known = self.models.get(full, ("", None))
-        if known is None or digest != found.digest:
+        asked_at = time.monotonic()
+        if known is None or known.digest != found.digest:
             length = found.details.get("context_length")
             if not isinstance(length, int) or length <= 0:
                 raise errors.UnsupportedModel(f"{full} does not say how long its context is")
             tokenizer = await self.tokenizers.of(self.client, full, found.digest)
-            known = LLM(self.client, full, tokenizer, context_length=length)
-            self.models[full] = (found.digest, known)
-        return known
+            llm = LLM(self.client, full, tokenizer, context_length=length)
+            known = self.models[full] = Known(found.digest, llm, asked_at)
+        known.asked_at = asked_at
+        return known.llm
 
 
 class Callers:

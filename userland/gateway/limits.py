@@ -11,7 +11,7 @@ from llmasos.syscalls import types as t
 from ..aio import AsyncClient
 
 FRESH_S = 0.5
-"""So old an account of the quota may be."""
+"""So old may be what the kernel said of a quota, or of a model."""
 
 
 class Limits:
