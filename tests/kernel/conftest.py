@@ -209,7 +209,10 @@ class World:
             )
             self.flush()
             return
-        result = driver.end(self.begun.pop(step.batch.ticket))
+        is_cut = any(isinstance(other, base.Step) and other.batch.cuts for _, other in self.held)
+        result = driver.end(
+            self.begun.pop(step.batch.ticket), base.Interrupt(-1, lambda: None, is_cut=is_cut)
+        )
         if fails:
             driver._residents[step.batch.handle].mirror.forget(step.batch)
             error = errors.to_wire(errors.DeviceFault("raised"))
