@@ -118,6 +118,9 @@ def test_without_keys_nothing_is_asked_for(opened: Open, home: Path) -> None:
     page = opened("", next(gateways).url)
     expect(page.locator("#link")).to_have_text(re.compile("/http$"))
     expect(page.locator("#key-button")).to_be_hidden()
+    # Where nothing runs, a scale from 0 ends with 1.
+    running = page.locator("figure", has_text="Running and queued")
+    expect(running.locator(".top")).to_have_text("1")
     page.close()
     next(gateways, None)
 

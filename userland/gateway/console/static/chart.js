@@ -53,7 +53,7 @@ export class Chart {
     const xs = range ?? [Math.min(...all.map((p) => p[0])), Math.max(...all.map((p) => p[0]))];
     const ys = all.map((p) => p[1]);
     let [low, high] = all.length ? [Math.min(...ys), Math.max(...ys)] : [0, 1];
-    if (this.fromZero) [low, high] = [0, ceiling(Math.max(high, 1e-9)) || 1];
+    if (this.fromZero) [low, high] = [0, high > 0 ? ceiling(high) : 1];
     else if (low === high) [low, high] = [low - 0.5, high + 0.5];
     this.scale = { x0: xs[0], x: WIDTH / (xs[1] - xs[0] || 1), y0: low, y: HEIGHT / (high - low) };
     const names = new Set(this.series.map((one) => one.name));
