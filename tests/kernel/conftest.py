@@ -209,10 +209,7 @@ class World:
             )
             self.flush()
             return
-        is_cut = any(isinstance(other, base.Step) and other.batch.cuts for _, other in self.held)
-        result = driver.end(
-            self.begun.pop(step.batch.ticket), base.Interrupt(-1, lambda: None, is_cut=is_cut)
-        )
+        result = driver.end(self.begun.pop(step.batch.ticket))
         if fails:
             driver._residents[step.batch.handle].mirror.forget(step.batch)
             error = errors.to_wire(errors.DeviceFault("raised"))
