@@ -2,7 +2,8 @@
 every kind of processor of the machine's architecture. An editable install compiles nothing; there, as in a
 wheel without it, the engine is compiled when it is first needed (drivers/native/library.py).
 
-$LLMASOS_BUILD_MACHINE (x86_64 or aarch64) builds for another machine, with $CXX its compiler.
+$LLMASOS_BUILD_MACHINE (x86_64 or aarch64) builds for a named machine, with $CXX its compiler; then no engine
+may be missing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ build: Any = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = build
 _spec.loader.exec_module(build)
 
-MACHINE = os.environ.get("LLMASOS_BUILD_MACHINE") or platform.machine()
+NAMED = os.environ.get("LLMASOS_BUILD_MACHINE", "")
+MACHINE = NAMED or platform.machine()
 
 
 class BuildPackage(build_py):
@@ -49,6 +51,8 @@ class BuildPackage(build_py):
             try:
                 build.compile_engine(variant, compiler, folder / build.file_name(variant, MACHINE))
             except build.CompileError as problem:
+                if NAMED:
+                    raise
                 self.warn(f"no engine {variant.name}: {problem}")
 
         with ThreadPoolExecutor(2) as threads:

@@ -48,7 +48,7 @@ class Tokenizers:
             return tokenizer
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Known:
     """A model as it was when the kernel was last asked for it."""
 
@@ -98,15 +98,16 @@ class Caller:
                 hint=f"`llsh ls` lists what is there; `llsh pull {name}` brings one in",
             ) from None
         asked_at = time.monotonic()
-        if known is None or known.digest != found.digest:
+        if known is not None and known.digest == found.digest:
+            llm = known.llm
+        else:
             length = found.details.get("context_length")
             if not isinstance(length, int) or length <= 0:
                 raise errors.UnsupportedModel(f"{full} does not say how long its context is")
             tokenizer = await self.tokenizers.of(self.client, full, found.digest)
             llm = LLM(self.client, full, tokenizer, context_length=length)
-            known = self.models[full] = Known(found.digest, llm, asked_at)
-        known.asked_at = asked_at
-        return known.llm
+        self.models[full] = Known(found.digest, llm, asked_at)
+        return llm
 
 
 class Callers:

@@ -63,7 +63,7 @@ def serve(
         h11_max_incomplete_event_size=MOST_HEADERS,
         timeout_graceful_shutdown=DRAIN_S,
     )
-    config.load()
+    config.load()  # what is there for good is not to be searched
     garbage.collect_rarely()
     server = uvicorn.Server(config)
     app.state.ending = lambda: server.should_exit
