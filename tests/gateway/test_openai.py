@@ -125,6 +125,15 @@ def test_what_is_not_done_is_named(http: httpx.Client, body: dict, param: str, c
     assert error["type"] == "invalid_request_error"
 
 
+def test_a_body_that_is_no_json_is_told_where(http: httpx.Client) -> None:
+    headers = {"content-type": "application/json"}
+    answer = http.post("/v1/chat/completions", content=b'{"model": }', headers=headers)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"] == "the body is not valid JSON: Expecting value, at character 10"
+    assert error["param"] is None
+
+
 def test_options_that_ask_for_nothing_are_taken(http: httpx.Client) -> None:
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 1, "store": False, "logit_bias": {}}
     assert http.post("/v1/chat/completions", json=body).status_code == 200

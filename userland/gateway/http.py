@@ -254,6 +254,9 @@ def refuse(request: Request, problem: problems.Problem) -> Response:
 
 def invalid_problem(first: Mapping[str, Any]) -> problems.Problem:
     """What HTTP says of the first thing that pydantic found wrong with a body."""
+    if first["type"] == "json_invalid":
+        at = "".join(f", at character {place}" for place in first["loc"][1:])
+        return _bad(400, f"the body is not valid JSON: {first['ctx']['error']}{at}")
     place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
     message = first["msg"].removeprefix("Value error, ")
     if first["loc"] == ("body",) and first["type"] in ("model_attributes_type", "dict_type"):
