@@ -130,7 +130,8 @@ class Batch(Struct, frozen=True, array_like=True):
     Only for models that have `repeats`.
 
     One that `overtakes` need not wait for those before it: what they do is nothing to its sequences and
-    blocks. Where a device cannot interrupt a step it comes in its turn."""
+    blocks. Where a device cannot interrupt a step it comes in its turn. One that `cuts` is waited for: of the
+    step before it no further round begins."""
 
     ticket: int
     handle: int
@@ -140,6 +141,7 @@ class Batch(Struct, frozen=True, array_like=True):
     work: list[Work]
     rounds: int = 1
     overtakes: bool = False
+    cuts: bool = False
 
 
 class SeqOut(Struct, frozen=True, array_like=True):
@@ -197,11 +199,13 @@ class Encoded(Struct, frozen=True, tag="encoded"):
 class Interrupt:
     """What may come while a step is computed: when `fd` is readable it is to be taken, and other steps, of
     other sequences, may be computed meanwhile. It is to be taken as soon as the step has begun if `due`.
-    `fd` is -1 when nothing can come any more; `seconds` is the time that it took."""
+    `fd` is -1 when nothing can come any more; `seconds` is the time that it took. A step that `is_cut` begins
+    no further round."""
 
     fd: int
     serve: Callable[[], None]
     due: bool = False
+    is_cut: bool = False
     seconds: float = 0.0
 
     def take(self) -> None:

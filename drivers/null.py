@@ -273,10 +273,22 @@ class NullDriver:
 
     def end(self, step: Step, interrupt: Interrupt | None = None) -> StepResult:
         """Computes what has begun."""
-        ticket, resident = step.batch.ticket, self._resident(step.batch.handle)
-        seconds = self._round(resident, step, interrupt)
-        while resident.mirror.again(step):
-            seconds += self._round(resident, step, interrupt)
+        seconds = self.round(step, interrupt)
+        while not (interrupt and interrupt.is_cut) and self.again(step):
+            seconds += self.round(step, interrupt)
+        return self.result(step, seconds)
+
+    def round(self, step: Step, interrupt: Interrupt | None = None) -> float:
+        """Computes a round and returns the seconds that it took."""
+        return self._round(self._resident(step.batch.handle), step, interrupt)
+
+    def again(self, step: Step) -> bool:
+        """Makes the next round; False when there is none."""
+        return self._resident(step.batch.handle).mirror.again(step)
+
+    def result(self, step: Step, seconds: float) -> StepResult:
+        """Of rounds that took so many seconds."""
+        ticket = step.batch.ticket
         return StepResult(ticket, step.outputs, self._finish(ticket, seconds), step.rounds)
 
     def encode(self, encode: Encode) -> Encoded:
@@ -296,7 +308,6 @@ class NullDriver:
         return Encoded(encode.ticket, rows.tobytes(), seconds)
 
     def _round(self, resident: Resident, step: Step, interrupt: Interrupt | None) -> float:
-        """Computes a round and returns the seconds that it took."""
         begun, away = time.perf_counter(), interrupt.seconds if interrupt else 0.0
         _pass(resident.step_seconds, interrupt)
         # As on a device, one sequence of a batch may build on blocks that another fills in the same batch.

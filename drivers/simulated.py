@@ -124,10 +124,20 @@ class LightDriver(SimulatedDriver):
         )
 
 
+@dataclass(slots=True)
+class _Running:
+    """What has begun: when its round `ends` and what it took by then, or the whole result."""
+
+    ends: float
+    seconds: float
+    step: Step | None
+    result: Encoded | None = None
+
+
 class SimulatedWorker:
     """A device in virtual time for who moves the clock: steps wait in `held` and run one after another, but
-    one that overtakes interrupts the one that runs. The worker's own time is `pause` seconds a step, and
-    `wake` instead when the step comes to an idle device."""
+    one that overtakes interrupts the one that runs, and one that cuts ends it with its round. The worker's
+    own time is `pause` seconds a step, and `wake` instead when the step comes to an idle device."""
 
     def __init__(self, driver: SimulatedDriver, pause: float = 0.0, wake: float = 0.0) -> None:
         self.driver = driver
@@ -135,7 +145,7 @@ class SimulatedWorker:
         self.wake = wake
         self.landed = float("-inf")
         self.held: deque[base.Step | base.Encode] = deque()
-        self._begun: list[tuple[float, StepResult | Encoded]] = []  # when they end, who runs at the end
+        self._begun: list[_Running] = []  # who runs at the end
 
     @property
     def running(self) -> bool:
@@ -143,8 +153,8 @@ class SimulatedWorker:
 
     @property
     def ends(self) -> float:
-        """When the step that runs ends."""
-        return self._begun[-1][0] if self._begun else float("inf")
+        """When the round that runs ends."""
+        return self._begun[-1].ends if self._begun else float("inf")
 
     def begin(self, now: float) -> None:
         """Starts the first step that is held if none runs, and those that overtake."""
@@ -154,19 +164,32 @@ class SimulatedWorker:
             self.held.remove(step)
             self._start(step, now)
 
-    def _start(self, step: base.Step | base.Encode, now: float) -> None:
-        if isinstance(step, base.Encode):
-            done: StepResult | Encoded = self.driver.encode(step)
-        else:
-            done = self.driver.collect(self.driver.submit(step.batch))
+    def _start(self, message: base.Step | base.Encode, now: float) -> None:
         own = self.pause if self._begun or now == self.landed else self.wake
-        self._begun = [(ends + own + done.seconds, other) for ends, other in self._begun]
-        self._begun.append((now + own + done.seconds, done))
+        if isinstance(message, base.Encode):
+            done = self.driver.encode(message)
+            new = _Running(now + own + done.seconds, done.seconds, None, done)
+        else:
+            step = self.driver.begin(self.driver.submit(message.batch))
+            seconds = self.driver.round(step)
+            new = _Running(now + own + seconds, seconds, step)
+        for other in self._begun:
+            other.ends += own + new.seconds
+        self._begun.append(new)
 
     def land(self, now: float) -> StepResult | Encoded | None:
-        """The result of the step that has ended by `now`."""
+        """The result of the step that has ended by `now`; if only a round of it has, the next one begins."""
         if now < self.ends:
             return None
-        _, done = self._begun.pop()
+        ended = self._begun[-1]
+        if ended.step is not None and not self._is_cut() and self.driver.again(ended.step):
+            seconds = self.driver.round(ended.step)
+            ended.ends += seconds
+            ended.seconds += seconds
+            return None
+        self._begun.pop()
         self.landed = now if self.held else float("-inf")
-        return done
+        return ended.result if ended.step is None else self.driver.result(ended.step, ended.seconds)
+
+    def _is_cut(self) -> bool:
+        return any(isinstance(message, base.Step) and message.batch.cuts for message in self.held)

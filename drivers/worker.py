@@ -100,16 +100,20 @@ class Worker:
             def due() -> bool:
                 return bool(waiting) and _overtakes(waiting[0])
 
+            def is_cut() -> bool:
+                return any(isinstance(message, base.Step) and message.batch.cuts for message in waiting)
+
             def interrupted() -> None:
                 if not due() and not hear(running=True):
                     interrupt.fd = -1
+                interrupt.is_cut = is_cut()
                 while due():
                     self._answer(waiting.popleft(), None)
 
             while waiting or hear():
                 if waiting:
                     message = waiting.popleft()
-                    interrupt = base.Interrupt(bus.fileno(), interrupted, due())
+                    interrupt = base.Interrupt(bus.fileno(), interrupted, due(), is_cut())
                     self._answer(message, interrupt)
         finally:
             self._bus = None

@@ -166,7 +166,8 @@ class Flight:
     `keys` name the blocks that it fills with prompts; `rows` and `tokens`, `rounds` times, are what it was
     expected to take its time by, and `left` is what of that time is still to come when it begins or goes on
     (None: nobody knows). One that is `apart` is of newcomers alone; one that `overtakes`, too, and has
-    interrupted those behind it; `lost` is the time that this one was kept from running so."""
+    interrupted those behind it; `lost` is the time that this one was kept from running so. One that `cuts`
+    ends the rounds of the one before it."""
 
     ticket: int
     pool: Pool
@@ -179,6 +180,7 @@ class Flight:
     texts: list[Texts] = field(default_factory=list)
     apart: bool = False
     overtakes: bool = False
+    cuts: bool = False
     left: float | None = None
     lost: float = 0.0
 
@@ -282,6 +284,7 @@ def build(flight: Flight) -> base.Batch:
         work,
         flight.rounds,
         flight.overtakes,
+        flight.cuts,
     )
 
 

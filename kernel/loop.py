@@ -277,8 +277,8 @@ class Kernel:
         migration.depart(self)
         training.advance(self)
         for device in self.devices.values():
-            planning.advance(self, device)
             overtaking.advance(self, device)
+            planning.advance(self, device)
         if self.draining and not any(p.infer or p.encoding for p in self.processes):
             loading = any(pool.awaited for d in self.devices.values() for pool in d.pools)
             saving = any(process.run and process.run.ready for process in self.trainers.values())
@@ -377,6 +377,7 @@ class Kernel:
         self._landed(device, flight)
         self.recorder.landed(flight.ticket, result.seconds, "done", result.rounds)
         rounds, outputs = result.rounds, result.outputs
+        planning.landed(self, flight, rounds)
         device.worked = self.now()
         device.step_seconds.append(result.seconds / rounds)
         self.metrics.step(device.name, rounds, result.seconds)

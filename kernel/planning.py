@@ -29,11 +29,11 @@ LEAD_S = 0.004
 """The step behind the running one is sent so long before the running one is expected to end: time to plan,
 send and decode it. Steps shorter than two leads are sent at once."""
 
-ROUNDS_S = 0.016
+ROUNDS_S = 0.033
 """Steps in which everybody only generates are repeated by the device as long as they take no more than this:
-a frame of a screen, so nobody sees it, and who arrives waits no longer."""
+two frames of a screen, so nobody sees it. Who arrives does not wait for it: see Batch.cuts."""
 
-MOST_ROUNDS = 4
+MOST_ROUNDS = 16
 
 SHORT_S = 0.03
 """A step in which people generate takes no longer than this, as far as reading the weights is no more than a
@@ -52,7 +52,9 @@ def advance(kernel: Kernel, device: Device) -> None:
             if not device.flights:
                 residency.load(kernel, device, pool)
             return
-    while len(device.flights) < 2 and (not device.flights or kernel.now() >= device.ahead_at):
+    while len(device.flights) < 2 and (
+        not device.flights or kernel.now() >= device.ahead_at or _keeps_others(device)
+    ):
         chosen = next_pool(kernel, device)
         if chosen is not None and not _plan(kernel, device, chosen):
             return
@@ -60,6 +62,13 @@ def advance(kernel: Kernel, device: Device) -> None:
             if not device.flights and device.granted is None and len(device.runs):
                 grants.grant(kernel, device)
             return
+
+
+def _keeps_others(device: Device) -> bool:
+    """Whether the device repeats a step and somebody waits who is not in it."""
+    if device.flights[0].rounds == 1 or math.isinf(device.ahead_at):
+        return False
+    return any(not process.flights for pool in device.pools for process in pool.queue)
 
 
 def places(kernel: Kernel, pool: Pool) -> dict[int, int]:
@@ -318,6 +327,8 @@ def _send(
     assert device.worker is not None
     now, drafts = kernel.now(), _drafts(kernel, pool, shares)
     rounds = _rounds(pool, shares, alone=len(shares) == len(pool.queue))
+    cuts = len(device.flights) > 0 and device.flights[-1].rounds > 1 and not overtakes
+    cuts = cuts and any(not share.process.flights for share in shares)
     parts, rows, tokens = [], 0, 0
     for share in shares:
         process, count = share.process, share.count
@@ -336,15 +347,27 @@ def _send(
             rows += 1
         else:
             tokens += count
-    fixed = pool.pace.fixed / len(shares)
-    for share in shares:
-        scheduler.charge(share.process, rounds * (pool.pace.cost(share.count) + fixed), now)
+    _charge(pool, parts, rounds, now)
     copies, pool.copies = pool.copies, []
     ticket = next(kernel.numbers)
-    flight = Flight(ticket, pool, parts, copies, keys, rows, tokens, rounds, apart=apart, overtakes=overtakes)
+    flight = Flight(
+        ticket, pool, parts, copies, keys, rows, tokens, rounds, apart=apart, overtakes=overtakes, cuts=cuts
+    )
     kernel.recorder.sent(device.name, flight, len(pool.queue))
     kernel.effects.append(ToWorker(device.worker, base.Step(build(flight))))
     sent(kernel, device, flight)
+
+
+def _charge(pool: Pool, parts: list[Part], rounds: int, now: float) -> None:
+    fixed = pool.pace.fixed / len(parts)
+    for part in parts:
+        scheduler.charge(part.process, rounds * (pool.pace.cost(part.count) + fixed), now)
+
+
+def landed(kernel: Kernel, flight: Flight, rounds: int) -> None:
+    """Gives back what was charged for rounds that were not computed."""
+    if rounds < flight.rounds:
+        _charge(flight.pool, flight.parts, rounds - flight.rounds, kernel.now())
 
 
 def sent(kernel: Kernel, device: Device, flight: Flight) -> None:

@@ -63,7 +63,7 @@ def test_the_stronger_class_waits_less_and_devices_share_the_work(trace: Path) -
 
 def test_too_little_memory_is_shared_by_preemption(trace: Path, tmp_path: Path) -> None:
     lines = [f"0.{n},ann,batch,100,200,,\n" for n in range(8)]
-    trace.write_text(HEADER + "".join(lines) + "1,bob,interactive,300,20,,\n")
+    trace.write_text(HEADER + "".join(lines) + "1,bob,interactive,500,20,,\n")
     machine = tmp_path / "machine.json"
     machine.write_text('{"blocks": 40}')
     figures = run(trace, "--machine", machine)

@@ -187,7 +187,7 @@ class NativeDriver:
         step = resident.mirror.apply(batch)
         try:
             resident.compute(step, interrupt)
-            while resident.mirror.again(step):
+            while not (interrupt and interrupt.is_cut) and resident.mirror.again(step):
                 resident.compute(step, interrupt)
         except BaseException:
             resident.mirror.forget(batch)

@@ -109,6 +109,27 @@ def test_a_step_that_overtakes_interrupts_the_one_that_runs(
     assert all(0.5 <= result.seconds < 0.9 for result in done), "the other's time is not its own"
 
 
+def test_a_step_that_cuts_ends_the_rounds_of_the_one_that_runs(
+    bus_to: Callable[[str], Bus], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"llmasos_null_step_seconds": 0.2}')
+    bus = bus_to("null")
+    bus.receive()
+    bus.send(base.Load(base.LoadSpec(1, {"config.json": file_of(tmp_path / "config.json")}, "", 0.5)))
+    bus.receive()
+    bus.send(base.Step(replace(step(1, [3, 1, 4]).batch, rounds=16)))
+    bus.send(step(2, [9, 9], seq=2))  # that one may wait
+    time.sleep(0.3)
+    bus.send(base.Step(replace(step(3, [2, 7], seq=3).batch, cuts=True)))
+    done = [bus.receive().result for _ in range(3)]
+    assert [result.ticket for result in done] == [1, 2, 3]
+    assert 2 <= done[0].rounds <= 4
+    made = [3, 1, 4]
+    for _ in range(done[0].rounds):
+        made.append(null.next_token(made))
+    assert done[0].outputs[0].tokens == made[3:]
+
+
 def test_a_step_is_not_overtaken_before_it_has_begun(bus_to: Callable[[str], Bus]) -> None:
     """It may close what the other opens; both have come before it begins."""
     bus = bus_to("null")

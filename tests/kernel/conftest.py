@@ -193,8 +193,8 @@ class World:
     def land(self, fails: bool = False, late: bool = False) -> None:
         """The first step that is held ends, or raises half-way; what was asked about KV files before it,
         too. `late`: it was to be overtaken, but its end came first."""
-        steps = [step for _, step in self.held if isinstance(step, base.Step)]
-        if late and len(steps) == len(self.held) > 1 and steps[0].batch.overtakes:
+        tickets = [step.batch.ticket for _, step in self.held if isinstance(step, base.Step)]
+        if late and len(tickets) == len(self.held) > 1 and tickets[0] > tickets[1]:
             self.held[0], self.held[1] = self.held[1], self.held[0]
         self.begin()
         if not self.held:
@@ -209,7 +209,10 @@ class World:
             )
             self.flush()
             return
-        result = driver.end(self.begun.pop(step.batch.ticket))
+        is_cut = any(isinstance(other, base.Step) and other.batch.cuts for _, other in self.held)
+        result = driver.end(
+            self.begun.pop(step.batch.ticket), base.Interrupt(-1, lambda: None, is_cut=is_cut)
+        )
         if fails:
             driver._residents[step.batch.handle].mirror.forget(step.batch)
             error = errors.to_wire(errors.DeviceFault("raised"))

@@ -256,7 +256,7 @@ class Life:
 )
 @given(seed=st.integers(0, 2**32))
 @example(seed=209)  # a snapshot written from blocks that a failed read had not filled
-@example(seed=119)  # these three: what overtakes looked for before what is due is planned
+@example(seed=119)  # these three: an end that came late, of what no longer was to be overtaken
 @example(seed=251)
 @example(seed=271)
 @settings(max_examples=40, deadline=None)

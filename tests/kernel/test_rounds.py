@@ -63,7 +63,10 @@ def test_nothing_is_repeated_beside_a_prompt_or_a_beam(world: World) -> None:
     assert any(batch.rounds > 1 for batch in world.sent)
 
 
-def test_a_step_and_its_rounds_stay_under_the_limit_and_are_told_as_single_steps(tmp_path: Path) -> None:
+def test_a_step_and_its_rounds_stay_under_the_limit_and_are_told_as_single_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "MOST_ROUNDS", 16)
     machine = Machine(tmp_path, step_time=SLOW)
     machine.model("tiny")
     machine.attach()
@@ -75,6 +78,46 @@ def test_a_step_and_its_rounds_stay_under_the_limit_and_are_told_as_single_steps
     devices = machine.send(table.Lsdev())
     machine.flush()
     assert machine.result(devices).body["devices"][0]["step_ms"] == pytest.approx(5.1, rel=0.05)
+
+
+def test_who_arrives_waits_for_one_round_and_no_token_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """He has the same tenant and class, so he goes before nobody."""
+    monkeypatch.setattr(planning, "MOST_ROUNDS", 16)
+    machine = Machine(tmp_path, step_time=SLOW)
+    machine.model("tiny")
+    machine.attach()
+    id_ = machine.send(infer([1, 2, 3], model="tiny", max_tokens=400), credits_=999)
+    machine.run(0.8)
+    sent = len(machine.sent)
+    machine.run(lambda: len(machine.sent) > sent)
+    machine.run(machine.now + 0.006)  # the step has begun, and more rounds are to come
+    assert machine.sent[-1].rounds == int(planning.ROUNDS_S / 0.0051)
+    came = machine.now
+    other = machine.send(infer([4, 5, 6], model="tiny", max_tokens=3), credits_=999)
+    machine.run(lambda: bool(machine.seen.get(other)))
+    assert machine.first_token_s(other) - came < 0.0051 + 0.0055
+    machine.run(lambda: machine.ended(id_) and machine.ended(other))
+    assert machine.tokens(id_) == reference([1, 2, 3], 400)
+    assert machine.tokens(other) == reference([4, 5, 6], 3)
+
+
+def test_rounds_that_were_cut_are_not_charged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "MOST_ROUNDS", 16)
+    spent = []
+    for arrivals in (0, 40):
+        machine = Machine(tmp_path / str(arrivals), step_time=SLOW)
+        machine.model("tiny")
+        machine.attach()
+        pid = machine.spawn_now()
+        id_ = machine.send(infer([1, 2, 3], pid=pid, max_tokens=400), credits_=999)
+        for _ in range(arrivals):
+            machine.run(machine.now + 0.041)
+            machine.send(infer([4, 5, 6], model="tiny", max_tokens=1), credits_=999)
+        machine.run(lambda machine=machine, id_=id_: machine.ended(id_))
+        spent.append(next(p.vruntime for p in machine.kernel.processes if p.pid == pid))
+    assert spent[1] <= 1.05 * spent[0], "steps that are shared cost no more than those that are not"
 
 
 def test_a_signal_waits_for_the_rounds_and_loses_nothing(world: World) -> None:
