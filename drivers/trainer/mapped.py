@@ -23,7 +23,7 @@ from ..native import pack
 from ..native.architecture import GROUP, ROWS, Architecture
 from ..native.recipe import Layout, layouts
 
-_PIECE = 1 << 20
+_PIECE = 1 << 19
 """Values that are numbers at a time."""
 
 _LOOKED_UP = 64  # rows of an embedding, whose blocks are unpacked together
@@ -55,8 +55,9 @@ class Matrix:
         return len(self._order), self._width
 
     def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
-        """The numbers, some rows [rows, in] at a time."""
-        count = max(1, _PIECE // self._width // ROWS) * ROWS
+        """The numbers, some rows [rows, in] at a time, about as many each time."""
+        number = -(-len(self._order) * self._width // _PIECE)
+        count = -(-len(self._order) // number // ROWS) * ROWS
         for begin in range(0, len(self._order), count):
             place = slice(begin, min(begin + count, len(self._order)))
             yield place, self._columns_of(self._rows(place)).to(dtype)
@@ -125,7 +126,10 @@ def _from_int8(blocks: torch.Tensor) -> torch.Tensor:
 
 def _from_int4(blocks: torch.Tensor) -> torch.Tensor:
     words = _words(blocks, 4)
-    levels = torch.cat((words & 15, words >> 4), dim=3).float()
+    half = words.shape[3]
+    levels = torch.empty(*words.shape[:3], 2 * half)
+    levels[..., :half] = words & 15
+    levels[..., half:] = words.bitwise_right_shift_(4)
     levels.mul_(_halves(blocks, 16 * ROWS)).add_(_halves(blocks, 18 * ROWS))
     return levels.view(len(blocks) * ROWS, -1)
 
@@ -140,7 +144,8 @@ class _Product(torch.autograd.Function):
             return functional.linear(x, next(matrix.pieces(x.dtype))[1])
         made = x.new_empty(len(x), matrix.shape[0])
         for place, weight in matrix.pieces(x.dtype):
-            made[:, place] = functional.linear(x, weight)
+            torch.mm(x, weight.t(), out=made[:, place])
+            del weight  # before there is a next one
         return made
 
     @staticmethod
@@ -150,6 +155,7 @@ class _Product(torch.autograd.Function):
         for place, weight in ctx.matrix.pieces(gradient.dtype):
             part = gradient[:, place]
             found = part @ weight if found is None else found.addmm_(part, weight)
+            del weight
         assert found is not None
         return found, None
 

@@ -3,7 +3,8 @@
 The mean over learnt tokens is what transformers computes (num_items_in_batch): sums over micro-batches,
 divided by what the whole step learns. Logits are made only where something is learnt, some rows at a time,
 and each such piece is led back to the hidden states at once: what a step computes is the same, what it holds
-is a few megabytes. The decoder is led back through once, with the gradients of all pieces.
+is a few megabytes. The decoder is led back through once, with the gradients of all pieces. A mapped head
+that learns nothing is read once for the loss and its gradients, a piece of the vocabulary after another.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from .attention import Attention
 from .batches import Batch
+from .mapped import MappedLinear, Matrix
 
 _LOGITS = 1 << 22
 """Values of logits that are held at once."""
@@ -45,6 +48,35 @@ class _CrossEntropy(torch.autograd.Function):
         return logits.mul_(gradients[0]), None
 
 
+def streamed(
+    rows: torch.Tensor, targets: torch.Tensor, head: Matrix, dtype: torch.dtype, wait: Callable[[], None]
+) -> tuple[float, torch.Tensor]:
+    """The sum of the losses of hidden states [n, hidden] under logits that `head` alone makes, and its
+    gradient by them [n, hidden], float32: sums over the vocabulary are scaled down whenever a greater logit
+    comes, as online softmax has it (Milakov and Gimelshein, 2018). What is wanted stays out of the sums, for
+    where its probability is near 1 the gradient is what is left."""
+    n, rows = len(rows), rows.to(dtype)
+    most = torch.full((n, 1), float("-inf"), device=rows.device)
+    others, chosen = torch.zeros_like(most), torch.zeros_like(most)
+    drawn = torch.zeros(rows.shape, device=rows.device)
+    for place, weight in head.pieces(dtype):
+        wait()
+        logits = functional.linear(rows, weight).float()
+        here = torch.nonzero((targets >= place.start) & (targets < place.stop))[:, 0]
+        greater = torch.maximum(most, logits.amax(dim=1, keepdim=True))
+        chosen[here, 0] = logits[here, targets[here] - place.start]
+        logits[here, targets[here] - place.start] = float("-inf")
+        shrunk = most.sub_(greater).exp_()
+        most = greater
+        logits.sub_(most).exp_()
+        others.mul_(shrunk).add_(logits.sum(dim=1, keepdim=True))
+        drawn.mul_(shrunk).add_(logits.to(dtype) @ weight)
+        del logits, weight  # before there are next ones
+    sums = others + (chosen - most).exp()
+    loss = float((sums.log() + most - chosen).sum())
+    return loss, drawn.sub_(head.lookup(targets).float().mul_(others)).div_(sums)
+
+
 class _Done(nn.Module):
     """Stands where the decoder was in the model with the head, and gives the output that it is told."""
 
@@ -68,6 +100,7 @@ class Objective:
         self._head = copy.copy(causal)
         self._head._modules = {**causal._modules, causal.base_model_prefix: self._done}
         self._rows = max(16, _LOGITS // int(causal.config.vocab_size))
+        self._alone: bool | None = None  # whether a mapped head makes logits by itself; asked once
 
     def learn(self, batch: Batch, learnt: int) -> float:
         """Adds the gradients of a batch's share in the mean loss of a step that learns from `learnt` tokens;
@@ -82,6 +115,14 @@ class Objective:
             rows, targets, output = self.hidden(batch)
         if not len(targets):
             return 0.0
+        if self._alone is None:
+            self._alone = self._makes_alone(output)
+        if self._alone:
+            matrix = self._causal.get_output_embeddings().matrix
+            dtype = torch.bfloat16 if self._bf16 else torch.float32
+            loss, gradient = streamed(rows.detach(), targets, matrix, dtype, self._wait)
+            rows.backward(gradient.div_(learnt))  # type: ignore[no-untyped-call]
+            return loss / learnt
         apart = rows.detach().requires_grad_()
         share = 0.0
         for piece in self.pieces(len(targets)):
@@ -127,9 +168,23 @@ class Objective:
 
     def loss(self, rows: torch.Tensor, targets: torch.Tensor, output: type) -> torch.Tensor:
         """The sum over rows [n, hidden]."""
+        loss: torch.Tensor = _CrossEntropy.apply(self._logits(rows, output).float(), targets)  # type: ignore[no-untyped-call]
+        return loss
+
+    @torch.no_grad()
+    def _makes_alone(self, output: type) -> bool:
+        """Whether nothing but a mapped head makes logits: no adapter, scale, cap or bias."""
+        head = self._causal.get_output_embeddings()
+        if not isinstance(head, MappedLinear) or head.bias is not None:
+            return False
+        probe = torch.full((1, head.in_features), 7.0)
+        return torch.equal(self._logits(probe, output), head(probe))
+
+    def _logits(self, rows: torch.Tensor, output: type) -> torch.Tensor:
+        """[n, vocabulary] of rows [n, hidden]."""
+        ids = torch.zeros(1, len(rows), dtype=torch.long, device=rows.device)  # looked at by nobody
         self._done.output = output(last_hidden_state=rows[None])
         # The gradient of an index, `logits[0]`, would be a copy.
-        logits = self._head(input_ids=targets[None], use_cache=False).logits.squeeze(0).float()
+        logits: torch.Tensor = self._head(input_ids=ids, use_cache=False).logits.squeeze(0)
         self._done.output = None
-        loss: torch.Tensor = _CrossEntropy.apply(logits, targets)  # type: ignore[no-untyped-call]
-        return loss
+        return logits

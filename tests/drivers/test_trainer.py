@@ -28,6 +28,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from llmasos.drivers import base
+from llmasos.drivers.trainer import mapped, objective
 from llmasos.drivers.trainer.batches import IGNORED, Batches
 from llmasos.drivers.trainer.gate import Gate
 from llmasos.drivers.trainer.mapped import MappedLinear
@@ -310,6 +311,40 @@ def test_the_mapped_base_is_what_was_packed(
     with torch.inference_mode(), built.attention.over(torch.arange(40)[None]):
         torch.testing.assert_close(causal(ids).logits, plain(ids).logits, rtol=1e-4, atol=1e-4)
     assert not [name for name, p in causal.named_parameters() if p.dim() > 1 and "wpe" not in name]
+
+
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_a_head_read_once_in_pieces_gives_the_losses_and_gradients_of_whole_logits(
+    dtype: torch.dtype,
+    near: float,
+    tiny: Callable[[str], Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where what is wanted is all but certain, and the greatest logit comes late or early."""
+    recipe, files = Recipe(max_length=64, dtype="int4"), tiny("llama").files
+    asked = base.TrainSpec("x", "cpu", files, str(tmp_path), recipe, data="", folder="")
+    built = build(asked, torch.device("cpu"), bf16=False)
+    head = built.adapted.unload().get_output_embeddings()  # type: ignore[union-attr]
+    monkeypatch.setattr(mapped, "_PIECE", 16 * head.in_features)
+    assert len(list(head.matrix.pieces(dtype))) > 5
+    torch.manual_seed(3)
+    weight = head.weight.to(dtype).double()
+    rows = torch.randn(40, head.in_features)
+    targets = torch.randint(VOCAB, (40,))
+    rows[:8] = (
+        weight[targets[:8]] * 12 / weight[targets[:8]].square().sum(1, keepdim=True)
+    ).float()  # nearly certain
+    targets[8:12], targets[12:16] = 0, VOCAB - 1
+    rows = rows.to(dtype).float()
+    exact = rows.double().requires_grad_()
+    loss = functional.cross_entropy(exact @ weight.T, targets, reduction="sum")
+    loss.backward()
+    found, gradient = objective.streamed(rows, targets, head.matrix, dtype, lambda: None)
+    assert found == pytest.approx(loss.item(), rel=near)
+    assert exact.grad is not None
+    apart = (gradient - exact.grad).norm(dim=1) / exact.grad.norm(dim=1)
+    assert apart.max() < near
 
 
 @pytest.mark.parametrize("method", [Method.LORA, Method.FULL])
