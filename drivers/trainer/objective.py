@@ -120,9 +120,9 @@ class Objective:
         if self._alone:
             matrix = self._causal.get_output_embeddings().matrix
             dtype = torch.bfloat16 if self._bf16 else torch.float32
-            loss, gradient = streamed(rows.detach(), targets, matrix, dtype, self._wait)
-            rows.backward(gradient.div_(learnt))  # type: ignore[no-untyped-call]
-            return loss / learnt
+            total, gradient = streamed(rows.detach(), targets, matrix, dtype, self._wait)
+            rows.backward(gradient.div_(learnt).to(rows.dtype))  # type: ignore[no-untyped-call]
+            return total / learnt
         apart = rows.detach().requires_grad_()
         share = 0.0
         for piece in self.pieces(len(targets)):
