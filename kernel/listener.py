@@ -35,7 +35,7 @@ LINGER_MS = 1000
 HANDSHAKE_MS = 1000
 """Who connects and does not shake hands is dropped after this."""
 
-MOST_DEAD = 4096
+MOST_DEAD = 1024
 
 MOST_MESSAGES = 256
 """Messages taken in one turn, so that a flood of them cannot keep the workers waiting."""
