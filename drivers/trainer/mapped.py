@@ -54,12 +54,16 @@ class Matrix:
     def shape(self) -> tuple[int, int]:
         return len(self._order), self._width
 
+    @property
+    def piece(self) -> int:
+        """Rows that are numbers at a time."""
+        number = -(-len(self._order) * self._width // _PIECE)
+        return -(-len(self._order) // number // ROWS) * ROWS
+
     def pieces(self, dtype: torch.dtype) -> Iterator[tuple[slice, torch.Tensor]]:
         """The numbers, some rows [rows, in] at a time, about as many each time."""
-        number = -(-len(self._order) * self._width // _PIECE)
-        count = -(-len(self._order) // number // ROWS) * ROWS
-        for begin in range(0, len(self._order), count):
-            place = slice(begin, min(begin + count, len(self._order)))
+        for begin in range(0, len(self._order), self.piece):
+            place = slice(begin, min(begin + self.piece, len(self._order)))
             yield place, self._columns_of(self._rows(place)).to(dtype)
 
     def lookup(self, ids: torch.Tensor) -> torch.Tensor:

@@ -120,9 +120,16 @@ class Objective:
         if self._alone:
             matrix = self._causal.get_output_embeddings().matrix
             dtype = torch.bfloat16 if self._bf16 else torch.float32
-            total, gradient = streamed(rows.detach(), targets, matrix, dtype, self._wait)
-            rows.backward(gradient.div_(learnt).to(rows.dtype))  # type: ignore[no-untyped-call]
-            return total / learnt
+            share, gradient = 0.0, torch.empty_like(rows)
+            most = max(16, _LOGITS // matrix.piece)
+            for begin in range(0, len(rows), most):
+                some = slice(begin, begin + most)
+                lost, found = streamed(rows[some].detach(), targets[some], matrix, dtype, self._wait)
+                gradient[some] = found.div_(learnt)
+                share += lost / learnt
+                del found
+            rows.backward(gradient)  # type: ignore[no-untyped-call]
+            return share
         apart = rows.detach().requires_grad_()
         share = 0.0
         for piece in self.pieces(len(targets)):
