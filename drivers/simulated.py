@@ -105,13 +105,22 @@ class LightDriver(SimulatedDriver):
         super().__init__(step_time=step_time)
         self._step_tokens, self._max_sequences = step_tokens, max_sequences
         self._factor = factor
+        self._drawn: dict[int, float] = {}  # by ticket
 
     def describe(self) -> Description:
         return replace(super().describe(), step_tokens=self._step_tokens, max_sequences=self._max_sequences)
 
+    def begin(self, ticket: int) -> Step:
+        step = super().begin(ticket)
+        self._drawn[ticket] = self._factor(any(piece.known - piece.start > 1 for piece in step.pieces))
+        return step
+
+    def result(self, step: Step, seconds: float) -> StepResult:
+        del self._drawn[step.batch.ticket]
+        return super().result(step, seconds)
+
     def _round(self, resident: Resident, step: Step, interrupt: Interrupt | None) -> float:
-        prompts = any(piece.known - piece.start > 1 for piece in step.pieces)
-        return super()._round(resident, step, interrupt) * self._factor(prompts)
+        return super()._round(resident, step, interrupt) * self._drawn[step.batch.ticket]
 
     def _compute(self, resident: Resident, piece: Piece) -> None:
         pass
@@ -137,13 +146,21 @@ class _Running:
 class SimulatedWorker:
     """A device in virtual time for who moves the clock: steps wait in `held` and run one after another, but
     one that overtakes interrupts the one that runs, and one that cuts ends it with its round. The worker's
-    own time is `pause` seconds a step, and `wake` instead when the step comes to an idle device."""
+    own time is `pause` seconds a step; `wake(idle seconds)` is what it is instead when the step comes to an
+    idle device, and how much more than a pause it is before the next step."""
 
-    def __init__(self, driver: SimulatedDriver, pause: float = 0.0, wake: float = 0.0) -> None:
+    def __init__(
+        self,
+        driver: SimulatedDriver,
+        pause: float = 0.0,
+        wake: Callable[[float], tuple[float, float]] = lambda idle: (0.0, 0.0),
+    ) -> None:
         self.driver = driver
         self.pause = pause
         self.wake = wake
-        self.landed = float("-inf")
+        self._landed = 0.0
+        self._follows = False  # a step was held when that one landed
+        self._late = 0.0  # still not awake
         self.held: deque[base.Step | base.Encode] = deque()
         self._begun: list[_Running] = []  # who runs at the end
 
@@ -165,7 +182,10 @@ class SimulatedWorker:
             self._start(step, now)
 
     def _start(self, message: base.Step | base.Encode, now: float) -> None:
-        own = self.pause if self._begun or now == self.landed else self.wake
+        own, late = self.pause, 0.0
+        if not self._begun and (now > self._landed or not self._follows):
+            own, late = self.wake(now - self._landed)
+        own, self._late = own + self._late, late
         if isinstance(message, base.Encode):
             done = self.driver.encode(message)
             new = _Running(now + own + done.seconds, done.seconds, None, done)
@@ -188,7 +208,7 @@ class SimulatedWorker:
             ended.seconds += seconds
             return None
         self._begun.pop()
-        self.landed = now if self.held else float("-inf")
+        self._landed, self._follows = now, bool(self.held)
         return ended.result if ended.step is None else self.driver.result(ended.step, ended.seconds)
 
     def _is_cut(self) -> bool:

@@ -43,6 +43,20 @@ def test_one_request_takes_what_the_model_of_the_device_says(trace: Path, tmp_pa
     assert figures["all"]["goodput_tokens_per_s"] == pytest.approx(11 / 0.230, abs=0.01)
 
 
+def test_a_step_takes_longer_the_longer_the_device_was_idle(trace: Path, tmp_path: Path) -> None:
+    lines = [f"{at},ann,interactive,100,2\n" for at in (1, 2, 4, 60)]
+    trace.write_text("time,tenant,class,prompt_tokens,output_tokens\n" + "".join(lines))
+    step_time = {"fixed": 0, "prefill_token": 0.001, "decode_sequence": 0, "context_token": 0}
+    machine = tmp_path / "machine.json"
+    machine.write_text(json.dumps({"step_time": step_time, "wakes": [[0, 0, 0], [2, 0.04, 0.02]]}))
+    simulate("run", trace, "--machine", machine, "--outcomes", tmp_path / "outcomes")
+    found = [json.loads(line) for line in (tmp_path / "outcomes").read_text().splitlines()]
+    second = [1000 * (one["times"][1] - one["times"][0]) for one in found]
+    first = [1000 * (one["times"][0] - one["sent"]) for one in found]
+    assert first == pytest.approx([120, 117.4, 137.5, 140], abs=0.1)
+    assert second == pytest.approx([10, 8.7, 18.8, 20], abs=0.1)
+
+
 def test_shared_prefixes_are_hits_within_a_tenant_only(trace: Path) -> None:
     lines = [f"{n},{'ann' if n < 4 else 'bob'},interactive,160,2,system,128\n" for n in range(5)]
     trace.write_text(HEADER + "".join(lines))
@@ -109,8 +123,8 @@ def test_a_fit_finds_the_machine_beside_disturbances(monkeypatch: pytest.MonkeyP
         decisions.append(
             Decision(sent, "cpu", "m", ticket, len(work), len(rows), count, 1, None, work, [], now, seconds)
         )
-    alone = Decision(now, "cpu", "m", 999, 1, 0, 24, 1, None, [Work(1, 0, 24, True, 0)], [], now, 0.0147)
-    machine, _ = fitting.machine([*decisions, alone], 0.0167, 64, 512, 64)
+    rests = [fitting.Rest(0.01, 0.0167, 0.0147, 0.02), fitting.Rest(5.0, 0.0567, 0.0447, 0.025)]
+    machine, _ = fitting.machine(decisions, rests, 64, 512, 64)
     fitted = machine.step_time
     assert fitted.fixed == pytest.approx(0.005, rel=0.05)
     assert fitted.decode_sequence == pytest.approx(0.0006, rel=0.05)
@@ -118,3 +132,8 @@ def test_a_fit_finds_the_machine_beside_disturbances(monkeypatch: pytest.MonkeyP
     assert fitted.context_token == pytest.approx(1e-6, rel=0.1)
     assert machine.pause == pytest.approx(0.0002, rel=0.01)
     assert machine.transit == pytest.approx(0.001, rel=0.1)
+    wakes = [(wake.idle, wake.first, wake.second) for wake in machine.wakes]
+    assert wakes == [
+        (0.01, pytest.approx(0, abs=0.0005), 0),
+        (5.0, pytest.approx(0.04, abs=0.0005), 0.005),
+    ]

@@ -6,7 +6,8 @@
 by least absolute relative errors (iterated least squares), so that steps which something else held up count
 without pulling. What is left is the machine's other work: a step's time is simulated with a factor drawn from
 real over fitted times. What a step costs beside the device is the median distance of two that followed each
-other, less the second one's time; or, when it comes to an idle device, what passes beside its own time.
+other, less the second one's time; or, when it comes to an idle device, what passes beside its own time. After
+a rest that is more, and the step itself takes longer: caches and page tables belong to others by then.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import numpy
 from llmasos.drivers.simulated import StepTime
 from llmasos.kernel.recorder import Decision
 from numpy.typing import NDArray
-from simulation import Machine
+from replay import LONELY, Rest
+from simulation import Machine, Wake
 
 FACTORS = 100
 
@@ -26,10 +28,9 @@ Floats = NDArray[numpy.float64]
 
 
 def machine(
-    decisions: list[Decision], alone_s: float, blocks: int, step_tokens: int, sequences: int
+    decisions: list[Decision], rests: list[Rest], blocks: int, step_tokens: int, sequences: int
 ) -> tuple[Machine, list[float]]:
-    """The machine, and the relative errors of the steps it was fitted to. The first of `decisions` are those
-    of prompts that were alone; `alone_s` is their TTFT."""
+    """The machine, and the relative errors of the steps it was fitted to."""
     shapes = numpy.array([_shape(one) for one in decisions])
     seconds = numpy.array([(one.seconds or 0.0) / one.rounds for one in decisions])
     found = numpy.maximum(_fit(shapes, seconds), 0.0)
@@ -37,17 +38,21 @@ def machine(
     ratios = seconds / numpy.maximum(shapes @ found, 1e-9)
     prompts = shapes[:, 2] > 0
     pause, wake = _beside(decisions)
-    lonely = [one.seconds or 0.0 for one in decisions if one.tokens == 24 and not one.rows]
-    transit = max(0.0, alone_s - statistics.median(lonely) - wake) / 2
+    transit = (rests[0].ttft - rests[0].step - wake) / 2
+    lonely = fixed + token * LONELY + prefill_context * LONELY * (LONELY + 1) / 2
+    wakes = tuple(
+        Wake(rest.seconds, _least(rest.ttft - 2 * transit - lonely), _least(rest.then - rests[0].then))
+        for rest in rests
+    )
     made = Machine(
         StepTime(fixed, token, row, context, prefill_context),
         1,
         blocks,
         step_tokens,
         sequences,
-        round(pause, 6),
-        round(wake, 6),
-        round(transit, 6),
+        _least(pause),
+        wakes,
+        _least(transit),
         _factors(ratios[~prompts]),
         _factors(ratios[prompts]),
     )
@@ -94,4 +99,9 @@ def _beside(decisions: list[Decision]) -> tuple[float, float]:
 
 
 def _median(values: list[float]) -> float:
-    return max(0.0, statistics.median(values)) if values else 0.0
+    return statistics.median(values) if values else 0.0
+
+
+def _least(seconds: float) -> float:
+    """To the microsecond, and no less than nothing, whatever noise says."""
+    return round(max(0.0, seconds), 6)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import daemon
 import msgspec
@@ -25,12 +25,14 @@ from outcomes import Outcome
 from traces import VOCABULARY, Request
 
 POLL_S = 1.0
-ALONE = 10
+RESTS = (0.003, 0.1, 0.3, 1, 3, 8)
+ALONE = 6
+LONELY = 24  # tokens
 REPEATS = 3
 GRID = [
     (rows, context)
     for rows in (1, 2, 3, 4, 6, 8, 12, 16, 24)
-    for context in (24, 200, 700, 1500)
+    for context in (24, 200, 400, 700, 1500)
     if rows * context <= 6000
 ]
 
@@ -90,6 +92,13 @@ def _one(client: Client, call: table.Infer, outcome: Outcome) -> None:
     outcome.ended = time.monotonic()
 
 
+def decisions(client: Client) -> list[Decision]:
+    """The newest of the steps that are done."""
+    lines = client.read_file("/proc/flight").splitlines()
+    found = [msgspec.json.decode(line, type=Decision) for line in lines]
+    return [one for one in found if one.outcome == "done"]
+
+
 class Watch:
     """Collects the flight recorder's decisions while the block runs: what a read brings is only its newest
     part."""
@@ -115,32 +124,53 @@ class Watch:
     def _poll(self) -> None:
         while True:
             over = self._over.wait(POLL_S)
-            for line in self._client.read_file("/proc/flight").splitlines():
-                decision = msgspec.json.decode(line, type=Decision)
-                if decision.outcome == "done":
-                    self._found[decision.ticket] = decision
+            self._found |= {one.ticket: one for one in decisions(self._client)}
             if over:
                 return
 
 
-def grid(client: Client, progress: Callable[[int], object]) -> tuple[list[Decision], float]:
-    """Steps of many shapes: so many streams with so long contexts, begun together; before them ALONE prompts
-    of 24 tokens by themselves. Returns the steps and the median of the lonely prompts' TTFT."""
-    first = []
-    with Watch(client) as watch:
+class Rest(NamedTuple):
+    """What a prompt of LONELY tokens met after `seconds` of nothing: medians of its TTFT, of its step, and of
+    the time from the first token to what comes next."""
+
+    seconds: float
+    ttft: float
+    step: float
+    then: float
+
+
+def rests(client: Client, progress: Callable[[int], object]) -> list[Rest]:
+    """Prompts by themselves after each of RESTS, shortest first."""
+    found = []
+    for seconds in RESTS:
+        waits, steps, gaps = [], [], []
         for n in range(ALONE):
+            time.sleep(seconds)
             begun = time.monotonic()
-            with client.stream(infer(_fresh(200, n, 24), 8)) as stream:
+            with client.stream(infer(_fresh(200 + int(10 * seconds), n, LONELY), 8)) as stream:
                 next(stream)
-                first.append(time.monotonic() - begun)
+                first = time.monotonic()
+                next(stream)
+                waits.append(first - begun)
+                gaps.append(time.monotonic() - first)
                 stream.result()
+            last = [one for one in decisions(client) if one.tokens == LONELY][-1]
+            steps.append(last.seconds or 0.0)
+            progress(len(found) * ALONE + n)
+        found.append(Rest(seconds, *map(statistics.median, (waits, steps, gaps))))
+    return found
+
+
+def grid(client: Client, progress: Callable[[int], object]) -> list[Decision]:
+    """Steps of many shapes: so many streams with so long contexts, begun together."""
+    with Watch(client) as watch:
         for place, (rows, context) in enumerate(GRID * REPEATS):
             # The device repeats steps of few rows by itself, so those need more tokens for as many steps.
             calls = [infer(_fresh(place, n, context), max(24, 192 // rows)) for n in range(rows)]
             for _ in client.gather(calls):
                 pass
             progress(place)
-    return watch.decisions, statistics.median(first)
+    return watch.decisions
 
 
 def _fresh(place: int, number: int, count: int) -> list[int]:

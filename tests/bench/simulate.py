@@ -109,10 +109,12 @@ def _fit(arguments: argparse.Namespace) -> int:
     from llmasos.drivers.native.model import MAX_PICKS, MAX_ROWS
     from llmasos.syscalls import table
 
-    with replay.serving(arguments.home) as client, _bar(len(replay.GRID) * replay.REPEATS) as progress:
-        decisions, alone_s = replay.grid(client, progress)
+    cells, alone = len(replay.GRID) * replay.REPEATS, len(replay.RESTS) * replay.ALONE
+    with replay.serving(arguments.home) as client, _bar(alone + cells) as progress:
+        rests = replay.rests(client, progress)
+        decisions = replay.grid(client, lambda cell: progress(alone + cell))
         (pool,) = client.call(table.Lsdev()).devices[0].pools
-    machine, off = fitting.machine(decisions, alone_s, pool.blocks_total, MAX_ROWS, MAX_PICKS)
+    machine, off = fitting.machine(decisions, rests, pool.blocks_total, MAX_ROWS, MAX_PICKS)
     arguments.machine.write_bytes(msgspec.json.format(msgspec.json.encode(machine)) + b"\n")
     half, most = numpy.percentile(off, [50, 90])
     print(f"{arguments.machine}: {len(decisions)} steps, half are within {half:.1%}, 90 % within {most:.1%}")

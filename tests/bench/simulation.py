@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy
 from llmasos.drivers import base
 from llmasos.drivers.simulated import LightDriver, SimulatedWorker, StepTime
 from llmasos.kernel.config import Config
@@ -35,10 +36,19 @@ PLENTY = 1 << 20
 RIGHTS = frozenset(t.Capability) - {t.Capability.ADMIN}
 
 
+class Wake(msgspec.Struct, frozen=True, array_like=True):
+    """To a device that was `idle` so long: what a step that comes takes beside its time, and what the step
+    behind that takes beside its time and a pause. Seconds."""
+
+    idle: float = 0.0
+    first: float = 0.0
+    second: float = 0.0
+
+
 class Machine(msgspec.Struct, frozen=True):
     """What is simulated: `devices` equal ones, each with `blocks` KV blocks, at most `step_tokens` tokens of
-    `sequences` sequences in a step, `pause` seconds between two, `wake` before one that comes to an idle
-    device; `transit` seconds from a client to the kernel, and as much back. A step takes its time by a factor
+    `sequences` sequences in a step, `pause` seconds between two; `transit` seconds from a client to the
+    kernel, and as much back. What lies between two `wakes` is interpolated. A step takes its time by a factor
     that is drawn from `decode_factors`, or from `prefill_factors` if there is a prompt in it: what else the
     machine does, as it was measured."""
 
@@ -48,7 +58,7 @@ class Machine(msgspec.Struct, frozen=True):
     step_tokens: int = 256
     sequences: int = 64
     pause: float = 0.0
-    wake: float = 0.0
+    wakes: tuple[Wake, ...] = (Wake(),)
     transit: float = 0.0
     decode_factors: tuple[float, ...] = (1.0,)
     prefill_factors: tuple[float, ...] = (1.0,)
@@ -88,11 +98,17 @@ class Simulation:
         def factor(prompts: bool) -> float:
             return dice.choice(machine.prefill_factors if prompts else machine.decode_factors)
 
+        idles, *parts = zip(*map(msgspec.structs.astuple, machine.wakes), strict=True)
+
+        def wake(idle: float) -> tuple[float, float]:
+            first, second = (float(numpy.interp(idle, idles, part)) for part in parts)
+            return first, second
+
         self._workers = {
             number: SimulatedWorker(
                 LightDriver(machine.step_time, machine.step_tokens, machine.sequences, factor),
                 machine.pause,
-                machine.wake,
+                wake,
             )
             for number in range(len(names))
         }
