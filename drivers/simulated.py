@@ -97,10 +97,15 @@ class SimulatedDriver(NullDriver):
 class LightDriver(SimulatedDriver):
     """The same times with tokens that nobody checks: they depend on sequence and position alone, so that the
     simulator spends its time in the kernel. No scores, no beams. Steps have at most `step_tokens` tokens of
-    `max_sequences` sequences; each takes `factor(has a prompt)` times what the model says."""
+    `max_sequences` sequences; each takes `factor(rows that generate, whether
+    there is a prompt)` times what the model says."""
 
     def __init__(
-        self, step_time: StepTime, step_tokens: int, max_sequences: int, factor: Callable[[bool], float]
+        self,
+        step_time: StepTime,
+        step_tokens: int,
+        max_sequences: int,
+        factor: Callable[[int, bool], float],
     ) -> None:
         super().__init__(step_time=step_time)
         self._step_tokens, self._max_sequences = step_tokens, max_sequences
@@ -112,7 +117,8 @@ class LightDriver(SimulatedDriver):
 
     def begin(self, ticket: int) -> Step:
         step = super().begin(ticket)
-        self._drawn[ticket] = self._factor(any(piece.known - piece.start > 1 for piece in step.pieces))
+        rows = sum(piece.known - piece.start == 1 for piece in step.pieces)
+        self._drawn[ticket] = self._factor(rows, rows < len(step.pieces))
         return step
 
     def result(self, step: Step, seconds: float) -> StepResult:

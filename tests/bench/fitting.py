@@ -4,10 +4,11 @@
               + context_token · (context of rows) + prefill_context_token · (context of prompts' tokens)
 
 by least absolute relative errors (iterated least squares), so that steps which something else held up count
-without pulling. What is left is the machine's other work: a step's time is simulated with a factor drawn from
-real over fitted times. What a step costs beside the device is the median distance of two that followed each
-other, less the second one's time; or, when it comes to an idle device, what passes beside its own time. After
-a rest that is more, and the step itself takes longer: caches and page tables belong to others by then.
+without pulling. What is left is the machine's other work, and that engines take rows by fours or eights: a
+step's time is simulated with a factor drawn from real over fitted times of steps with about as many rows.
+What a step costs beside the device is the median distance of two that followed each other, less the second
+one's time; or, when it comes to an idle device, what passes beside its own time. After a rest that is more,
+and the step itself takes longer: caches and page tables belong to others by then.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from llmasos.drivers.simulated import StepTime
 from llmasos.kernel.recorder import Decision
 from numpy.typing import NDArray
 from replay import LONELY, Rest
-from simulation import Machine, Wake
+from simulation import Factors, Machine, Wake
 
 FACTORS = 100
+LIKE = (1, 2, 4, 8, 16, 64)  # up to so many rows steps are alike
 
 Floats = NDArray[numpy.float64]
 
@@ -53,7 +55,7 @@ def machine(
         _least(pause),
         wakes,
         _least(transit),
-        _factors(ratios[~prompts]),
+        _by_rows(shapes[~prompts, 1], ratios[~prompts]),
         _factors(ratios[prompts]),
     )
     return made, [float(off) for off in numpy.abs(ratios - 1)]
@@ -75,6 +77,12 @@ def _fit(shapes: Floats, seconds: Floats) -> Floats:
         off = numpy.abs(shapes @ found - seconds) * relative
         weights = relative / numpy.sqrt(numpy.maximum(off, 0.01))
     return found
+
+
+def _by_rows(rows: Floats, ratios: Floats) -> tuple[Factors, ...]:
+    edges = [0, *LIKE]
+    found = [_factors(ratios[(low < rows) & (rows <= most)]) for low, most in itertools.pairwise(edges)]
+    return tuple(Factors(most, values) for most, values in zip(LIKE, found, strict=True))
 
 
 def _factors(ratios: Floats) -> tuple[float, ...]:

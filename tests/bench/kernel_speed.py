@@ -41,7 +41,7 @@ class Bench:
         settings = {"draft_tokens": 0, "max_requests": many, "max_processes": many, "swap_disk_bytes": 0}
         config = Config(**settings, max_processes_per_owner=many)  # type: ignore[arg-type]
         self.kernel = Kernel(config, store, ["null"], time.monotonic, seed=1)
-        self.driver = LightDriver(StepTime(1e-4, 1e-7, 1e-6, 0.0), 2048, rows, lambda prompts: 1.0)
+        self.driver = LightDriver(StepTime(1e-4, 1e-7, 1e-6, 0.0), 2048, rows, lambda rows, prompts: 1.0)
         self.kernel.worker_message(1, base.Attach("null", 1, self.driver.describe()))
         self.held: list[base.Batch] = []
         self.tokens = 0

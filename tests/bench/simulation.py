@@ -45,6 +45,13 @@ class Wake(msgspec.Struct, frozen=True, array_like=True):
     second: float = 0.0
 
 
+class Factors(msgspec.Struct, frozen=True, array_like=True):
+    """Equally likely ones of steps in which up to so many rows generate."""
+
+    rows: int = PLENTY
+    values: tuple[float, ...] = (1.0,)
+
+
 class Machine(msgspec.Struct, frozen=True):
     """What is simulated: `devices` equal ones, each with `blocks` KV blocks, at most `step_tokens` tokens of
     `sequences` sequences in a step, `pause` seconds between two; `transit` seconds from a client to the
@@ -60,7 +67,7 @@ class Machine(msgspec.Struct, frozen=True):
     pause: float = 0.0
     wakes: tuple[Wake, ...] = (Wake(),)
     transit: float = 0.0
-    decode_factors: tuple[float, ...] = (1.0,)
+    decode_factors: tuple[Factors, ...] = (Factors(),)
     prefill_factors: tuple[float, ...] = (1.0,)
 
 
@@ -95,8 +102,13 @@ class Simulation:
         self.kernel = Kernel(config, store, names, lambda: self.now, seed=1)
         dice = random.Random(1)
 
-        def factor(prompts: bool) -> float:
-            return dice.choice(machine.prefill_factors if prompts else machine.decode_factors)
+        def factor(rows: int, prompts: bool) -> float:
+            if prompts:
+                return dice.choice(machine.prefill_factors)
+            like = next(
+                (one for one in machine.decode_factors if rows <= one.rows), machine.decode_factors[-1]
+            )
+            return dice.choice(like.values)
 
         idles, *parts = zip(*map(msgspec.structs.astuple, machine.wakes), strict=True)
 
