@@ -19,7 +19,7 @@ from llmasos.syscalls.types import BLOCK_TOKENS
 
 from .memory import blocks_for
 from .process import CLASS_RANK, Process
-from .shares import is_below, paths, tenant_of
+from .shares import is_below, paths
 
 if TYPE_CHECKING:
     from .devices import Pool
@@ -100,7 +100,7 @@ class Claims:
         if self._promised is not None:
             self._promised += need
         if self._served is not None:
-            self._served[CLASS_RANK[head.sched_class], tenant_of(head.owner)] += 1
+            self._served[CLASS_RANK[head.sched_class], head.tenant] += 1
         return True
 
     def admit(self, process: Process) -> None:
@@ -160,8 +160,8 @@ class Claims:
         only make all of its own slower."""
         if self._served is None:
             inside = itertools.chain(self._pool.admitted, self._let_in)
-            self._served = Counter((CLASS_RANK[p.sched_class], tenant_of(p.owner)) for p in inside)
-        tenant = tenant_of(process.owner)
+            self._served = Counter((CLASS_RANK[p.sched_class], p.tenant) for p in inside)
+        tenant = process.tenant
         peers = {one for of, one in self._served if of <= rank} | {tenant}
         whole = sum(self._quotas.weight(one) for one in peers)
         own = sum(self._served[of, tenant] for of in range(rank + 1))
@@ -204,7 +204,7 @@ class Claims:
         for path, limit in self._quotas.limits_of(process.owner):
             if limit.kv_min and used.get(path, 0) - own < limit.kv_min:
                 return 0
-        tenant = tenant_of(process.owner)
+        tenant = process.tenant
         fair = self._fair.get(tenant)
         return 1 if fair is None or used.get(tenant, 0) - own < fair else 2
 

@@ -21,7 +21,6 @@ from .devices import Device, Flight, Pool, Texts
 from .effects import ToWorker
 from .process import CLASS_RANK, Process
 from .sessions import Request
-from .shares import tenant_of
 
 if TYPE_CHECKING:
     from .loop import Kernel
@@ -110,9 +109,9 @@ def encode(kernel: Kernel, request: Request, call: table.Encode, process: Proces
     process.encoding = encoding
     pool = process.pool
 
-    if _held(kernel, tenant_of(process.owner)) > MOST_HELD:
+    if _held(kernel, process.tenant) > MOST_HELD:
         busy = errors.QueueFull(
-            f"{tenant_of(process.owner)} has {MOST_HELD >> 20} MB of texts and vectors waiting",
+            f"{process.tenant} has {MOST_HELD >> 20} MB of texts and vectors waiting",
             hint="send less at once, wait for answers",
         )
         kernel.fail(process, busy)
@@ -154,7 +153,7 @@ def _held(kernel: Kernel, tenant: str) -> int:
     for pool in (pool for device in kernel.devices.values() for pool in device.pools):
         width = pool.loaded.width if pool.loaded else ASSUMED_WIDTH
         for process in pool.processes if width else ():
-            if process.encoding is not None and tenant_of(process.owner) == tenant:
+            if process.encoding is not None and process.tenant == tenant:
                 held += len(process.encoding.tokens) + 4 * width * process.encoding.rows_made
     return held
 

@@ -14,7 +14,6 @@ from .devices import Device
 from .effects import ToWorker
 from .process import CLASS_RANK, Process
 from .run import Run
-from .shares import tenant_of
 
 if TYPE_CHECKING:
     from .loop import Kernel
@@ -83,7 +82,7 @@ def _is_wanted(kernel: Kernel, device: Device, process: Process, run: Run) -> bo
         _look_again(kernel, run, run.granted_at + kernel.config.step_ms / 1000)
         return False
     _charge(kernel, process, run)
-    counter = device.shares.counter(rank, tenant_of(process.owner))
+    counter = device.shares.counter(rank, process.tenant)
     return first < (True, rank, counter, process.pid)
 
 
@@ -96,7 +95,7 @@ def _look_again(kernel: Kernel, run: Run, when: float) -> None:
 def _charge(kernel: Kernel, process: Process, run: Run) -> None:
     now = kernel.now()
     scheduler.charge(process, now - run.charged_at, now)
-    process.pool.queue.shares.chosen(CLASS_RANK[process.sched_class], tenant_of(process.owner))
+    process.pool.queue.shares.chosen(CLASS_RANK[process.sched_class], process.tenant)
     run.charged_at = now
 
 

@@ -14,8 +14,6 @@ from typing import TYPE_CHECKING
 
 from llmasos.syscalls.types import Family, FamilyKind, Sample
 
-from .shares import tenant_of
-
 if TYPE_CHECKING:
     from .devices import Device, Pool
     from .encoding import Encoding
@@ -134,7 +132,7 @@ class Metrics:
 
     def came(self, process: Process) -> Tally:
         """A process has a request."""
-        tally = Tally(self._of(process), self._uses(tenant_of(process.owner)))
+        tally = Tally(self._of(process), self._uses(process.tenant))
         tally.series.open += 1
         return tally
 

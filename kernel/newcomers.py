@@ -12,7 +12,6 @@ from collections.abc import Callable
 
 from .devices import Flight, Pool
 from .process import CLASS_RANK, Process
-from .shares import tenant_of
 
 BURST_S = 0.2
 """A tenant may have had so much more of the device than those of his class before whom he goes: a prompt or
@@ -48,4 +47,4 @@ def gain(pool: Pool, flight: Flight, left_s: float = 0.0) -> bool:
 
 def _rank_and_tenant(process: Process) -> tuple[int, str]:
     head = process.beam_of or process
-    return CLASS_RANK[head.sched_class], tenant_of(head.owner)
+    return CLASS_RANK[head.sched_class], head.tenant

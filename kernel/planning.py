@@ -161,17 +161,20 @@ def divide(
     claims = Claims(pool, kernel.quotas, max(PASS_ROWS, pool.pace.rows_within(step_s)), pushes=not overtakes)
     some = refused = refusals = 0  # of those taken; of the refused those whose tenants are asked further
 
-    def let_in() -> Iterator[Process]:
+    def let_in() -> Iterator[Share]:
         nonlocal some, refused, refusals
         for process in taken:
             some += 1
-            had = len(process.table.blocks)
-            _match_prefix(kernel, process)
-            claims.took(process, len(process.table.blocks) - had)
-            if not process.runnable:  # a shared prefix was all that it wanted
-                continue
+            lacking = process.lacking
+            if lacking >= base.BLOCK_TOKENS:
+                had = len(process.table.blocks)
+                _match_prefix(kernel, process)
+                claims.took(process, len(process.table.blocks) - had)
+                if not process.runnable:  # a shared prefix was all that it wanted
+                    continue
+                lacking = process.lacking
             if claims.lets_in(process):
-                yield process
+                yield Share(process, lacking)
                 continue
             process.refused = claims.lacks
             refused += 1
@@ -189,12 +192,12 @@ def divide(
         return bool(some)
     if len(pool.queue) > 1 or apart:
         step_tokens = min(step_tokens, max(most, pool.pace.tokens_within(0, longest_s)))
-    if (prompt := next((process for process in turn if process.lacking > PASS_ROWS), None)) is not None:
-        needs = pool.pace.token * prompt.lacking
+    if (prompt := next((want for want in turn if want.count > PASS_ROWS), None)) is not None:
+        needs = pool.pace.token * prompt.count
         rows = pool.pace.rows_within(max(step_s - needs, step_s / 4, 1.25 * pool.pace.fixed))
         turn = _with_room_for_prompts(turn, rows)
         most = len(turn)
-    rows = sum(1 for process in turn if process.lacking == 1)
+    rows = sum(1 for want in turn if want.count == 1)
     chunk_tokens = pool.pace.tokens_within(rows, step_s)
     settled: set[int] = set()  # in the step already, or pushed out of it
     keys: set[bytes] = set()  # of the blocks that the step fills with prompts
@@ -222,7 +225,7 @@ def divide(
         runnable = (process for process in pool.queue if process.runnable)
         if (first := min(runnable, key=claims.claim, default=None)) is not None:
             force = True
-            shares = scheduler.plan([first], (), 1, step_tokens, chunk_tokens, reserve)
+            shares = scheduler.plan([Share(first, first.lacking)], (), 1, step_tokens, chunk_tokens, reserve)
     if must_land or not shares:
         # Somebody could take the blocks of a weaker one if that were not in flight: going on ahead would
         # keep it there for ever.
@@ -232,17 +235,16 @@ def divide(
     return True
 
 
-def _with_room_for_prompts(turn: list[Process], rows: int) -> list[Process]:
+def _with_room_for_prompts(turn: list[Share], rows: int) -> list[Share]:
     """Of those whose turn it is, the prompts and the first `rows` of those that generate."""
-    generating = [process for process in turn if process.lacking == 1]
-    later = set(generating[rows:])
-    return [process for process in turn if process not in later]
+    numbers = itertools.count()
+    return [want for want in turn if want.count > 1 or next(numbers) < rows]
 
 
 def _match_prefix(kernel: Kernel, process: Process) -> None:
     """Lets a prompt share what others have computed since it was last planned."""
     infer, table, before = process.infer, process.table, process.computed
-    if process.lacking < base.BLOCK_TOKENS or process.ahead or before % base.BLOCK_TOKENS:
+    if process.ahead or before % base.BLOCK_TOKENS:
         return
     if process.swap:  # comes back whole
         return

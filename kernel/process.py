@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from llmasos.syscalls.types import ProcessInfo, SchedClass, State
 
 from .memory import Table
+from .shares import tenant_of
 from .tiers import KvFile
 
 if TYPE_CHECKING:
@@ -99,6 +100,10 @@ class Process:
     adapter: Adapter | None = None  # what its model adds to the pool's
     run: Run | None = None  # it trains, and has no infers
     encoding: Encoding | None = None  # it encodes, and has none either
+    tenant: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.tenant = tenant_of(self.owner)
 
     @property
     def model(self) -> str:

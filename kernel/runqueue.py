@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from .process import CLASS_RANK, Process
-from .shares import CLASSES, Shares, tenant_of
+from .shares import CLASSES, Shares
 
 CACHE_WINDOW_S = 0.25
 """Processes that arrived within so long of each other count as equally old: the longest cached prefix goes
@@ -154,7 +154,7 @@ class RunQueue:
 
     def _put(self, process: Process) -> None:
         head = process.beam_of or process
-        key = (CLASS_RANK[head.sched_class], tenant_of(head.owner))
+        key = (CLASS_RANK[head.sched_class], head.tenant)
         line = self._homes.get(process)
         if line is None or (line.rank, line.tenant) != key:
             if line is not None:

@@ -16,7 +16,6 @@ from llmasos.syscalls.types import BLOCK_TOKENS
 
 from .pace import PASS_ROWS
 from .process import CLASS_RANK, Process
-from .shares import tenant_of
 
 NICE_STEP = 1.25
 """A nice step is a factor of so much, as in Linux's CFS."""
@@ -27,29 +26,29 @@ MOST_REFUSALS = 64
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """`count` tokens of the next step for `process`."""
+    """`count` tokens of the next step that `process` wants, or gets."""
 
     process: Process
     count: int
 
 
 def plan(
-    first: list[Process],
-    more: Iterable[Process],
+    first: list[Share],
+    more: Iterable[Share],
     most: int,
     step_tokens: int,
     chunk_tokens: int,
     reserve: Callable[[Process, int], bool],
 ) -> list[Share]:
     """Divides a step of at most `step_tokens` tokens among the first `most` that it can serve, of `first`,
-    those whose turn it is, and `more`, who follow.
+    those whose turn it is, and `more`, who follow: all with what they lack.
 
     `reserve` makes room for so many more tokens of a process, or says that it cannot run now; then the
     process gets nothing and its tokens go to others. Those that lack one token (they are generating) are all
     served; the rest of the budget is handed out in order. Of it, prompts get at most `chunk_tokens` while
     somebody of their class or a stronger one generates. `step_tokens` is no less than `most`.
     """
-    generating = [_class_rank(p) for p in first if p.lacking == 1]
+    generating = [_class_rank(want.process) for want in first if want.count == 1]
     heard = min(generating, default=len(CLASS_RANK))
     kept = len(generating)  # tokens of the step that are kept for them
     budget = step_tokens - kept
@@ -58,10 +57,10 @@ def plan(
     waiting = itertools.chain(first, more)
     refusals = 0
     while len(shares) < most and refusals < MOST_REFUSALS + len(first) and kept + budget > 0:
-        process = next(waiting, None)
-        if process is None:
+        want = next(waiting, None)
+        if want is None:
             break
-        lacking, rank = process.lacking, _class_rank(process)
+        process, lacking, rank = want.process, want.count, _class_rank(want.process)
         if lacking == 1:
             count = 1
         else:
@@ -69,7 +68,7 @@ def plan(
         if rank > strongest or count <= 0 or not reserve(process, count):
             refusals += 1
             continue
-        shares.append(Share(process, count))
+        shares.append(want if count == lacking else Share(process, count))
         if lacking == 1:
             kept, budget = (kept - 1, budget) if kept else (kept, budget - 1)
             continue
@@ -97,4 +96,4 @@ def charge(process: Process, seconds: float, now: float) -> None:
     """Books `seconds` of the device for a process, or the search that it is a beam of, and for its tenant."""
     head = process.beam_of or process
     head.vruntime += seconds * NICE_STEP**head.nice
-    process.pool.queue.shares.charge(_class_rank(head), tenant_of(head.owner), seconds, now)
+    process.pool.queue.shares.charge(_class_rank(head), head.tenant, seconds, now)

@@ -46,7 +46,7 @@ def test_every_wait_is_in_one_bucket(waits: list[float]) -> None:
 def test_tokens_that_come_together_share_their_wait(items: list[tuple[int, float]]) -> None:
     now = 0.0
     metrics = Metrics(lambda: now)
-    process: Any = SimpleNamespace(model="m", sched_class="batch", owner="alice")
+    process: Any = SimpleNamespace(model="m", sched_class="batch", tenant="alice")
     one = Infer((b"", 1), t.Sampling(), 0, 3, 400, 0, True, False, metrics.came(process))
     for count, seconds in items:
         now += seconds
@@ -113,7 +113,7 @@ def test_the_tenant_who_is_one_too_many_counts_as_other(world: World) -> None:
 def test_ten_thousand_tenants_are_bounded(world: World) -> None:
     metrics = world.kernel.metrics
     for number in range(MOST_TENANTS + 20):
-        process: Any = SimpleNamespace(model=f"m{number}", sched_class="batch", owner=f"t{number}/agent")
+        process: Any = SimpleNamespace(model=f"m{number}", sched_class="batch", tenant=f"t{number}")
         one = Infer((b"", 1), t.Sampling(), 0, 3, 4, 0, True, False, metrics.came(process))
         metrics.took(one, 1, 1.0)
         metrics.ended(one, "length", 1)

@@ -42,12 +42,14 @@ def pool(weights: dict[str, float] | None = None) -> Pool:
 POOL = pool()
 
 
-def process(pid: int, lacking: int = 1, sched_class: str = "interactive", **fields: object) -> Process:
+def process(
+    pid: int, lacking: int = 1, sched_class: str = "interactive", owner: str = "o", **fields: object
+) -> Process:
     """A process that lacks `lacking` tokens."""
     made = Process(
         pid=pid,
         parent=1,
-        owner="o",
+        owner=owner,
         session=None,
         pool=POOL,
         sched_class=SchedClass(sched_class),
@@ -174,10 +176,14 @@ def test_the_kept_order_is_the_one_that_looking_at_everybody_gives(data: st.Data
         queue.settle()
 
 
+def wants(queue: list[Process]) -> list[scheduler.Share]:
+    return [scheduler.Share(process, process.lacking) for process in queue]
+
+
 def planned(
     queue: list[Process], step_tokens: int = 256, chunk_tokens: int = 256, most: int = 32
 ) -> list[tuple[int, int]]:
-    room = iter(queue)
+    room = iter(wants(queue))
     turn = list(itertools.islice(room, most))
     shares = scheduler.plan(turn, room, most, step_tokens, chunk_tokens, lambda process, count: True)
     return [(s.process.pid, s.count) for s in shares]
@@ -233,7 +239,7 @@ def test_a_plan_is_within_its_bounds_and_wastes_nothing(
 ) -> None:
     """Who finds no room neither runs nor keeps others from running."""
     queue = [process(pid, n) for pid, n in enumerate(lacking, 2)]
-    shares = scheduler.plan(queue, (), 40, budget, chunk, lambda p, count: p.pid not in without_room)
+    shares = scheduler.plan(wants(queue), (), 40, budget, chunk, lambda p, count: p.pid not in without_room)
     assert sum(s.count for s in shares) <= budget
     assert all(0 < s.count <= s.process.goal - s.process.computed for s in shares)
     possible = [p for p in queue if p.pid not in without_room]
