@@ -192,8 +192,13 @@ class Vocabulary:
             raise errors.InvalidArgument(f"the grammar: {problem}", field="sampling.grammar") from None
         matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=_limits())
         if matcher.is_error():
-            raise errors.InvalidArgument(f"the grammar: {matcher.get_error()}", field="sampling.grammar")
+            raise errors.InvalidArgument(f"the grammar: {_first_line(matcher)}", field="sampling.grammar")
         return matcher
+
+
+def _first_line(matcher: LLMatcher) -> str:
+    """What is wrong, without the state behind it, which holds generated text."""
+    return str(matcher.get_error()).partition("\n")[0]
 
 
 class Constraint:
@@ -215,13 +220,13 @@ class Constraint:
         self._follow(tokens, first, position)
         matcher = self._matcher
         if matcher.is_error():
-            return f"the grammar: {matcher.get_error()}"
+            return f"the grammar: {_first_line(matcher)}"
         if matcher.is_stopped():
             out[:] = self._none
         else:
             matcher.unsafe_compute_mask_ptr(out.buffer_info()[0], 4 * len(out))
             if matcher.is_error():
-                return f"the grammar: {matcher.get_error()}"
+                return f"the grammar: {_first_line(matcher)}"
         if matcher.is_accepting():
             for stop in self._stops:
                 out[stop // 32] |= 1 << stop % 32

@@ -26,6 +26,7 @@ from llmasos.syscalls.types import FileInfo, Finish
 
 from . import encoding, migration, overtaking, planning, residency, search, swapping, training, trap
 from .audit import Audit
+from .charges import Charges
 from .config import LIVE, Config, changed
 from .devices import Device, Flight, Pool
 from .dmesg import Log, Readers
@@ -82,6 +83,7 @@ class Kernel:
         self.ledger = Ledger(epoch)
         self.sessions = Sessions(self.ledger)
         self.quotas = Quotas(config.quotas)
+        self.charges = Charges(now() + config.session_grace_s if rows else now())
         self.metrics = Metrics(now)
         self.processes = ProcessTable(
             config, self.sessions, self.ledger, self.quotas, self.random.randbytes(32), self.metrics
@@ -166,6 +168,7 @@ class Kernel:
                 self._end_requests(other)
 
     def _end_requests(self, session: Session) -> None:
+        session.leaving = True
         for entry in list(session.open.values()):
             entry.cancel()
         for entry in list(session.open.values()):

@@ -52,6 +52,7 @@ class Session:
     subject: Subject
     key: bytes
     greeted: bool = False
+    leaving: bool = False  # what it asked for ends with its connection
     open: dict[int, Open] = field(default_factory=dict)
 
     @property

@@ -476,8 +476,15 @@ def _admit(
         owner = process.owner
     else:
         owner = session.subject.path
-    again = call.seen or call.scored  # its input was charged then
+    again = (call.seen or call.scored) and kernel.charges.knows(session.key, request[1], kernel.now())
     over = kernel.quotas.start(owner, 0 if again else len(call.tokens) // 4, kernel.now())
+    kernel.charges.made(session.key, request[1])
+
+    def answered() -> None:
+        if not session.leaving:
+            kernel.charges.answered(session.key, request[1])
+
+    kernel.sessions.on_close(request, answered)
     kernel.sessions.on_close(request, over)
     if call.pid is None:
         process = _new_process(kernel, session, call, call.model or "", detached=False)

@@ -92,10 +92,20 @@ class Answer:
         self.pieces = []
         if self.stopped:
             return ""
-        self.tokens += event.tokens
-        self._scores += event.logprobs
         self.prompt_chosen += event.prompt_logprobs
-        return self._grow(self._detokenizer.feed(event.tokens))
+        # An event has as many tokens as the device happened to make at once; where it ends must not tell.
+        size = 1 if self._stops.strings else max(1, len(event.tokens))
+        text = ""
+        for start in range(0, len(event.tokens), size):
+            part = event.tokens[start : start + size]
+            self.tokens += part
+            self._scores += event.logprobs[start : start + size]
+            text += self._grow(self._detokenizer.feed(part))
+            if self.stopped:
+                break
+        if len(event.tokens) > size and text and all(isinstance(piece, str) for piece in self.pieces):
+            self.pieces = [text]
+        return text
 
     def flush(self) -> str:
         """The text held back, once the stream has ended."""
@@ -120,6 +130,7 @@ class Answer:
 
     def _grow(self, text: str, *, ended: bool = False) -> str:
         """Stop strings count in words, not in calls."""
+        before = len(self.pieces)
         if self._reader is None:
             came: list[Piece] = [text]
         else:
@@ -134,7 +145,7 @@ class Answer:
                 self.pieces.append(piece)
         if ended:
             self._add(self._stops.flush())
-        grown = "".join(piece for piece in self.pieces if isinstance(piece, str))
+        grown = "".join(piece for piece in self.pieces[before:] if isinstance(piece, str))
         self.text += grown
         return grown
 

@@ -114,7 +114,11 @@ class Plan:
     def seeded(self, index: int) -> t.Sampling:
         """The sampling of sample `index`."""
         seed = self.sampling.seed
-        return self.sampling if seed is None else msgspec.structs.replace(self.sampling, seed=seed + index)
+        return (
+            self.sampling
+            if seed is None
+            else msgspec.structs.replace(self.sampling, seed=(seed + index) % 2**63)
+        )
 
 
 def check_names(options: Mapping[str, Any], caller: str) -> None:

@@ -657,6 +657,9 @@ class LLM:
     def _beam_results(
         self, tokens: list[int], plan: Plan, reply: table.InferReply, full: bool
     ) -> list[Completion]:
+        if not reply.sequences:  # it was ended before a beam was complete
+            wanted = plan.beams.num_return_sequences if plan.beams else 1
+            return [self._answer(tokens, plan, full).completion(reply) for _ in range(wanted)]
         completions = []
         for sequence in reply.sequences:
             answer = self._answer(tokens, plan, full)

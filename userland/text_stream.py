@@ -57,7 +57,8 @@ class TextStream(Iterator[str]):
     @property
     def completion(self) -> Completion:
         """The whole answer. Raises RuntimeError before the end."""
-        return self._answer.completion(self.reply)
+        score = self.reply.sequences[0].score if self.reply.sequences else None
+        return self._answer.completion(self.reply, score=score)
 
     def cancel(self) -> None:
         """Asks the kernel to end the generation; what is under way can still be read."""

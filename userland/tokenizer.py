@@ -312,7 +312,7 @@ class StopStrings:
     """Passes text on until one of the stop strings, which may be spread over several pieces."""
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
+        self.strings = [stop for stop in stops if stop]
         self._held = ""
         self.found = ""
         """The one that came."""
@@ -325,15 +325,15 @@ class StopStrings:
         """Text that certainly comes before a stop string. Nothing more after `stopped`."""
         if self.stopped:
             return ""
-        if not self._stops:
+        if not self.strings:
             return piece
         text = self._held + piece
         # The one that is complete first counts, however the text was cut into pieces.
-        if found := [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]:
+        if found := [(at + len(stop), at, stop) for stop in self.strings if (at := text.find(stop)) >= 0]:
             _, at, self.found = min(found)
             self._held = ""
             return text[:at]
-        keep = max(overlap(text, stop) for stop in self._stops)
+        keep = max(overlap(text, stop) for stop in self.strings)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 

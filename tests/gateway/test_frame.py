@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -10,8 +14,9 @@ import pytest
 from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 from llmasos.userland.client import Client
+from llmasos.userland.gateway import record
 from llmasos.userland.gateway.access import ApiKeys, folder
-from llmasos.userland.gateway.http import MOST_BODY
+from llmasos.userland.gateway.http import LONG, MOST_BODY, aside
 
 from .conftest import Gateway, serve, soon
 
@@ -131,3 +136,27 @@ def test_tokens_and_back(http: httpx.Client) -> None:
     assert http.post("/detokenize", json={"model": "tiny", "tokens": [10**6]}).status_code == 400
     chat = {"model": "tiny", "messages": [{"role": "user", "content": "w1"}]}
     assert http.post("/tokenize", json=chat).json()["count"] > 1
+
+
+def test_headers_without_an_end_are_cut_off(gateway: Gateway) -> None:
+    url = httpx.URL(gateway.url)
+    with socket.create_connection((url.host, url.port), timeout=10) as connection:
+        connection.sendall(b"GET /v1/models HTTP/1.1\r\nhost: localhost\r\n")
+        with suppress(OSError):  # it hangs up in the middle
+            for number in range(64):
+                connection.sendall(b"x%d: " % number + b"y" * (1 << 20) + b"\r\n")
+            pytest.fail("64 MB of headers were taken")
+    long = {"x-long": "y" * 20_000}
+    with httpx.Client(base_url=gateway.url) as client:
+        assert [client.get("/livez", headers=long).status_code for _ in range(4)] == [200] * 4
+        assert client.post("/livez", content=b"z" * 200_000).status_code == 405
+        assert client.get("/livez").status_code == 200
+
+
+def test_long_texts_are_worked_on_beside_the_event_loop() -> None:
+    async def beside(received: int) -> bool:
+        record.begin(record.Record("id", "POST", "/", received=received))
+        return await aside(threading.get_ident) != threading.get_ident()
+
+    assert not asyncio.run(beside(LONG))
+    assert asyncio.run(beside(LONG + 1))

@@ -185,3 +185,45 @@ def test_a_model_comes_in_with_its_progress(gateway: Gateway, carol: httpx.Clien
 def test_what_does_not_train_has_no_curve(http: httpx.Client, pid: int) -> None:
     assert http.get(f"/v1/runs/{pid}/events").status_code == 400
     assert http.get("/v1/runs/999999/events").status_code == 404
+
+
+def test_a_process_answers_one_request_at_a_time(http: httpx.Client, pid: int) -> None:
+    """Each looks at what the process holds and adds to that."""
+    asked = {"model": "slow", "messages": [{"role": "user", "content": "w1"}], "max_tokens": 40, "pid": pid}
+    with http.stream("POST", "/v1/chat/completions", json=asked | {"stream": True}) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        busy = http.post("/v1/chat/completions", json=asked | {"max_tokens": 2})
+        assert busy.status_code == 409
+        for _ in lines:
+            pass
+    assert http.post("/v1/chat/completions", json=asked | {"max_tokens": 2}).status_code == 200
+    assert http.post("/v1/chat/completions", json=asked | {"temperature": 9}).status_code == 400
+    assert http.post("/v1/chat/completions", json=asked | {"max_tokens": 2}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_tokens": 100_000}, {"max_tokens": 2, "structured_outputs": {"regex": "(("}}]
+)
+def test_a_refused_request_leaves_no_process_and_takes_no_context(
+    http: httpx.Client, pid: int, wrong: dict[str, Any]
+) -> None:
+    asked = {"model": "slow", "messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 2}
+    assert http.post("/v1/chat/completions", json=asked | {"pid": pid}).status_code == 200
+
+    def pids() -> list[int]:
+        return sorted(row["pid"] for row in http.get("/v1/processes").json()["data"])
+
+    before = pids()
+    assert http.post("/v1/chat/completions", json=asked | wrong | {"pid": "new"}).status_code == 400
+    assert http.post("/v1/chat/completions", json=asked | wrong | {"fork_of": pid}).status_code == 400
+    soon(lambda: pids() == before)
+
+
+def test_a_too_long_answer_is_refused_before_the_process_is_cut(http: httpx.Client, pid: int) -> None:
+    asked = {"model": "slow", "messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 2, "pid": pid}
+    http.post("/v1/chat/completions", json=asked)
+    before = http.get(f"/v1/processes/{pid}").json()["context"]
+    other = asked | {"messages": [{"role": "user", "content": "w9"}], "max_tokens": 100_000}
+    assert http.post("/v1/chat/completions", json=other).status_code == 400
+    assert http.get(f"/v1/processes/{pid}").json()["context"] == before

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from llmasos.kernel.charges import MOST_TIMES, Charges
 from llmasos.kernel.loop import Kernel
 from llmasos.kernel.quotas import Quotas
 from llmasos.kernel.tenants import LABEL_RIGHTS, Subject
@@ -161,3 +162,30 @@ def test_limits_set_by_a_call_outlive_the_kernel_until_the_configuration_changes
     changed = msgspec.structs.replace(world.kernel.config, quotas={"alice": t.Quota(weight=5.0)})
     world.kernel.reconfigure(lambda: changed)
     assert reborn() == {"alice": t.Quota(weight=5.0)}
+
+
+def test_saying_that_tokens_were_seen_does_not_make_input_free(world: World) -> None:
+    world.attach()
+    world.send(table.SetQuota("alice", t.Quota(tokens_in=50)))
+    refused = []
+    for _ in range(3):
+        call = infer(list(range(20)), model="tiny", max_tokens=4, seen=1)
+        asked = world.send(call, session=b"\0b", subject=AGENT)
+        world.turn(9)
+        refused.append(world.result(asked, b"\0b").kind == wire.Kind.ERROR)
+    assert refused == [False, False, True]
+
+
+def test_a_request_that_comes_again_is_not_charged_again() -> None:
+    charges = Charges(trusting=0.0)
+    assert not charges.knows(b"alice", 5, 1.0)
+    charges.made(b"alice", 5)
+    assert charges.knows(b"alice", 5, 1.0)
+    assert not charges.knows(b"alice", 6, 1.0)
+    assert not charges.knows(b"bob", 5, 1.0)
+    charges.answered(b"alice", 5)
+    assert not charges.knows(b"alice", 5, 1.0)
+    for _ in range(MOST_TIMES + 1):
+        charges.made(b"alice", 5)
+    assert not charges.knows(b"alice", 5, 1.0)
+    assert Charges(trusting=30.0).knows(b"alice", 5, 29.0)  # an earlier kernel had charged it

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import tokenizers
 from hypothesis import example, given
 from hypothesis import strategies as st
 from llmasos.syscalls import errors
+from llmasos.syscalls import types as t
 from llmasos.userland.client import Client
+from llmasos.userland.completion import Answer
 from llmasos.userland.tokenizer import Detokenizer, Part, StopStrings, Tokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -172,3 +176,22 @@ def test_a_model_without_a_tokenizer_says_what_is_missing(kernel: object) -> Non
     missing = pytest.raises(errors.UnsupportedModel, match=r"tokenizer\.json")
     with Client(kernel.address) as client, missing:  # type: ignore[attr-defined]
         Tokenizer.load(client, "bare:latest")
+
+
+@given(cuts=st.lists(st.integers(1, 6), min_size=1))
+def test_an_answer_ends_with_the_token_that_completes_a_stop_string(
+    byte_level: Tokenizer, cuts: list[int]
+) -> None:
+    """However many tokens the device made at once."""
+    tokens = byte_level.encode("one two STOP three four five six")
+    whole = [byte_level.decode(tokens[:end]) for end in range(len(tokens) + 1)]
+    ends = next(end for end, text in enumerate(whole) if "STOP" in text)
+    answer, at, shown = Answer(byte_level, [], ["STOP"]), 0, ""
+    for size in itertools.cycle(cuts):
+        if at >= len(tokens) or answer.stopped:
+            break
+        shown += answer.feed(t.InferEvent(tokens=tokens[at : at + size]))
+        at += size
+    assert answer.stopped
+    assert answer.tokens == tokens[:ends]
+    assert shown == answer.text == "one two "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import msgspec
 from llmasos.syscalls import errors, table
@@ -64,21 +64,55 @@ class _Part:
     first: bool
 
 
+class _Turn:
+    """A request's turn with a process that others may talk to: what it holds must not change between a look
+    at it and the answer. Over when nobody holds this any more. Raises ProcessBusy."""
+
+    _taken: ClassVar[set[int]] = set()
+
+    def __init__(self, pid: int) -> None:
+        self._pid: int | None = None
+        if pid in self._taken:
+            raise errors.ProcessBusy(
+                f"process {pid} is answering another request", hint="wait for that answer, or use fork_of"
+            )
+        self._taken.add(pid)
+        self._pid = pid
+
+    def __del__(self) -> None:
+        if self._pid is not None:
+            self._taken.discard(self._pid)
+
+
 @dataclass(slots=True)
 class Asked:
-    """What is to be generated, ready to be run. `pid` is the process that stays behind it."""
+    """What is to be generated, ready to be run. `pid` is the process that stays behind it, `fresh` if it was
+    made for this."""
 
     caller: Caller
     parts: list[_Part] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
     pid: int | None = None
+    fresh: bool = False
+    turn: _Turn | None = None
 
     async def deltas(self) -> AsyncGenerator[Delta]:
         """What comes, of all answers as it comes. Closing this ends them in the kernel. Raises what the
         kernel answers."""
         if len(self.parts) == 1:
-            async for delta in self._one(0, self.parts[0]):
-                yield delta
+            begun = False
+            try:
+                async for delta in self._one(0, self.parts[0]):
+                    begun = True
+                    if delta.done is not None:
+                        self.turn = None
+                    yield delta
+            except errors.LLMasOSError:
+                if self.fresh and not begun and self.pid is not None:  # nobody was told of it
+                    await self.caller.aio.call(table.Kill(self.pid))
+                raise
+            finally:
+                self.turn = None
             return
         events: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue(maxsize=2 * len(self.parts))
 
@@ -165,12 +199,8 @@ async def ask(
         options = toolbox.applied(options, form)
     asked = Asked(caller)
     held: list[int] = []
-    if body.pid is not None or body.fork_of is not None:
-        if len(prompts) * n != 1:
-            raise errors.InvalidArgument("a process has one prompt and one answer", field="n")
-        asked.pid, held = await _process(caller, llm, prompts[0], body)
-    for prompt in prompts:
-        plan = llm.plan(options, len(prompt))
+    plans = [llm.plan(options, len(prompt)) for prompt in prompts]
+    for prompt, plan in zip(prompts, plans, strict=True):
         if plan.max_tokens > llm.context_length - len(prompt):
             raise errors.ContextOverflow(
                 f"This model's maximum context length is {llm.context_length} tokens. However, you requested "
@@ -178,6 +208,18 @@ async def ask(
                 "the answer). Please reduce the length of the prompt or of the answer.",
                 field="messages",
             )
+    if body.pid is not None or body.fork_of is not None:
+        if len(prompts) * n != 1:
+            raise errors.InvalidArgument("a process has one prompt and one answer", field="n")
+        if isinstance(body.pid, int):
+            asked.turn = _Turn(body.pid)
+        try:
+            asked.pid, held = await _process(caller, llm, prompts[0], body)
+        except BaseException:
+            asked.turn = None
+            raise
+        asked.fresh = not isinstance(body.pid, int)
+    for prompt, plan in zip(prompts, plans, strict=True):
         for number in range(n):
             sampling = plan.seeded(number)
             if prompt_scores:

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from . import problems
-from .record import Record, begin, log, trace, tracer
+from .record import Record, begin, current, log, trace, tracer
 
 MOST_BODY = 8 << 20
 """Bytes of a request's body. Uploads of files have a bound of their own."""
@@ -28,6 +28,9 @@ PATIENCE_S = 1.0
 
 KEEP_ALIVE_S = 15.0
 """A stream in which nothing happens says so this often, so that nothing on the way closes it."""
+
+LONG = 16 << 10
+"""Bytes of a body that is worth a thread of its own: its text takes some 20 ms to become tokens."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 _LOCAL_HOST = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\]|testserver)(:\d+)?\Z")
@@ -41,6 +44,15 @@ def json(body: Any, status: int = 200, headers: Mapping[str, str] | None = None)
 
 def new_id(prefix: str) -> str:
     return f"{prefix}{uuid.uuid4().hex}"
+
+
+async def aside(work: Callable[[], R], *, more: bool = False) -> R:
+    """What comes of the texts of this request. Those of long ones, or if there are `more` than it brought,
+    are worked on beside the event loop, for other callers are waiting."""
+    request = current()
+    if not more and request is not None and request.received <= LONG:
+        return work()
+    return await asyncio.to_thread(work)
 
 
 class HungUp(Exception):
@@ -193,7 +205,7 @@ class Frame:
                 await json(body, problem.status)(scope, receive, framed)
                 return
             limit = scope["app"].state.body_limit(scope["path"])
-            await self._app(scope, _bounded(receive, limit), framed)
+            await self._app(scope, _bounded(receive, limit, told), framed)
         finally:
             metrics.open.dec()
             told.route = getattr(scope.get("route"), "path", "other")
@@ -228,15 +240,12 @@ class TooLong(HTTPException):
         super().__init__(413, f"the request's body is longer than {limit} bytes")
 
 
-def _bounded(receive: Receive, limit: int) -> Receive:
-    came = 0
-
+def _bounded(receive: Receive, limit: int, told: Record) -> Receive:
     async def bounded() -> Message:
-        nonlocal came
         message = await receive()
         if message["type"] == "http.request":
-            came += len(message.get("body", b""))
-            if came > limit:
+            told.received += len(message.get("body", b""))
+            if told.received > limit:
                 raise TooLong(limit)
         return message
 

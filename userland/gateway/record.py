@@ -47,6 +47,7 @@ class Record:
     route: str = "other"
     tenant: str = ""
     status: int = 0
+    received: int = 0  # bytes of the body
     whole: bool = False  # the answer was sent to its end
     model: str = ""
     prompt_tokens: int = 0

@@ -10,8 +10,6 @@ from llmasos.syscalls import errors, garbage, turns
 from .access import ApiKeys, folder
 
 DRAIN_S = 10
-MOST_HEADERS = 32 << 10
-"""Bytes of a request's line and headers."""
 
 
 def serve(
@@ -27,6 +25,7 @@ def serve(
 
     from ..daemon import ensure_daemon
     from .app import build
+    from .protocol import BoundedHeaders
     from .record import log_to_stderr
 
     found = ApiKeys(folder())
@@ -60,7 +59,7 @@ def serve(
         log_config=None,  # its loggers speak JSON as all others do
         log_level="warning",
         server_header=False,
-        h11_max_incomplete_event_size=MOST_HEADERS,
+        http=BoundedHeaders,
         timeout_graceful_shutdown=DRAIN_S,
     )
     config.load()  # what is there for good is not to be searched

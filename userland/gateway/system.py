@@ -12,9 +12,10 @@ from pydantic import Field
 from starlette.responses import Response
 
 from ..chat import encode_chat
+from ..llm import LLM
 from .callers import Caller, authenticated
 from .errors_doc import documented
-from .http import json
+from .http import aside, json
 from .openai.messages import Message, as_messages
 from .options import Body, Token
 
@@ -56,18 +57,19 @@ class Tokenize(Body):
     add_generation_prompt: bool = True
     return_token_strs: bool = False
 
+    def encode(self, llm: LLM) -> list[int]:
+        if self.messages is None:
+            return llm.tokenizer.encode(self.prompt or "", start=self.add_special_tokens)
+        messages = as_messages(self.messages)
+        return encode_chat(llm.tokenizer, messages, model=llm.model, answer=self.add_generation_prompt)
+
 
 @router.post("/tokenize", summary="Tokens of a text or a conversation", responses=documented())
 async def tokenize(body: Tokenize, caller: Annotated[Caller, Depends(authenticated)]) -> Response:
     llm = await caller.llm(body.model)
     if (body.prompt is None) == (body.messages is None):
         raise errors.InvalidArgument("either prompt or messages", field="prompt")
-    if body.messages is not None:
-        tokens = encode_chat(
-            llm.tokenizer, as_messages(body.messages), model=llm.model, answer=body.add_generation_prompt
-        )
-    else:
-        tokens = llm.tokenizer.encode(body.prompt or "", start=body.add_special_tokens)
+    tokens = await aside(lambda: body.encode(llm))
     answer: dict[str, Any] = {"count": len(tokens), "max_model_len": llm.context_length, "tokens": tokens}
     if body.return_token_strs:
         answer["token_strs"] = [llm.tokenizer.shown(token) for token in tokens]
@@ -82,9 +84,8 @@ class Detokenize(Body):
 @router.post("/detokenize", summary="Text of tokens", responses=documented())
 async def detokenize(body: Detokenize, caller: Annotated[Caller, Depends(authenticated)]) -> Response:
     llm = await caller.llm(body.model)
-    return json(
-        {"prompt": llm.tokenizer.decode(checked(llm.tokenizer.vocab_size, body.tokens), special=True)}
-    )
+    tokens = checked(llm.tokenizer.vocab_size, body.tokens)
+    return json({"prompt": await aside(lambda: llm.tokenizer.decode(tokens, special=True))})
 
 
 def checked(vocab_size: int, tokens: list[int]) -> list[int]:

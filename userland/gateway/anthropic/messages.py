@@ -21,7 +21,7 @@ from .. import problems
 from ..answers import Asked, Usage, ask, sampling_options
 from ..callers import Caller, authenticated
 from ..errors_doc import documented
-from ..http import EventStream, attend, json, new_id
+from ..http import EventStream, aside, attend, json, new_id
 from ..options import Body, Placed
 from .content import CacheControl, Message, Text, ToolChoice, ToolParam, as_messages, toolbox_of
 
@@ -113,7 +113,7 @@ async def create(
     `model_context_window_exceeded`; input that alone does not fit is a 400."""
     llm = await caller.llm(body.model_name(body.model))
     toolbox = body.toolbox()
-    tokens = body.encode(llm, toolbox)
+    tokens = await aside(lambda: body.encode(llm, toolbox))
     room = llm.context_length - len(tokens)
     longest = min(body.max_tokens, room) if room > 0 else body.max_tokens
     options = sampling_options(
@@ -149,7 +149,8 @@ class Count(Conversation):
 @router.post("/count_tokens", summary="Tokens of a conversation", responses=documented())
 async def count(body: Count, caller: Annotated[Caller, Depends(authenticated)]) -> Response:
     llm = await caller.llm(body.model_name(body.model))
-    return json({"input_tokens": len(body.encode(llm, body.toolbox()))})
+    tokens = await aside(lambda: body.encode(llm, body.toolbox()))
+    return json({"input_tokens": len(tokens)})
 
 
 class _Answering:

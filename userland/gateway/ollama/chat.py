@@ -16,7 +16,7 @@ from ...tools import Arguments, Begun, Ended, Toolbox
 from ..answers import Asked
 from ..callers import Caller, authenticated
 from ..errors_doc import documented
-from ..http import attend, json
+from ..http import aside, attend, json
 from ..options import Body
 from .shared import Asking, Clock, Step, answer, ended, line, lines, load, now, steps
 
@@ -74,12 +74,11 @@ async def create(
         loaded = await attend(request, load(caller, llm, body, clock))
         return json({**loaded, "message": {"role": "assistant", "content": ""}})
     toolbox = Toolbox.from_openai(body.tools)
-    tokens = encode_chat(
-        llm.tokenizer,
-        [message.shown() for message in body.messages],
-        model=llm.model,
-        tools=toolbox.tools if toolbox else (),
-        continue_final_message=True,
+    messages, tools = [message.shown() for message in body.messages], toolbox.tools if toolbox else ()
+    tokens = await aside(
+        lambda: encode_chat(
+            llm.tokenizer, messages, model=llm.model, tools=tools, continue_final_message=True
+        )
     )
     asked = await answer(caller, llm, tokens, body, toolbox)
     clock.asked()

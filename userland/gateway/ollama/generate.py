@@ -16,7 +16,7 @@ from ...tokenizer import Part
 from ..answers import Asked
 from ..callers import Caller, authenticated
 from ..errors_doc import documented
-from ..http import attend, json
+from ..http import aside, attend, json
 from ..options import Token
 from ..system import checked
 from .shared import Asking, Clock, answer, ended, line, lines, load, now, steps
@@ -66,7 +66,7 @@ async def create(
     llm = await caller.llm(body.model_name(body.model))
     if not body.prompt and not body.context:
         return json({**await attend(request, load(caller, llm, body, clock)), "response": ""})
-    tokens = body.tokens(llm)
+    tokens = await aside(lambda: body.tokens(llm))
     asked = await answer(caller, llm, tokens, body)
     clock.asked()
     answering = _Answering(asked, clock, body, tokens)

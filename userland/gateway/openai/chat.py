@@ -17,7 +17,7 @@ from ...tools import Arguments, Begun, Piece
 from ..answers import Asked, ask
 from ..callers import Caller, authenticated
 from ..errors_doc import documented
-from ..http import attend, json, new_id
+from ..http import aside, attend, json, new_id
 from .constraints import Constrained
 from .messages import Message, as_messages
 from .shared import DONE, REASONS, Sampled, chat_score, event, stream, usage
@@ -67,7 +67,8 @@ async def prepare(caller: Caller, body: ChatRequest) -> tuple[Asked, dict[str, A
     llm = await caller.llm(body.model_name(body.model))
     toolbox = body.toolbox()
     tools = toolbox.tools if toolbox is not None else ()
-    tokens = encode_chat(llm.tokenizer, as_messages(body.messages), model=llm.model, tools=tools)
+    messages = as_messages(body.messages)
+    tokens = await aside(lambda: encode_chat(llm.tokenizer, messages, model=llm.model, tools=tools))
     if body.top_logprobs is not None and not body.logprobs:
         raise errors.InvalidArgument("top_logprobs needs logprobs: true", field="top_logprobs")
     scores = (body.top_logprobs or 0) if body.logprobs else None

@@ -17,7 +17,7 @@ from ...llm import LLM
 from ..answers import Asked, ask
 from ..callers import Caller, authenticated
 from ..errors_doc import documented
-from ..http import attend, json, new_id
+from ..http import aside, attend, json, new_id
 from ..options import Token
 from ..system import checked
 from .shared import DONE, REASONS, Sampled, event, stream, usage
@@ -52,7 +52,7 @@ async def prepare(caller: Caller, body: CompletionRequest) -> tuple[Asked, dict[
     """What is to be generated, the head of the answer, by which model, behind which texts. Raises what is
     wrong with the request."""
     llm = await caller.llm(body.model_name(body.model))
-    prompts = _prompts(llm, body.prompt)
+    prompts = await aside(lambda: _prompts(llm, body.prompt))
     longest = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     if longest == 0 and not body.echo:
         raise errors.InvalidArgument("max_tokens 0 needs echo", field="max_tokens")

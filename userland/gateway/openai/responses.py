@@ -18,7 +18,7 @@ from ...chat import encode_chat
 from ..answers import Asked, ask
 from ..callers import Caller, Callers
 from ..errors_doc import documented
-from ..http import EventStream, attend, json, new_id
+from ..http import EventStream, aside, attend, json, new_id
 from ..options import Body
 from ..patience import patiently
 from ..store import Kept, Store
@@ -104,7 +104,9 @@ async def prepare(
         raise errors.InvalidArgument("the input is empty", field="input")
     toolbox = body.toolbox()
     tools = toolbox.tools if toolbox is not None else ()
-    tokens = encode_chat(llm.tokenizer, messages, model=llm.model, tools=tools)
+    tokens = await aside(
+        lambda: encode_chat(llm.tokenizer, messages, model=llm.model, tools=tools), more=bool(told)
+    )
     longest = body.max_output_tokens or max(llm.context_length - len(tokens), 0)
     scores = (body.top_logprobs or 0) if body.scored else None
     shape = body.format
