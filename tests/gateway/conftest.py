@@ -23,6 +23,7 @@ from llmasos.userland.client import Client
 from llmasos.userland.daemon import ensure_daemon
 from llmasos.userland.gateway.access import ApiKeys, folder
 from llmasos.userland.gateway.app import build
+from llmasos.userland.gateway.protocol import BoundedHeaders
 
 from ..llsh.conftest import add_model, put_model
 from ..userland.conftest import STOP, byte_tokenizer, model_files
@@ -51,7 +52,9 @@ def soon(condition: Callable[[], bool], patience_s: float = 5.0) -> None:
 def serve(keys: dict[str, str]) -> Iterator[Gateway]:
     """A gateway in a thread, on a free port; without keys it asks for none."""
     app = build(None, ApiKeys(folder()) if keys else None)
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=2)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=2, http=BoundedHeaders
+    )
     server = uvicorn.Server(config)
     app.state.ending = lambda: server.should_exit
     with socket.socket() as listening:

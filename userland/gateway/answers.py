@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
 
@@ -109,7 +110,7 @@ class Asked:
                     yield delta
             except errors.LLMasOSError:
                 if self.fresh and not begun and self.pid is not None:  # nobody was told of it
-                    await self.caller.aio.call(table.Kill(self.pid))
+                    await _discard(self.caller, self.pid)
                 raise
             finally:
                 self.turn = None
@@ -267,9 +268,16 @@ async def _process(caller: Caller, llm: LLM, prompt: Sequence[int], body: Placed
             await caller.aio.call(table.Truncate(pid, same))
     except BaseException:
         if body.fork_of is not None:
-            await caller.aio.call(table.Kill(pid))
+            await _discard(caller, pid)
         raise
     return pid, held[:same]
+
+
+async def _discard(caller: Caller, pid: int) -> None:
+    """Ends a process that nobody was told of, and takes it off its parent's hands."""
+    with suppress(errors.NotFound):  # one without a parent is gone at once
+        await caller.aio.call(table.Kill(pid))
+        await caller.aio.call(table.Wait(pid))
 
 
 def sampling_options(llm: LLM, **wanted: Any) -> Options:
