@@ -4,10 +4,8 @@ when it asks for the rest of an answer, and nobody else is let off by saying so.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
-MOST_KNOWN = 8192
-"""Requests that are remembered, the newest."""
+MOST_KNOWN = 1024
+"""Requests of one session that are remembered, the newest: those that are open, or were when it broke off."""
 
 MOST_TIMES = 16
 """So often a request that was charged once may come again: each time it may be computed anew."""
@@ -18,19 +16,26 @@ class Charges:
 
     def __init__(self, trusting: float) -> None:
         self._trusting = trusting
-        self._known: OrderedDict[tuple[bytes, int], int] = OrderedDict()
+        self._known: dict[bytes, dict[int, int]] = {}
 
     def made(self, key: bytes, id_: int) -> None:
         """The request of a session was let in."""
-        self._known[key, id_] = self._known.get((key, id_), 0) + 1
-        self._known.move_to_end((key, id_))
-        if len(self._known) > MOST_KNOWN:
-            self._known.popitem(last=False)
+        known = self._known.setdefault(key, {})
+        known[id_] = known.pop(id_, 0) + 1
+        if len(known) > MOST_KNOWN:
+            del known[next(iter(known))]
 
     def answered(self, key: bytes, id_: int) -> None:
         """Whoever uses its number again asks for something else."""
-        self._known.pop((key, id_), None)
+        known = self._known.get(key, {})
+        known.pop(id_, None)
+        if not known:
+            self.forget(key)
+
+    def forget(self, key: bytes) -> None:
+        """The session does not come back."""
+        self._known.pop(key, None)
 
     def knows(self, key: bytes, id_: int, now: float) -> bool:
         """Whether the request comes again and was charged."""
-        return now < self._trusting or 0 < self._known.get((key, id_), 0) <= MOST_TIMES
+        return now < self._trusting or 0 < self._known.get(key, {}).get(id_, 0) <= MOST_TIMES

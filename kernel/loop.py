@@ -133,6 +133,8 @@ class Kernel:
         self._end_requests(gone)
         if gone.returns:
             self.at(self.now() + self.config.session_grace_s, lambda: self._forget(gone.key))
+        else:
+            self.charges.forget(gone.key)
         if ended := self.processes.session_gone(session, gone.key):
             self.log.info(f"client {gone.subject.pid} of {gone.subject.path} left, {ended} processes ended")
 
@@ -186,6 +188,7 @@ class Kernel:
     def _forget(self, key: bytes) -> None:
         if all(session.key != key for session in self.sessions.by_id.values()):
             self.ledger.forget(key)
+            self.charges.forget(key)
 
     def worker_attached(self, worker: int, attach: base.Attach) -> None:
         device = self.devices.get(attach.device)

@@ -188,4 +188,7 @@ def test_a_request_that_comes_again_is_not_charged_again() -> None:
     for _ in range(MOST_TIMES + 1):
         charges.made(b"alice", 5)
     assert not charges.knows(b"alice", 5, 1.0)
+    charges.made(b"alice", 7)
+    charges.forget(b"alice")
+    assert not charges.knows(b"alice", 7, 1.0)
     assert Charges(trusting=30.0).knows(b"alice", 5, 29.0)  # an earlier kernel had charged it
