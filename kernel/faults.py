@@ -5,13 +5,15 @@ from __future__ import annotations
 import resource
 import sys
 import traceback
+from contextlib import suppress
 from types import TracebackType
 
 
 def tell(title: str, bug: BaseException) -> None:
     """Writes the frames of an exception to standard error."""
     frames = "".join(traceback.format_tb(bug.__traceback__))
-    print(f"llmasosd: {title}: {type(bug).__name__}\n{frames}", end="", file=sys.stderr, flush=True)
+    with suppress(OSError):
+        print(f"llmasosd: {title}: {type(bug).__name__}\n{frames}", end="", file=sys.stderr, flush=True)
 
 
 def keep_prompts_private() -> None:

@@ -4,7 +4,10 @@ Owns the folder HOME/journal. Knows nothing of what a row means (ledger.py does)
 row carries a BLAKE2b of its name and data, a head row the number of the last commit and the sum of all
 digests, so that a changed, lost or stale row is found when the journal is opened. What SQLite takes for the
 end of its log after a damaged frame is found by the witness, a file of 16 bytes that is written, not synced,
-after each commit: it may be behind the journal (after a power cut), never before it."""
+after each commit: it may be behind the journal (after a power cut), never before it.
+
+A file of BALLAST_BYTES keeps room on the disk: when that is full it is given up for what has to be written,
+so that processes can still be ended and changed, and made anew when there is room again."""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import hashlib
 import os
 import sqlite3
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from llmasos.syscalls import errors
@@ -21,6 +25,9 @@ from .modelfs.durable import sync_folder
 _HEAD = ""
 _DIGEST_BYTES = 16
 _NUMBER_BYTES = 8
+
+BALLAST_BYTES = 8 << 20
+"""More than SQLite's log has before it begins anew (4 MB)."""
 
 
 class Journal:
@@ -33,6 +40,7 @@ class Journal:
 
     def __init__(self, folder: Path, schema: int = 0) -> None:
         self._folder = folder
+        self._ballast = folder / "ballast"
         self._witness = -1
         try:
             self._open(folder, schema)
@@ -79,6 +87,7 @@ class Journal:
         self._digests: dict[str, int] = {}
         self.rows = self._verified(found)
         self._number, self._total = self._verified_head(self.rows.pop(_HEAD, None))
+        self._load_ballast()
 
     def commit(self, changes: Mapping[str, bytes | None]) -> None:
         """Sets rows, or removes them (None), all or none. Raises Unavailable when the disk refuses: then
@@ -93,19 +102,43 @@ class Journal:
         sets = [(name, data, _bytes(digests[name])) for name, data in changes.items() if data is not None]
         sets.append((_HEAD, head, _bytes(_digest(_HEAD, head))))
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany("DELETE FROM rows WHERE name = ?", gone)
-            self._db.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", sets)
-            self._db.execute("COMMIT")
-        except sqlite3.Error as problem:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
+            try:
+                self._write(gone, sets)
+            except sqlite3.OperationalError as problem:
+                if problem.sqlite_errorcode != sqlite3.SQLITE_FULL or not self._ballast.exists():
+                    raise
+                self._ballast.unlink()
+                self._write(gone, sets)
+        except (sqlite3.Error, OSError) as problem:
             raise errors.Unavailable(f"the journal cannot be written: {problem}") from None
         self._number, self._total = number, total
         for name in changes:
             self._digests.pop(name, None)
         self._digests |= digests
         os.pwrite(self._witness, _witness(number), 0)
+        self._load_ballast()
+
+    def _write(self, gone: list[tuple[str]], sets: list[tuple[str, bytes, bytes]]) -> None:
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("DELETE FROM rows WHERE name = ?", gone)
+            self._db.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", sets)
+            self._db.execute("COMMIT")
+        except sqlite3.Error:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def _load_ballast(self) -> None:
+        """Makes the ballast where there is room enough for it and others."""
+        if self._ballast.exists():
+            return
+        with suppress(OSError):
+            disk = os.statvfs(self._folder)
+            if disk.f_bavail * disk.f_frsize < 8 * BALLAST_BYTES:
+                return
+            with self._ballast.open("wb") as file:
+                os.posix_fallocate(file.fileno(), 0, BALLAST_BYTES)
 
     def close(self) -> None:
         self._db.close()

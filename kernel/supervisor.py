@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 from .systemd import notify
@@ -151,4 +152,5 @@ class Supervisor:
 
 
 def _say(text: str) -> None:
-    print(f"llmasosd: {text}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # its log may be on a disk that is full: no reason to end
+        print(f"llmasosd: {text}", file=sys.stderr, flush=True)

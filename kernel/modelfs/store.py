@@ -42,6 +42,7 @@ from llmasos.syscalls.errors import (
     InvalidArgument,
     NoSuchFile,
     NoSuchModel,
+    StorageFailed,
     Unavailable,
 )
 from llmasos.syscalls.types import FileInfo, FileKind
@@ -225,7 +226,10 @@ class ModelFS:
                 raise InvalidArgument(
                     f"{manifest.name} is an adapter", hint="name it BASE+NAME, of its base", field="target"
                 )
-            self.commit(model, manifest)
+            try:
+                self.commit(model, manifest)
+            except OSError as problem:
+                raise StorageFailed(f"{model}: {problem.strerror}", hint="see `llsh df`") from None
         return self._model_info(model)
 
     def unlink(self, name: str, pinned: set[str], sees: Sees = everything) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from llmasos.kernel.journal import Journal
+from llmasos.kernel.journal import BALLAST_BYTES, Journal
 from llmasos.syscalls import errors
 
 SECTOR = 512
@@ -55,7 +55,7 @@ def life(tmp_path: Path) -> Iterator[tuple[Path, list[State], list[dict[str, byt
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "ballast"}
 
 
 def put(folder: Path, disk: dict[str, bytes]) -> Path:
@@ -197,3 +197,38 @@ def test_a_full_disk_refuses_a_commit_and_keeps_what_was_there(tmp_path: Path) -
     journal.commit({"b": b"3"})
     journal.close()
     assert read(tmp_path) == {"a": b"1", "b": b"3"}
+
+
+def test_the_ballast_makes_room_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path)
+    assert (tmp_path / "ballast").stat().st_blocks * 512 >= BALLAST_BYTES
+    (pages,) = journal._db.execute("PRAGMA page_count").fetchone()
+    journal._db.execute(f"PRAGMA max_page_count = {pages}")
+    real = Path.unlink
+
+    def unlink(path: Path) -> None:
+        real(path)
+        journal._db.execute("PRAGMA max_page_count = 1000000")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        patch.setattr(Journal, "_load_ballast", lambda self: None)
+        journal.commit({"a": bytes(100_000)})
+    assert not (tmp_path / "ballast").exists()
+    journal.commit({"b": b"1"})
+    assert (tmp_path / "ballast").exists()  # there is room again
+    journal.close()
+    assert read(tmp_path) == {"a": bytes(100_000), "b": b"1"}
+
+
+def test_a_disk_that_stays_full_changes_nothing(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.commit({"a": b"1"})
+    (pages,) = journal._db.execute("PRAGMA page_count").fetchone()
+    journal._db.execute(f"PRAGMA max_page_count = {pages}")
+    for _ in range(2):
+        with pytest.raises(errors.Unavailable, match="full"):
+            journal.commit({"a": bytes(100_000)})
+    journal.commit({"a": b"2"})
+    journal.close()
+    assert read(tmp_path) == {"a": b"2"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from pathlib import Path
 
+import uvicorn
 from llmasos.syscalls import errors, garbage, turns
 
 from .access import ApiKeys, folder
@@ -21,8 +22,6 @@ def serve(
     tls_key: Path | None = None,
 ) -> None:
     """Serves until it is told to end. Raises InvalidArgument, DaemonUnreachable."""
-    import uvicorn
-
     from ..daemon import ensure_daemon
     from .app import build
     from .protocol import BoundedHeaders
