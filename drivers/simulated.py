@@ -97,8 +97,8 @@ class SimulatedDriver(NullDriver):
 class LightDriver(SimulatedDriver):
     """The same times with tokens that nobody checks: they depend on sequence and position alone, so that the
     simulator spends its time in the kernel. No scores, no beams. Steps have at most `step_tokens` tokens of
-    `max_sequences` sequences; each takes `factor(rows that generate, whether
-    there is a prompt)` times what the model says."""
+    `max_sequences` sequences; each takes `factor(rows that generate, has a
+    prompt)` times what the model says."""
 
     def __init__(
         self,

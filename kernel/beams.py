@@ -76,11 +76,29 @@ class BeamSearch:
         self.done = everything_ended or (full and (stop_when_full or not self._can_improve(length)))
         return [Step(c.parent, c.token) for c in running]
 
+    def cut(self, finish: Finish) -> None:
+        """The search ends now: the running beams are hypotheses as they are."""
+        length = max(1, len(self.generated[0]))
+        running = zip(self.scores, self.generated, strict=True)
+        self._keep(
+            [(score / length**self.params.length_penalty, tokens, finish) for score, tokens in running]
+        )
+        self.done = True
+
     def _finish(self, ended: list[_Candidate], length: int) -> None:
-        for c in ended:
-            finish = Finish.STOP if c.token in self.stop_ids else Finish.LENGTH
-            score = c.score / length**self.params.length_penalty
-            self._finished.append((score, [*self.generated[c.parent], c.token], finish))
+        self._keep(
+            [
+                (
+                    c.score / length**self.params.length_penalty,
+                    [*self.generated[c.parent], c.token],
+                    Finish.STOP if c.token in self.stop_ids else Finish.LENGTH,
+                )
+                for c in ended
+            ]
+        )
+
+    def _keep(self, hypotheses: list[tuple[float, list[int], Finish]]) -> None:
+        self._finished += hypotheses
         self._finished.sort(key=lambda hypothesis: -hypothesis[0])
         del self._finished[self.params.num_beams :]
 

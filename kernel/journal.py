@@ -131,9 +131,9 @@ class Journal:
 
     def _load_ballast(self) -> None:
         """Makes the ballast where there is room enough for it and others."""
-        if self._ballast.exists():
-            return
         with suppress(OSError):
+            if self._ballast.exists() and self._ballast.stat().st_size == BALLAST_BYTES:
+                return
             disk = os.statvfs(self._folder)
             if disk.f_bavail * disk.f_frsize < 8 * BALLAST_BYTES:
                 return

@@ -165,16 +165,14 @@ def divide(
         nonlocal some, refused, refusals
         for process in taken:
             some += 1
-            lacking = process.lacking
-            if lacking >= base.BLOCK_TOKENS:
+            if process.lacking >= base.BLOCK_TOKENS:
                 had = len(process.table.blocks)
                 _match_prefix(kernel, process)
                 claims.took(process, len(process.table.blocks) - had)
-                if not process.runnable:  # a shared prefix was all that it wanted
-                    continue
-                lacking = process.lacking
+            if not process.runnable:  # a shared prefix was all that it wanted, or it was pushed out meanwhile
+                continue
             if claims.lets_in(process):
-                yield Share(process, lacking)
+                yield Share(process, process.lacking)
                 continue
             process.refused = claims.lacks
             refused += 1

@@ -100,7 +100,7 @@ class Process:
     adapter: Adapter | None = None  # what its model adds to the pool's
     run: Run | None = None  # it trains, and has no infers
     encoding: Encoding | None = None  # it encodes, and has none either
-    tenant: str = field(init=False)
+    tenant: str = field(init=False)  # of the owner, who never changes
 
     def __post_init__(self) -> None:
         self.tenant = tenant_of(self.owner)

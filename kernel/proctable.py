@@ -219,12 +219,14 @@ class ProcessTable:
         # What the reader has no credit for is dropped: the context has it, and the reply tells how much.
         for seq, item in infer.deliver():
             self._sessions.item(infer.request, seq, item)
+        if infer.beams and finish is Finish.DEADLINE:
+            infer.beams.cut(finish)
         sequences = infer.beams.results() if infer.beams and infer.beams.done else []
         self._detach(process)
         if sequences:
             process.tokens += sequences[0].tokens
             process.generated += len(sequences[0].tokens)
-            finish = sequences[0].finish
+            finish = finish if finish is Finish.DEADLINE else sequences[0].finish
         made = len(sequences[0].tokens) if sequences else infer.made
         self._metrics.ended(infer, str(finish), made)
         self._sessions.reply(

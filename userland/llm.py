@@ -657,7 +657,7 @@ class LLM:
     def _beam_results(
         self, tokens: list[int], plan: Plan, reply: table.InferReply, full: bool
     ) -> list[Completion]:
-        if not reply.sequences:  # it was ended before a beam was complete
+        if not reply.sequences:  # its end came before its first step, or from outside
             wanted = plan.beams.num_return_sequences if plan.beams else 1
             return [self._answer(tokens, plan, full).completion(reply) for _ in range(wanted)]
         completions = []

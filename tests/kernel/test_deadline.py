@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmasos.drivers.simulated import StepTime
+from llmasos.syscalls import types as t
 from llmasos.syscalls import wire
 
 from .conftest import Machine, World, infer
@@ -52,6 +53,29 @@ def test_so_does_who_waits_for_the_model(world: World) -> None:
     world.turn(8)
     assert world.result(id_).body["finish"] == "deadline"
     assert len(world.kernel.processes) == 0
+
+
+def test_beams_end_in_time_with_the_best_of_what_there_is(tmp_path: Path) -> None:
+    world = machine(tmp_path)
+    beams = t.Beams(num_beams=3, num_return_sequences=2)
+    pid = world.spawn_now()
+    id_ = world.send(infer([1, 2, 3], pid=pid, max_tokens=1000, deadline_ms=400, beams=beams))
+    world.run(lambda: world.ended(id_))
+    assert abs(world.now - 0.4) < 0.02
+    body = world.result(id_).body
+    assert body["finish"] == "deadline"
+    first, second = body["sequences"]
+    assert first["finish"] == "deadline"
+    assert first["score"] >= second["score"]
+    assert 2 < len(first["tokens"]) == len(second["tokens"]) == body["generated_tokens"]
+    assert body["context"] == 3 + len(first["tokens"])
+
+
+def test_beams_that_had_no_time_at_all_have_nothing_to_say(world: World) -> None:
+    beams = t.Beams(num_beams=2)
+    id_ = world.send(infer([1, 2], model="tiny", max_tokens=4, deadline_ms=50, beams=beams))
+    world.turn(8)
+    assert (world.result(id_).body["finish"], world.result(id_).body["sequences"]) == ("deadline", [])
 
 
 def test_who_is_in_time_is_not_touched(tmp_path: Path) -> None:

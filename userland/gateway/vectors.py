@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +13,7 @@ from ..llm import LLM
 from ..tokenizer import Framed
 from . import record
 from .callers import Caller
+from .http import aside
 from .options import Placed
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 async def framed_texts(llm: LLM, texts: Texts, *, truncate: bool = False) -> list[Framed]:
     """Texts, or pairs of them, with the model's special tokens. Raises ContextOverflow, InvalidArgument."""
-    return await asyncio.to_thread(framed, llm.tokenizer, texts, llm.context_length, truncate)
+    return await aside(lambda: framed(llm.tokenizer, texts, llm.context_length, truncate))
 
 
 async def vectors(
