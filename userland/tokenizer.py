@@ -345,7 +345,8 @@ class StopStrings:
 
 def _encoded(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
     try:
-        return tokenizer.encode(text, add_special_tokens=False)
+        # `encode` keeps all other threads from running, `encode_batch` does not, and costs no more.
+        return tokenizer.encode_batch([text], add_special_tokens=False)[0]
     except TypeError:  # half a surrogate pair, which JSON can spell
         raise errors.InvalidArgument("the text is not valid Unicode", field="prompt") from None
 

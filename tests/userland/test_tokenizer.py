@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 
 import pytest
 import tokenizers
@@ -195,3 +197,14 @@ def test_an_answer_ends_with_the_token_that_completes_a_stop_string(
     assert answer.stopped
     assert answer.tokens == tokens[:ends]
     assert shown == answer.text == "one two "
+
+
+def test_others_go_on_while_a_long_text_becomes_tokens(byte_level: Tokenizer) -> None:
+    text = "a long text, " * 100_000
+    encoding = threading.Thread(target=byte_level.encode, args=(text,))
+    encoding.start()
+    turns = 0
+    while encoding.is_alive():
+        time.sleep(0.001)
+        turns += 1
+    assert turns > 10
