@@ -6,8 +6,8 @@ digests, so that a changed, lost or stale row is found when the journal is opene
 end of its log after a damaged frame is found by the witness, a file of 16 bytes that is written, not synced,
 after each commit: it may be behind the journal (after a power cut), never before it.
 
-A file of BALLAST_BYTES keeps room on the disk: when that is full it is given up for what has to be written,
-so that processes can still be ended and changed, and made anew when there is room again."""
+RESERVE_BYTES of the database and of its log are kept on the disk for what is to come: on one that is full
+processes can still be ended and changed."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ _HEAD = ""
 _DIGEST_BYTES = 16
 _NUMBER_BYTES = 8
 
-BALLAST_BYTES = 8 << 20
-"""More than SQLite's log has before it begins anew (4 MB)."""
+RESERVE_BYTES = 4 << 20
+"""As much as SQLite's log has before it begins anew."""
 
 
 class Journal:
@@ -40,7 +40,6 @@ class Journal:
 
     def __init__(self, folder: Path, schema: int = 0) -> None:
         self._folder = folder
-        self._ballast = folder / "ballast"
         self._witness = -1
         try:
             self._open(folder, schema)
@@ -87,7 +86,7 @@ class Journal:
         self._digests: dict[str, int] = {}
         self.rows = self._verified(found)
         self._number, self._total = self._verified_head(self.rows.pop(_HEAD, None))
-        self._load_ballast()
+        self._reserve()
 
     def commit(self, changes: Mapping[str, bytes | None]) -> None:
         """Sets rows, or removes them (None), all or none. Raises Unavailable when the disk refuses: then
@@ -102,43 +101,37 @@ class Journal:
         sets = [(name, data, _bytes(digests[name])) for name, data in changes.items() if data is not None]
         sets.append((_HEAD, head, _bytes(_digest(_HEAD, head))))
         try:
-            try:
-                self._write(gone, sets)
-            except sqlite3.OperationalError as problem:
-                if problem.sqlite_errorcode != sqlite3.SQLITE_FULL or not self._ballast.exists():
-                    raise
-                self._ballast.unlink()
-                self._write(gone, sets)
-        except (sqlite3.Error, OSError) as problem:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.executemany("DELETE FROM rows WHERE name = ?", gone)
+            self._db.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", sets)
+            self._db.execute("COMMIT")
+        except sqlite3.Error as problem:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
             raise errors.Unavailable(f"the journal cannot be written: {problem}") from None
         self._number, self._total = number, total
         for name in changes:
             self._digests.pop(name, None)
         self._digests |= digests
         os.pwrite(self._witness, _witness(number), 0)
-        self._load_ballast()
 
-    def _write(self, gone: list[tuple[str]], sets: list[tuple[str, bytes, bytes]]) -> None:
-        try:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.executemany("DELETE FROM rows WHERE name = ?", gone)
-            self._db.executemany("INSERT OR REPLACE INTO rows VALUES (?, ?, ?)", sets)
-            self._db.execute("COMMIT")
-        except sqlite3.Error:
-            if self._db.in_transaction:
-                self._db.execute("ROLLBACK")
-            raise
-
-    def _load_ballast(self) -> None:
-        """Makes the ballast where there is room enough for it and others."""
-        with suppress(OSError):
-            if self._ballast.exists() and self._ballast.stat().st_size == BALLAST_BYTES:
-                return
-            disk = os.statvfs(self._folder)
-            if disk.f_bavail * disk.f_frsize < 8 * BALLAST_BYTES:
-                return
-            with self._ballast.open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, BALLAST_BYTES)
+    def _reserve(self) -> None:
+        """Has database and log take the room that they will need: free pages are used before the one grows,
+        the other is written over from its beginning, and zeros at its end are no frames. On a full disk there
+        is none to take."""
+        (pages,) = self._db.execute("PRAGMA freelist_count").fetchone()
+        (page_bytes,) = self._db.execute("PRAGMA page_size").fetchone()
+        with suppress(sqlite3.OperationalError, OSError):
+            if pages * page_bytes < RESERVE_BYTES:
+                self._db.execute("CREATE TABLE IF NOT EXISTS reserve (room BLOB)")
+                self._db.execute("INSERT INTO reserve VALUES (zeroblob(?))", (RESERVE_BYTES,))
+                self._db.execute("DROP TABLE reserve")
+                self._db.execute("PRAGMA wal_checkpoint(RESTART)")
+            log = os.open(self._folder / "kernel.db-wal", os.O_RDWR | os.O_CLOEXEC)
+            try:
+                os.posix_fallocate(log, 0, RESERVE_BYTES)
+            finally:
+                os.close(log)
 
     def close(self) -> None:
         self._db.close()

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from llmasos.kernel.journal import BALLAST_BYTES, Journal
+from llmasos.kernel import journal as journals
+from llmasos.kernel.journal import RESERVE_BYTES, Journal
 from llmasos.syscalls import errors
 
 SECTOR = 512
@@ -38,6 +39,12 @@ def applied(rows: State, made: dict[str, bytes | None]) -> State:
     return {name: data for name, data in after.items() if data is not None}
 
 
+@pytest.fixture(autouse=True)
+def small_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Disks are copied hundreds of times here."""
+    monkeypatch.setattr(journals, "RESERVE_BYTES", 64 << 10)
+
+
 @pytest.fixture
 def life(tmp_path: Path) -> Iterator[tuple[Path, list[State], list[dict[str, bytes]]]]:
     """A journal after 25 commits: its folder, the state after each, and its files' bytes after each."""
@@ -55,7 +62,7 @@ def life(tmp_path: Path) -> Iterator[tuple[Path, list[State], list[dict[str, byt
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "ballast"}
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def put(folder: Path, disk: dict[str, bytes]) -> Path:
@@ -139,7 +146,14 @@ def test_a_witness_that_a_power_cut_kept_from_the_disk_is_no_damage(
         assert read(put(tmp_path / "copy", {**disks[-1], "witness": witness})) == states[-1]
 
 
+@pytest.fixture
+def no_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is on the disk counts, and there is no more of it."""
+    monkeypatch.setattr(journals, "RESERVE_BYTES", 0)
+
+
 @pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.usefixtures("no_reserve")
 def test_a_thousand_flipped_bits_are_found_or_change_nothing(
     closed: bool, life: tuple[Path, list[State], list[dict[str, bytes]]], tmp_path: Path
 ) -> None:
@@ -188,6 +202,7 @@ def test_rows_of_another_version_are_refused_and_left_alone(tmp_path: Path) -> N
     Journal(tmp_path, schema=2).close()  # nothing in it that could be misread
 
 
+@pytest.mark.usefixtures("no_reserve")
 def test_a_full_disk_refuses_a_commit_and_keeps_what_was_there(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.commit({"a": b"1"})
@@ -199,36 +214,15 @@ def test_a_full_disk_refuses_a_commit_and_keeps_what_was_there(tmp_path: Path) -
     assert read(tmp_path) == {"a": b"1", "b": b"3"}
 
 
-def test_the_ballast_makes_room_on_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    journal = Journal(tmp_path)
-    assert (tmp_path / "ballast").stat().st_blocks * 512 >= BALLAST_BYTES
-    (pages,) = journal._db.execute("PRAGMA page_count").fetchone()
-    journal._db.execute(f"PRAGMA max_page_count = {pages}")
-    real = Path.unlink
-
-    def unlink(path: Path) -> None:
-        real(path)
-        journal._db.execute("PRAGMA max_page_count = 1000000")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", unlink)
-        patch.setattr(Journal, "_load_ballast", lambda self: None)
-        journal.commit({"a": bytes(100_000)})
-    assert not (tmp_path / "ballast").exists()
-    journal.commit({"b": b"1"})
-    assert (tmp_path / "ballast").exists()  # there is room again
-    journal.close()
-    assert read(tmp_path) == {"a": bytes(100_000), "b": b"1"}
-
-
-def test_a_disk_that_stays_full_changes_nothing(tmp_path: Path) -> None:
-    journal = Journal(tmp_path)
-    journal.commit({"a": b"1"})
-    (pages,) = journal._db.execute("PRAGMA page_count").fetchone()
-    journal._db.execute(f"PRAGMA max_page_count = {pages}")
+def test_room_is_kept_for_what_is_to_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither file grows for changes that fit the reserve, of an old journal as of a new one."""
+    monkeypatch.setattr(journals, "RESERVE_BYTES", RESERVE_BYTES)
     for _ in range(2):
-        with pytest.raises(errors.Unavailable, match="full"):
-            journal.commit({"a": bytes(100_000)})
-    journal.commit({"a": b"2"})
-    journal.close()
-    assert read(tmp_path) == {"a": b"2"}
+        journal = Journal(tmp_path)
+        sizes = {name: (tmp_path / name).stat().st_size for name in ("kernel.db", "kernel.db-wal")}
+        assert all((tmp_path / name).stat().st_blocks * 512 >= RESERVE_BYTES for name in sizes)
+        for number in range(3000):  # far more than the log holds before it begins anew
+            journal.commit({f"row {number % 200}": bytes(4000)})
+        assert {name: (tmp_path / name).stat().st_size for name in sizes} == sizes
+        journal.commit({f"row {number}": None for number in range(200)})
+        journal.close()
