@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from llmasos.syscalls.types import Chosen, Finish, InferEvent, Sampling, TokenLogprob
 
 from .beams import BeamSearch
+from .modelfs.session_files import Unfinished
 
 if TYPE_CHECKING:
     from .metrics import Tally
@@ -75,6 +76,10 @@ class Infer:
     def blocked(self) -> bool:
         """The reader has no room, or nothing is left to compute."""
         return self.finish is not None or (self.credits == 0 and bool(self.held))
+
+    def unfinished(self, known: int) -> Unfinished:
+        """What is left of it where the context is `known` tokens."""
+        return Unfinished(self.sampling, self.prompt_length, self.limit - known)
 
     def rate(self, now: float) -> float:
         """Generated tokens a second since the first one."""

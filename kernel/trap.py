@@ -224,9 +224,10 @@ def _dispatch(
             _pull(kernel, subject, request, call, credits_)
             return None
         case table.Df():
-            return files.df(kernel)
+            return files.df(kernel, subject)
         case table.Lsdev():
-            return table.LsdevReply(devices=[device.info(kernel.now()) for device in kernel.devices.values()])
+            devices = kernel.devices.values()
+            return table.LsdevReply([device.info(kernel.now(), subject.may_command) for device in devices])
         case table.Stats():
             if subject.holds(t.Capability.AUDIT):
                 return table.StatsReply(True, kernel.metrics.families(kernel))
@@ -609,9 +610,9 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
         arrived=kernel.now(),
         prefix=process.pool.memory.known(process.table, process.tokens, length - 1),
         beams=BeamSearch(beams, stop_ids, limit - length) if beams else None,
-        prompt_length=0 if start > before else process.given,
+        prompt_length=process.unfinished.prompt_length if process.unfinished and start == before else 0,
     )
-    infer, process.given = process.infer, 0
+    infer, process.unfinished = process.infer, None
     if scores and before == 0 and not call.scored:
         infer.take_prompt(0, [t.Chosen(float("nan"))])
     infer.scored = max(before, 1)
