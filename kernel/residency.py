@@ -45,11 +45,9 @@ def pool_for(kernel: Kernel, manifest: Manifest, device_name: str, dtype: str) -
     for pool in device.pools:
         # Asked for nothing, a device chooses by the files alone, so it would choose the same again.
         same_dtype = pool.dtype == dtype or (pool.loaded is not None and pool.loaded.dtype == dtype)
-        known = not pool.owner or manifest.owner in (
-            "",
-            pool.owner,
-        )  # one tenant's must not show as another's
-        if pool.files == files and same_dtype and known:  # whatever its names are
+        # A secret of one tenant must not show as that of another.
+        apart = pool.owner and manifest.owner not in ("", pool.owner)
+        if pool.files == files and same_dtype and not apart:  # whatever its names are
             if pool.owner and not manifest.owner:  # from now on by the name that everybody sees
                 pool.model, pool.digest, pool.owner = manifest.name, manifest.digest, ""
             return pool
