@@ -324,7 +324,21 @@ class Kernel:
         for path in self.quotas.configure(self.config.quotas, config.quotas):
             self.ledger.quota_gone(path)
         self.config = self.processes.config = config
+        self.fail_what_never_fits()
         self.log.info(f"configuration reloaded: {new or 'nothing changed'}")
+
+    def fail_what_never_fits(self) -> None:
+        """There is less memory, or its owner may have less: what runs and cannot end within that fails, as it
+        would wait for ever."""
+        for process in list(self.processes):
+            if (infer := process.infer) is not None and process.beam_of is None:
+                width = infer.beams.params.num_beams if infer.beams else 0
+                try:
+                    self._may_ever_fit(
+                        process.pool, process.owner, _blocks_needed(infer.start, infer.limit, width)
+                    )
+                except errors.NeverFits as problem:
+                    self.fail(process, problem)
 
     def drain(self, seconds: float) -> None:
         """Refuses new work; exits when no infer runs, or after `seconds`."""
@@ -534,10 +548,11 @@ class Kernel:
                 context_length=loaded.context_length,
                 tokens=length,
             )
-        needed = blocks_for(limit)
-        if beams:
-            needed = blocks_for(length) + beams * (blocks_for(limit) - length // base.BLOCK_TOKENS)
-        if needed > pool.memory.total:
+        self._may_ever_fit(pool, owner, _blocks_needed(length, limit, beams))
+
+    def _may_ever_fit(self, pool: Pool, owner: str, needed: int) -> None:
+        """Raises NeverFits for more KV blocks than a pool has or an owner may have."""
+        if pool.ready and needed > pool.memory.total:
             raise errors.NeverFits(
                 f"this needs {needed} KV blocks, the device has {pool.memory.total} for this model",
                 hint="lower max_tokens or num_beams, or raise kv_fraction",
@@ -552,3 +567,10 @@ class Kernel:
                     needed=needed,
                     total=quota.kv_max,
                 )
+
+
+def _blocks_needed(length: int, limit: int, beams: int) -> int:
+    """KV blocks that an infer has in the end; `beams` share what was there when it began."""
+    if not beams:
+        return blocks_for(limit)
+    return blocks_for(length) + beams * (blocks_for(limit) - length // base.BLOCK_TOKENS)

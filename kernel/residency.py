@@ -149,6 +149,7 @@ def load_done(kernel: Kernel, device: Device, pool: Pool, done: base.LoadDone) -
     pool.loaded = done.loaded
     pool.memory = Memory(done.loaded.blocks)
     kernel.log.info(f"{device.name}: model {pool.handle} is {pool.model}, ready for its processes")
+    kernel.fail_what_never_fits()  # it may have come back smaller
     tell(pool, None)
     adapters.load(kernel, pool)
 

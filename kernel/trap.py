@@ -251,6 +251,7 @@ def _dispatch(
         case table.SetQuota():
             kernel.quotas.set(call.path, call.quota)
             kernel.ledger.quota(call.path, call.quota)
+            kernel.fail_what_never_fits()
             return _quotas(kernel, subject)
         case table.Shutdown():
             kernel.drain(call.drain_s)
