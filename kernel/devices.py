@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from llmasos.drivers import base
 from llmasos.syscalls import errors
 from llmasos.syscalls.types import DeviceInfo, PoolInfo, pack_tokens
+from msgspec import Struct
 
 from .infer import Infer
 from .memory import Memory
@@ -138,8 +139,7 @@ class Pool:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Struct, frozen=True):
     """What a step does for one process: compute `count` positions; choose a token if `sample`, and guess at
     most `draft` more a round. `extra`: so many further positions its guesses and rounds may compute."""
 
@@ -152,8 +152,7 @@ class Part:
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
-class Texts:
+class Texts(Struct, frozen=True):
     """What a step of an encoder does for one process: encode `count` texts from `first` on."""
 
     process: Process

@@ -108,7 +108,9 @@ class Infer:
         joined into fewer items."""
         if len(self.held) > self.credits:
             self.held = _joined(self.held)
-        items, self.held = self.held[: self.credits], self.held[self.credits :]
+        items, self.held = self.held, []
+        if len(items) > self.credits:
+            items, self.held = items[: self.credits], items[self.credits :]
         self.credits -= len(items)
         numbered = list(enumerate(items, self.seq))
         self.seq += len(items)

@@ -416,7 +416,8 @@ class Kernel:
                 kind = errors.BY_CODE.get(out.code, errors.DeviceFault)
                 self.fail(process, kind(out.error or "the driver lost count of its tokens"))
                 continue
-            infer.take_prompt(process.computed + 1, out.prompt)
+            if out.prompt:
+                infer.take_prompt(process.computed + 1, out.prompt)
             process.computed = computed
             if infer.beams is None:
                 self._take(process, infer, out)
@@ -439,11 +440,11 @@ class Kernel:
         if out.tokens:
             process.tokens += out.tokens
             process.generated += len(out.tokens)
-            self.quotas.generated(process.owner, len(out.tokens), self.now())
             process.drafted += out.drafted
             process.accepted += len(out.tokens) - out.rounds
             process.mirror.tokens += len(out.tokens)
             now = self.now()
+            self.quotas.generated(process.owner, len(out.tokens), now)
             self.metrics.took(infer, len(out.tokens), now)
             if out.drafted:
                 self.metrics.guessed(infer, out.drafted, len(out.tokens) - out.rounds)
