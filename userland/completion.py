@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 from llmasos.syscalls import table
 from llmasos.syscalls import types as t
 
-from .tokenizer import Detokenizer, StopStrings, Tokenizer
+from .tokenizer import Detokenizer, Shown, StopStrings, Tokenizer
 from .tools import Call, CallReader, Piece
 
 
 class TokenScore(NamedTuple):
     """A token of an answer with its natural-log probability and the likeliest alternatives there."""
 
-    text: str
+    text: Shown
     id: int
     logprob: float
-    top: list[tuple[str, float]]
+    top: list[tuple[Shown, float]]
 
 
 class Completion(str):
@@ -74,7 +74,7 @@ class Answer:
         self._prefix = prefix
         self._reader = reader
         self._context_tokens = len(context)
-        self._context = context
+        self.context = context
         self._scores: list[t.Chosen] = []
         self.prompt_chosen: list[t.Chosen] = []
         self.tokens: list[int] = []
@@ -159,7 +159,7 @@ class Answer:
 
     def prompt_scores(self) -> list[TokenScore]:
         """Of the context's tokens, if they were asked for; the first one's is NaN."""
-        return self._shown(self._context[-len(self.prompt_chosen) :], self.prompt_chosen)
+        return self._shown(self.context[-len(self.prompt_chosen) :], self.prompt_chosen)
 
     def _shown(self, tokens: Sequence[int], scores: Sequence[t.Chosen]) -> list[TokenScore]:
         shown = self._tokenizer.shown

@@ -30,12 +30,35 @@ _WINDOW = 8
 _LONGEST_WINDOW = 32
 
 
+def _alphabet() -> dict[str, int]:
+    """GPT-2's: each byte as a character that can be seen. Those that cannot have one above 255."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_ALPHABET = _alphabet()
+_ALPHABET_SPACE = "\u0120"
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A piece of a prompt. Special tokens count only in `trusted` text."""
 
     text: str
     trusted: bool
+
+
+class Shown(str):
+    """A token's own text, which of a part of a character is a replacement. `data` is the truth: what the
+    tokens of a text have there is, one after the other, the text in UTF-8."""
+
+    data: bytes
+
+    def __new__(cls, text: str, data: bytes) -> Shown:
+        made = super().__new__(cls, text)
+        made.data = data
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +106,9 @@ class Tokenizer:
         self._special_pattern = _any_of(self.special.values())
         bytes_ = {self._plain.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
         self.byte_of = {id_: byte for id_, byte in bytes_.items() if id_ is not None}
+        decoder = self._plain.decoder
+        self._byte_level = decoder is not None and decoder.decode([_ALPHABET_SPACE]) == " "
+        self._anchor = self._plain.encode("a", add_special_tokens=False).ids[-1:]
         self.bos_id = self._id_of("bos_token")
         self.eos_ids = self._eos()
         self._prefix = self._sequence_start()
@@ -170,9 +196,23 @@ class Tokenizer:
         """Text of ids, without special tokens unless `special`."""
         return str(self._plain.decode(ids, skip_special_tokens=not special))
 
-    def shown(self, id_: int) -> str:
-        """One token's own text, for lists of scores; a special token by its name."""
-        return self.special.get(id_) or self.decode([id_], special=True)
+    def shown(self, id_: int) -> Shown:
+        """One token for lists of scores; a special one by its name, and without bytes: no text holds it."""
+        if (name := self.special.get(id_)) is not None:
+            return Shown(name, b"")
+        data = self._bytes_of(id_)
+        return Shown(data.decode(errors="replace"), data)
+
+    def _bytes_of(self, id_: int) -> bytes:
+        """What a token that is not special adds to a text, of which it is not the first."""
+        if (byte := self.byte_of.get(id_)) is not None:
+            return bytes([byte])
+        piece = self._plain.id_to_token(id_) or ""
+        if self._byte_level and all(char in _ALPHABET for char in piece):
+            return bytes(_ALPHABET[char] for char in piece)
+        # Many decoders take a space away at the beginning of a text: something has to stand before it.
+        before, text = self.decode(self._anchor), self.decode([*self._anchor, id_])
+        return (text[len(before) :] if text.startswith(before) else self.decode([id_])).encode()
 
     def _encode_runs(self, parts: Sequence[Part]) -> list[int]:
         """Text between the trusted special tokens is encoded with no special token recognised."""

@@ -74,7 +74,8 @@ def test_logprobs_of_answers_and_prompts(ai: openai.OpenAI) -> None:
     told = echoed.choices[0].logprobs
     assert told is not None
     assert told.tokens is not None
-    assert told.tokens[:3] == ["w5", "w6", "w7"]
+    assert told.tokens[:3] == [" w5", " w6", " w7"]  # as they are behind another word
+    assert told.text_offset == [0, 2, 5, 8, len(echoed.choices[0].text.rpartition(" ")[0])]
     assert told.token_logprobs is not None
     assert told.token_logprobs[0] is None
     assert len(told.tokens) == 5
@@ -83,6 +84,29 @@ def test_logprobs_of_answers_and_prompts(ai: openai.OpenAI) -> None:
     )
     assert scored.choices[0].logprobs is not None
     assert scored.choices[0].logprobs.token_logprobs == told.token_logprobs[:3]
+
+
+def test_parts_of_characters_are_scored_with_their_own_bytes(ai: openai.OpenAI) -> None:
+    asked = {"model": "bytes", "max_tokens": 40, "temperature": 0}
+    whole = ai.chat.completions.create(**asked, messages=HELLO, logprobs=True, top_logprobs=1).choices[0]
+    assert whole.logprobs is not None
+    scores = whole.logprobs.content or []
+    assert [score.bytes for score in scores] == [score.top_logprobs[0].bytes for score in scores]
+    data = bytes(byte for score in scores for byte in score.bytes or [])
+    assert len(data) == 40  # a byte each
+    assert data.decode(errors="replace") == whole.message.content
+
+    echoed = ai.completions.create(**{**asked, "max_tokens": 0}, prompt="é😀a", echo=True, logprobs=1)
+    told = echoed.choices[0].logprobs
+    assert told is not None
+    assert told.tokens == [r"bytes:\xc3", r"bytes:\xa9", *[rf"bytes:\x{b:02x}" for b in "😀".encode()], "a"]
+    assert told.text_offset == [0, 0, 1, 1, 1, 1, 2]
+    answer = ai.completions.create(**asked, prompt="é", logprobs=1).choices[0]
+    streamed = list(ai.completions.create(**asked, prompt="é", logprobs=1, stream=True))
+    pieces = [chunk.choices[0].logprobs for chunk in streamed if chunk.choices[0].logprobs]
+    assert answer.logprobs is not None
+    assert [at for piece in pieces for at in piece.text_offset or []] == answer.logprobs.text_offset
+    assert [one for piece in pieces for one in piece.tokens or []] == answer.logprobs.tokens
 
 
 def test_prompts_are_texts_or_tokens_one_or_several(ai: openai.OpenAI) -> None:

@@ -129,6 +129,15 @@ def test_any_bytes_come_out_as_the_whole_would(byte_level: Tokenizer, ids: list[
     assert text == byte_level.decode(ids)
 
 
+@given(text=ENGLISH)
+def test_the_bytes_of_tokens_make_the_text(byte_level: Tokenizer, spm: Tokenizer, text: str) -> None:
+    for tokenizer, before in ((byte_level, ""), (spm, " ")):
+        shown = [tokenizer.shown(id_) for id_ in tokenizer.encode(text, start=False)]
+        assert b"".join(token.data for token in shown) == (before + text if text else "").encode()
+        assert all(token == token.data.decode(errors="replace") for token in shown)
+    assert (spm.shown(2), spm.shown(2).data) == ("</s>", b"")  # no text holds it
+
+
 def test_half_a_character_waits(byte_level: Tokenizer) -> None:
     ids = byte_level.encode("é€😀")
     detokenizer = Detokenizer(byte_level)
