@@ -107,10 +107,10 @@ class Answer:
             self.pieces = [text]
         return text
 
-    def flush(self) -> str:
-        """The text held back, once the stream has ended."""
+    def flush(self, finish: t.Finish = t.Finish.STOP) -> str:
+        """The text held back, once the stream has ended as `finish` says."""
         self.pieces = []
-        return "" if self.stopped else self._grow(self._detokenizer.flush(), ended=True)
+        return "" if self.stopped else self._grow(self._detokenizer.flush(), finish)
 
     def completion(
         self, reply: table.InferReply, *, finish: t.Finish | None = None, score: float | None = None
@@ -128,13 +128,15 @@ class Answer:
         done.seed = reply.seed
         return done
 
-    def _grow(self, text: str, *, ended: bool = False) -> str:
+    def _grow(self, text: str, ended: t.Finish | None = None) -> str:
         """Stop strings count in words, not in calls."""
         before = len(self.pieces)
         if self._reader is None:
             came: list[Piece] = [text]
         else:
-            came = self._reader.feed(text) + (self._reader.flush() if ended else [])
+            came = self._reader.feed(text)
+            if ended:
+                came += self._reader.flush(cut=ended is not t.Finish.STOP)
         for piece in came:
             if isinstance(piece, str):
                 self._add(self._stops.feed(piece))

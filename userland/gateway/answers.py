@@ -161,7 +161,7 @@ class Asked:
                 if text or event.tokens:
                     yield Delta(index, text, len(answer.tokens) - before, answer, answer.pieces)
         reply = stream.reply
-        text = answer.flush()
+        text = answer.flush(reply.finish)
         done = answer.completion(reply)
         done.prompt_tokens = part.prompt
         done.cached_tokens = part.held + reply.cached_tokens
