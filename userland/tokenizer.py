@@ -10,9 +10,10 @@ comes from chat templates and not from people.
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +40,11 @@ def _alphabet() -> dict[str, int]:
 
 _ALPHABET = _alphabet()
 _ALPHABET_SPACE = "\u0120"
+
+# What may be done to a text before it becomes tokens and takes nothing away. NFC makes a byte of four at most
+# (of 3.5, in Unicode's tables: an iota with two accents).
+_KEEPERS = {"ByteLevel", "Digits", "Metaspace", "NFC", "Prepend", "Punctuation", "Replace", "Split"}
+_NFC_SHRINKS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +140,13 @@ class Tokenizer:
         value = self.config.get(name) or ""
         return str(value.get("content", "")) if isinstance(value, dict) else str(value)
 
-    def encode(self, text: str, *, start: bool = True) -> list[int]:
+    def encode(self, text: str, *, start: bool = True, most: int | None = None) -> list[int]:
         """Ids of a person's text. `start`: it begins a context, so a BOS goes before it if the model has
-        one. Never holds a special token that is written in the text."""
-        return [*self._prefix, *self._encode_plain(text)] if start else self._encode_plain(text)
+        one. Never holds a special token that is written in the text. Raises ContextOverflow for more than
+        `most` ids, of a very long text before it costs the time to make them."""
+        self._check(text, most)
+        ids = self._encode_plain(text)
+        return _checked([*self._prefix, *ids] if start else ids, most)
 
     def frame(self, texts: Sequence[str | tuple[str, str]], most: int | None = None) -> list[Framed]:
         """Texts, or pairs, as an encoder reads them: people's texts, with the special tokens that the
@@ -175,22 +184,58 @@ class Tokenizer:
         between = ids[first[-1] + 1 : last[0]]
         return _Frame(ids[: first[0]], between, ids[last[-1] + 1 :], 1 in shown.type_ids)
 
-    def encode_parts(self, parts: Sequence[Part]) -> list[int]:
-        """Ids of a rendered template: special tokens of trusted parts count, those of others are text.
+    def encode_parts(self, parts: Sequence[Part], most: int | None = None) -> list[int]:
+        """Ids of a rendered template: special tokens of trusted parts count, those of others are text. `most`
+        is as of `encode`.
 
         Equals Hugging Face's encoding of the whole text whenever no untrusted part spells a special token.
         """
+        whole = "".join(part.text for part in parts)
+        self._check(whole, most)
         expected = [
             self._special_ids[match.group()]
             for part in parts
             if part.trusted
             for match in self._special_pattern.finditer(part.text)
         ]
-        whole = "".join(part.text for part in parts)
         encoding = _encoded(self._trusting, whole)
         if self._controls(encoding, whole) == expected:
-            return list(encoding.ids)
-        return self._encode_runs(parts)
+            return _checked(list(encoding.ids), most)
+        return _checked(self._encode_runs(parts), most)
+
+    def _check(self, text: str, most: int | None) -> None:
+        """Raises ContextOverflow for a text that is too long however it becomes tokens."""
+        if most is not None and len(text) > most and (least := self._least(text)) > most:
+            raise too_long(least, most, at_least=True)
+
+    def _least(self, text: str) -> int:
+        """So many tokens the text has at least; 0 where that is not known."""
+        longest, deaf = self._longest
+        return len(text.encode(errors="ignore").translate(None, deaf)) // longest if longest else 0
+
+    @functools.cached_property
+    def _longest(self) -> tuple[int, bytes]:
+        """Bytes of a text for which one token may stand, and those bytes for which none does. (0, b""): for
+        any number, because something takes text away, or one unknown token stands for all that is unknown."""
+        made = json.loads(self._plain.to_str())
+        steps = [*_steps(made["normalizer"]), *_steps(made["pre_tokenizer"])]
+        vocab, added = made["model"]["vocab"], made["added_tokens"]
+        if (
+            made["model"]["type"] != "BPE"
+            or not all(map(_keeps, steps))
+            or any(token["lstrip"] or token["rstrip"] for token in added)
+        ):
+            return 0, b""
+        kinds = {step["type"] for step in steps}
+        if "ByteLevel" in kinds:
+            deaf = bytes(byte for char, byte in _ALPHABET.items() if char not in vocab)
+            sizes = [len(piece) for piece in vocab]
+        elif made["model"]["byte_fallback"] and len(self.byte_of) == 256:
+            deaf, sizes = b"", [len(piece.encode()) for piece in vocab]
+        else:
+            return 0, b""
+        longest = max(*sizes, *(len(token["content"].encode()) for token in added), 1)
+        return longest * (_NFC_SHRINKS if "NFC" in kinds else 1), deaf
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of ids, without special tokens unless `special`."""
@@ -381,6 +426,39 @@ class StopStrings:
         """What was held back, when the text ends."""
         held, self._held = self._held, ""
         return held
+
+
+def too_long(tokens: int, most: int, *, at_least: bool = False) -> errors.ContextOverflow:
+    """A prompt of so many tokens does not fit."""
+    return errors.ContextOverflow(
+        f"the prompt has {'at least ' * at_least}{tokens} tokens, the model's context {most}",
+        hint="shorten the prompt",
+        prompt_tokens=tokens,
+        context_length=most,
+    )
+
+
+def _checked(ids: list[int], most: int | None) -> list[int]:
+    if most is not None and len(ids) > most:
+        raise too_long(len(ids), most)
+    return ids
+
+
+def _steps(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """A normaliser or pre-tokeniser in tokenizer.json, or those of which it consists."""
+    if step is None:
+        return
+    inner = step.get("normalizers", step.get("pretokenizers"))
+    if inner is None:
+        yield step
+    for one in inner or ():
+        yield from _steps(one)
+
+
+def _keeps(step: Mapping[str, Any]) -> bool:
+    """Whether nothing of a text is lost."""
+    spaces = step["type"] != "Replace" or (step["pattern"] == {"String": " "} and step["content"] != "")
+    return step["type"] in _KEEPERS and step.get("behavior") != "Removed" and spaces
 
 
 def _encoded(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:

@@ -149,6 +149,28 @@ def test_what_is_not_done_is_named(http: httpx.Client, body: dict, param: str, c
     assert error["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/chat/completions", "messages"),
+        ("/v1/completions", "prompt"),
+        ("/v1/responses", "input"),
+        ("/v1/messages", "messages"),
+        ("/api/chat", "messages"),
+        ("/api/generate", "prompt"),
+    ],
+)
+def test_a_text_that_is_far_too_long_is_refused_at_once(http: httpx.Client, path: str, field: str) -> None:
+    text = "a" * 400_000
+    body = {"model": "bytes", field: [{"role": "user", "content": text}] if field == "messages" else text}
+    answer = http.post(path, json={**body, **({"max_tokens": 1} if path == "/v1/messages" else {})})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert "the prompt has at least" in (error if isinstance(error, str) else error["message"])
+    if path.startswith("/v1/") and path != "/v1/messages":
+        assert error["code"] == "context_length_exceeded"
+
+
 def test_a_body_that_is_no_json_is_told_where(http: httpx.Client) -> None:
     headers = {"content-type": "application/json"}
     answer = http.post("/v1/chat/completions", content=b'{"model": }', headers=headers)

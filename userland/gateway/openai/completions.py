@@ -97,13 +97,13 @@ async def whole(
 
 def _prompts(llm: LLM, given: Any) -> list[list[int]]:
     if isinstance(given, str):
-        return [llm.tokenizer.encode(given)]
+        given = [given]
     if not given:
         raise errors.InvalidArgument("the prompt is empty", field="prompt")
     if isinstance(given[0], int):
         return [checked(llm.tokenizer.vocab_size, given)]
     if isinstance(given[0], str):
-        return [llm.tokenizer.encode(text) for text in given]
+        return [llm.tokenizer.encode(text, most=llm.context_length) for text in given]
     return [checked(llm.tokenizer.vocab_size, tokens) for tokens in given]
 
 

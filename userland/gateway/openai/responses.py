@@ -104,14 +104,16 @@ async def prepare(
         raise errors.InvalidArgument("the input is empty", field="input")
     toolbox = body.toolbox()
     tools = toolbox.tools if toolbox is not None else ()
-    tokens = await aside(
-        lambda: encode_chat(llm.tokenizer, messages, model=llm.model, tools=tools), more=bool(told)
-    )
-    longest = body.max_output_tokens or max(llm.context_length - len(tokens), 0)
+    most = llm.context_length
     scores = (body.top_logprobs or 0) if body.scored else None
     shape = body.format
-    options = body.options(llm, longest, scores, shape if shape["type"] != "text" else None)
     try:
+        tokens = await aside(
+            lambda: encode_chat(llm.tokenizer, messages, model=llm.model, tools=tools, most=most),
+            more=bool(told),
+        )
+        longest = body.max_output_tokens or max(most - len(tokens), 0)
+        options = body.options(llm, longest, scores, shape if shape["type"] != "text" else None)
         asked = await ask(caller, llm, [tokens], options, body, toolbox=toolbox)
     except errors.ContextOverflow as problem:
         problem.details["field"] = "input"
