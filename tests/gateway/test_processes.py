@@ -55,6 +55,18 @@ def events(answer: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
+def test_nobody_learns_or_takes_the_turn_of_another_s_process(
+    http: httpx.Client, bob: httpx.Client, pid: int
+) -> None:
+    body = {"model": "slow", "prompt": "w1", "max_tokens": 400, "pid": pid, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        told = [bob.post("/v1/completions", json={**body, "pid": which}) for which in (pid, 2**40)]
+        assert [one.status_code for one in told] == [404, 404]
+        assert http.post("/v1/completions", json=body).status_code == 409
+
+
 def test_a_process_lives_over_http(http: httpx.Client, pid: int) -> None:
     row = http.get(f"/v1/processes/{pid}").json()
     assert (row["name"], row["model"], row["state"], row["nice"]) == ("mine", "slow:latest", "waiting", 0)

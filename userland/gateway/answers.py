@@ -213,6 +213,7 @@ async def ask(
         if len(prompts) * n != 1:
             raise errors.InvalidArgument("a process has one prompt and one answer", field="n")
         if isinstance(body.pid, int):
+            await _check_model(caller, llm, body.pid)  # first: nobody learns of others' turns, or takes one
             asked.turn = _Turn(body.pid)
         try:
             asked.pid, held = await _process(caller, llm, prompts[0], body)
@@ -255,11 +256,8 @@ async def _process(caller: Caller, llm: LLM, prompt: Sequence[int], body: Placed
         assert isinstance(body.pid, int)
         pid = body.pid
     try:
-        row = await caller.aio.call(table.StatProcess(pid))
-        if row.model != llm.model:
-            raise errors.InvalidArgument(
-                f"process {pid} is of {row.model}, not of {llm.model}", field="model"
-            )
+        if body.fork_of is not None:
+            await _check_model(caller, llm, pid)
         held = t.unpack_tokens(await asyncio.to_thread(caller.client.read_file, f"/proc/{pid}/tokens"))
         same = 0
         while same < min(len(held), len(prompt) - 1) and held[same] == prompt[same]:
@@ -271,6 +269,12 @@ async def _process(caller: Caller, llm: LLM, prompt: Sequence[int], body: Placed
             await _discard(caller, pid)
         raise
     return pid, held[:same]
+
+
+async def _check_model(caller: Caller, llm: LLM, pid: int) -> None:
+    row = await caller.aio.call(table.StatProcess(pid))
+    if row.model != llm.model:
+        raise errors.InvalidArgument(f"process {pid} is of {row.model}, not of {llm.model}", field="model")
 
 
 async def _discard(caller: Caller, pid: int) -> None:
