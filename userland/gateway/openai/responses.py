@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from fastapi import APIRouter, FastAPI, Query, Request
 from llmasos.syscalls import errors
+from llmasos.syscalls import types as t
 from pydantic import Field
 from starlette.responses import Response
 
@@ -179,6 +180,7 @@ async def _history(caller: Caller, store: Store, last: str | None) -> list[dict[
 
 @router.post("", summary="Answer, and keep the answer", responses=documented())
 async def create(request: Request, body: ResponseRequest, caller: CallerOf, store: StoreOf) -> Response:
+    caller.needs(t.Capability.INFER)
     if body.background:
         return await _begin(request.app, body, caller, store)
     asked, response, items = await prepare(caller, store, body)
@@ -368,6 +370,7 @@ async def one(
 
 @router.post("/{response_id}/cancel", summary="Cancel a background response", responses=documented())
 async def cancelled(request: Request, response_id: str, caller: CallerOf, store: StoreOf) -> Response:
+    caller.needs(t.Capability.INFER)
     kept = await store.get(caller.tenant, "response", response_id)
     if not kept.body["background"]:
         raise errors.InvalidArgument(
@@ -390,6 +393,7 @@ async def cancelled(request: Request, response_id: str, caller: CallerOf, store:
 @router.delete("/{response_id}", summary="Delete a response", responses=documented())
 async def deleted(request: Request, response_id: str, caller: CallerOf, store: StoreOf) -> Response:
     """One that is being made is cancelled."""
+    caller.needs(t.Capability.INFER)
     await store.delete(caller.tenant, "response", response_id)
     await request.app.state.works.stop(response_id)
     return json({"id": response_id, "object": "response", "deleted": True})
