@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import httpx
 import openai
+import pydantic
 import pytest
 from llmasos.syscalls import types as t
 from llmasos.userland.client import Client
+from llmasos.userland.gateway.openai.completions import CompletionRequest
 
 from .conftest import Gateway, soon
 
@@ -139,6 +141,13 @@ def test_stop_strings_end_an_answer(ai: openai.OpenAI) -> None:
         ({"top_logprobs": 3}, "top_logprobs", None),
         ({"service_tier": "gold"}, "service_tier", None),
         ({"n": 0}, "n", None),
+        ({"stop": 5}, "stop", None),
+        ({"stop": ["a", ""]}, "stop.1", None),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", None),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text", None),
+        ({"messages": [{"role": "user", "colour": 1}]}, "messages.0.colour", None),
+        ({"messages": [{"content": "w1"}]}, "messages.0.role", None),
+        ({"response_format": {"type": "text", "colour": 1}}, "response_format.colour", None),
     ],
 )
 def test_what_is_not_done_is_named(http: httpx.Client, body: dict, param: str, code: str | None) -> None:
@@ -169,6 +178,39 @@ def test_a_text_that_is_far_too_long_is_refused_at_once(http: httpx.Client, path
     assert "the prompt has at least" in (error if isinstance(error, str) else error["message"])
     if path.startswith("/v1/") and path != "/v1/messages":
         assert error["code"] == "context_length_exceeded"
+
+
+def test_what_is_wrong_has_the_name_that_the_client_gave_it(http: httpx.Client) -> None:
+    block = {"type": "text", "text": "w1"}
+
+    def told(path: str, **body: object) -> str:
+        answer = http.post(path, json={"model": "tiny", **body})
+        assert answer.status_code == 400
+        return answer.json()["error"]["message"]
+
+    def said(*blocks: object) -> dict[str, object]:
+        return {"max_tokens": 1, "messages": [{"role": "user", "content": blocks}]}
+
+    assert told("/v1/messages", **said({**block, "text": 1})).startswith("messages.0.content.0.text: ")
+    assert told("/v1/messages", **said(block, {**block, "x": 1})).endswith(": messages.0.content.1.x")
+    assert told("/v1/rerank", documents=["w1"]).startswith("query: ")
+    assert told("/v1/rerank", documents=["w1"], query=[]).startswith("query: ")
+    limited = http.get("/v1/processes", params={"limit": 0}).json()["error"]
+    assert limited["param"] == "limit"
+
+
+def test_a_body_of_many_errors_costs_one(http: httpx.Client) -> None:
+    """Each takes a kilobyte and more of memory."""
+    bad = (
+        {"prompt": [-1] * 9999},
+        {"prompt": [[-1] * 9999]},
+        {"prompt": "a", **{f"x{n}": 1 for n in range(9999)}},
+    )
+    for body in bad:
+        with pytest.raises(pydantic.ValidationError) as found:
+            CompletionRequest.model_validate({"model": "tiny", **body})
+        assert found.value.error_count() < 8
+        assert http.post("/v1/completions", json={"model": "tiny", **body}).status_code == 400
 
 
 def test_a_body_that_is_no_json_is_told_where(http: httpx.Client) -> None:

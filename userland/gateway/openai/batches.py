@@ -303,7 +303,9 @@ class Batches:
             told = await patiently(lambda: answer(caller, self._store, body), until)
         except (ValidationError, errors.LLMasOSError) as problem:
             wrong = (
-                invalid_problem(problem.errors()[0])
+                invalid_problem(
+                    [{**one, "loc": ("body", *one["loc"])} for one in problem.errors()], line.body
+                )
                 if isinstance(problem, ValidationError)
                 else problems.problem_of(problem)
             )
