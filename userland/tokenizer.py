@@ -398,6 +398,8 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.strings = [stop for stop in stops if stop]
+        self._falls = [_falls(stop) for stop in self.strings]
+        self._matched = [0] * len(self.strings)  # so much of each does the text end with
         self._held = ""
         self.found = ""
         """The one that came."""
@@ -414,13 +416,30 @@ class StopStrings:
             return piece
         text = self._held + piece
         # The one that is complete first counts, however the text was cut into pieces.
-        if found := [(at + len(stop), at, stop) for stop in self.strings if (at := text.find(stop)) >= 0]:
+        if found := [(end, end - len(self.strings[n]), self.strings[n]) for n, end in self._ends(piece)]:
             _, at, self.found = min(found)
+            at += len(self._held)
             self._held = ""
             return text[:at]
-        keep = max(overlap(text, stop) for stop in self.strings)
+        keep = max(self._matched)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+    def _ends(self, piece: str) -> Iterator[tuple[int, int]]:
+        """Which strings are complete in this piece, behind how many of its characters. As Knuth, Morris and
+        Pratt look for them: each character costs the same, whatever the strings are."""
+        for number, (stop, falls) in enumerate(zip(self.strings, self._falls, strict=True)):
+            matched = self._matched[number]
+            if not matched and stop[0] not in piece:
+                continue
+            for place, char in enumerate(piece):
+                while matched and stop[matched] != char:
+                    matched = falls[matched - 1]
+                matched += stop[matched] == char
+                if matched == len(stop):
+                    yield number, place + 1
+                    break
+            self._matched[number] = matched
 
     def flush(self) -> str:
         """What was held back, when the text ends."""
@@ -467,6 +486,17 @@ def _encoded(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
         return tokenizer.encode_batch([text], add_special_tokens=False)[0]
     except TypeError:  # half a surrogate pair, which JSON can spell
         raise errors.InvalidArgument("the text is not valid Unicode", field="prompt") from None
+
+
+def _falls(stop: str) -> list[int]:
+    """Of each beginning of `stop`, how long the longest other beginning is with which it ends."""
+    falls, matched = [0], 0
+    for char in stop[1:]:
+        while matched and stop[matched] != char:
+            matched = falls[matched - 1]
+        matched += stop[matched] == char
+        falls.append(matched)
+    return falls
 
 
 def overlap(text: str, mark: str) -> int:
