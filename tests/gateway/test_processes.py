@@ -200,7 +200,6 @@ def test_what_does_not_train_has_no_curve(http: httpx.Client, pid: int) -> None:
 
 
 def test_a_process_answers_one_request_at_a_time(http: httpx.Client, pid: int) -> None:
-    """Each looks at what the process holds and adds to that."""
     asked = {"model": "slow", "messages": [{"role": "user", "content": "w1"}], "max_tokens": 40, "pid": pid}
     with http.stream("POST", "/v1/chat/completions", json=asked | {"stream": True}) as answer:
         lines = answer.iter_lines()
@@ -232,10 +231,15 @@ def test_a_refused_request_leaves_no_process_and_takes_no_context(
     soon(lambda: pids() == before)
 
 
-def test_a_too_long_answer_is_refused_before_the_process_is_cut(http: httpx.Client, pid: int) -> None:
+@pytest.mark.parametrize(
+    "wrong", [{"max_tokens": 100_000}, {"max_tokens": 2, "structured_outputs": {"regex": "(("}}]
+)
+def test_what_is_refused_does_not_cut_the_process(
+    http: httpx.Client, pid: int, wrong: dict[str, Any]
+) -> None:
     asked = {"model": "slow", "messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 2, "pid": pid}
     http.post("/v1/chat/completions", json=asked)
     before = http.get(f"/v1/processes/{pid}").json()["context"]
-    other = asked | {"messages": [{"role": "user", "content": "w9"}], "max_tokens": 100_000}
+    other = asked | {"messages": [{"role": "user", "content": "w9"}]} | wrong
     assert http.post("/v1/chat/completions", json=other).status_code == 400
     assert http.get(f"/v1/processes/{pid}").json()["context"] == before
