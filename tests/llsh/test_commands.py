@@ -385,6 +385,28 @@ def test_a_bug_is_two_lines_and_a_file(llsh, monkeypatch, client):
     assert "Traceback" not in llsh.err
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["audit", "show", "/etc"], "/etc: Is a directory"),
+        (["audit", "verify", "/nonexistent"], "/nonexistent: No such file or directory"),
+        (["run", "tiny", "hi", "--schema", "/etc"], "/etc: Is a directory"),
+        (["run", "tiny", "hi", "--schema", "{binary}"], "{binary} is not text in UTF-8"),
+        (["key", "authorize", "{binary}", "--as", "bob"], "{binary} is not text in UTF-8"),
+        (["key", "new"], "/proc/nowhere: No such file or directory"),
+        (["key", "api", "new", "ci", "--as", "bob"], "/proc/nowhere: No such file or directory"),
+    ],
+)
+def test_what_files_refuse_is_no_bug(llsh, tmp_path, monkeypatch, words, says):
+    (binary := tmp_path / "binary").write_bytes(b"\xff\x00")
+    monkeypatch.setenv("LLMASOS_HOME", "/proc/nowhere")
+    llsh(*[word.format(binary=binary) for word in words])
+    assert (llsh.code, llsh.out) == (1, "")
+    assert llsh.err.splitlines()[0] == "llsh: " + says.format(binary=binary)
+    assert "bug" not in llsh.err
+    assert ("LLMASOS_HOME" in llsh.err) == ("/proc/" in says)
+
+
 def test_quotas_are_set_shown_and_taken_away(llsh):
     assert llsh("quota", "somebody", "weight=3", "processes=2").splitlines()[-1].split()[:2] == [
         "somebody",

@@ -61,6 +61,19 @@ def test_prompts_come_from_a_pipe_and_answers_go_to_one(home):
     assert done.stderr == ""
 
 
+def test_any_bytes_may_come_from_a_pipe_and_none_need_to(home):
+    for stdin in ("printf 'w1 \\377' |", "<&-"):
+        line = f"{stdin} {' '.join(LLSH)} run tiny w2 --max-tokens 3"
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=30)
+        assert (done.returncode, len(done.stdout.split()), done.stderr) == (0, 3, "")
+
+
+def test_a_full_disk_is_told(home):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*LLSH, "list"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (1, "llsh: cannot write: No space left on device\n")
+
+
 def test_a_reader_that_leaves_is_no_drama(home):
     writer = subprocess.Popen(
         [*LLSH, "run", "tiny", "hello"],

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
 
 from . import completion
@@ -41,6 +43,14 @@ Pids = Annotated[
 def examples(*lines: str) -> str:
     """The end of a command's help: what to type, one line an example."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def text_of(path: Path) -> str:
+    """A file that the user named. Raises OSError, InvalidArgument."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise errors.InvalidArgument(f"{path} is not text in UTF-8") from None
 
 
 def pid(shell: Shell, word: str) -> int:

@@ -11,7 +11,7 @@ import typer
 from llmasos.syscalls import table
 from llmasos.syscalls.types import TENANT_RIGHTS, Capability, KeyInfo
 
-from .argument import Json, examples
+from .argument import Json, examples, text_of
 from .shell import Shell, shell_of
 from .table import Column, Table
 
@@ -89,7 +89,7 @@ def authorize(
 ) -> None:
     """Let a key in over tcp."""
     shell = shell_of(context)
-    public = Path(key).read_text().strip() if len(key) != 64 and Path(key).is_file() else key
+    public = text_of(Path(key)).strip() if len(key) != 64 and Path(key).is_file() else key
     entry = KeyInfo(tenant, public, tuple(right)) if right else KeyInfo(tenant, public)
     _print(shell, shell.client().call(table.AuthorizeKey(entry)), json)
 

@@ -10,7 +10,7 @@ from llmasos.syscalls import types as t
 
 from . import completion
 from .answer import DEFAULT_TOKENS, Answer, Settings, timings
-from .argument import Class, Json, Nice, examples
+from .argument import Class, Json, Nice, examples, text_of
 from .conversation import opened
 from .shell import shell_of
 
@@ -130,7 +130,7 @@ def _structured(schema: Path | None, regex: str, choice: str) -> dict[str, Any] 
     """What the options ask for, as generate's `structured_outputs`."""
     given: dict[str, Any] = {}
     if schema is not None:
-        given["json"] = schema.read_text()
+        given["json"] = text_of(schema)
     if regex:
         given["regex"] = regex
     if choice:
