@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -59,6 +60,21 @@ def test_prompts_come_from_a_pipe_and_answers_go_to_one(home):
     assert done.returncode == 0
     assert len(done.stdout.split()) == 5
     assert done.stderr == ""
+
+
+def test_a_gateway_that_cannot_serve_says_why_and_nothing_else(home, tmp_path):
+    (junk := tmp_path / "junk.pem").write_bytes(b"\xff")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        for words, says in (
+            (["--port", port], f"port {port} is taken"),
+            (["--port", "0", "--tls-cert", str(junk), "--tls-key", str(junk)], "files in PEM"),
+            (["--port", "0", "--tls-cert", "/etc", "--tls-key", "/etc"], "Is a directory"),
+        ):
+            done = run("serve", *words)
+            assert (done.returncode, done.stdout) == (1, "")
+            assert done.stderr.startswith("llsh: ")
+            assert says in done.stderr.splitlines()[0]
 
 
 def test_any_bytes_may_come_from_a_pipe_and_none_need_to(home):
