@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 from llmasos.syscalls import errors, table, training
 from llmasos.syscalls import types as t
+from llmasos.syscalls.bounds import refused
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
@@ -59,7 +60,9 @@ def make_recipe(options: Mapping[str, Any]) -> training.Recipe:
     try:
         return msgspec.convert({**plain, **parts}, training.Recipe, strict=False)
     except msgspec.ValidationError as problem:
-        raise errors.InvalidArgument(f"the recipe is not valid: {problem}", field="recipe") from None
+        field, words = refused(problem, training.Recipe)
+        name = field.removeprefix("lora.") or "recipe"
+        raise errors.InvalidArgument(f"{name}: {words}", field=name) from None
 
 
 def send_dataset(client: Client, path: str | Path, name: str = "", show: Show | None = None) -> str:

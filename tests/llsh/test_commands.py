@@ -388,6 +388,46 @@ def test_a_bug_is_two_lines_and_a_file(llsh, monkeypatch, client):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
+        (
+            ["run", "tiny", "x", "--seed", str(2**63)],
+            "seed: must be a whole number from 0 to 9223372036854775807",
+        ),
+        (
+            ["run", "tiny", "x", "--max-time", "inf"],
+            "max_time: must be seconds, above 0 and below 2147483 (24 days)",
+        ),
+        (["nice", "1", "88"], "setpriority: nice must be a whole number from -20 to 19"),
+        (["wait", "1", "--timeout", "inf"], "wait: timeout_s must be a number from 0 to 31536000"),
+        (["kill", str(2**64)], "kill: a number does not fit into 64 bits"),
+        (
+            ["spawn", "tiny", "--name", "x" * 300],
+            "spawn_model: label is wrong: expected `str` of length <= 64",
+        ),
+    ],
+)
+def test_what_is_out_of_range_is_told_with_the_range(llsh, words, says):
+    llsh(*words)
+    assert (llsh.code, llsh.out, llsh.err) == (1, "", f"llsh: {says}\n")
+
+
+def test_a_chat_refuses_at_once_what_the_next_turn_could_not_use(llsh):
+    wrong = {
+        "seed -1": "seed: must be a whole number from 0 to 9223372036854775807",
+        "max_tokens 0": "max_tokens: must be a whole number, at least 1",
+        "temperature hot": "temperature: must be a number from 0 to 100",
+        "top_p 0": "top_p: must be a number, above 0 and at most 1",
+        "class top": "class: must be one of realtime, interactive, batch, idle",
+        "verbose so": "verbose: must be true or false",
+    }
+    typed = "".join(f"/set {words}\n" for words in wrong)
+    out = llsh("chat", "tiny", "--max-tokens", "2", stdin=f"{typed}w1\n")
+    assert (llsh.code, len(out.split())) == (0, 2)
+    assert llsh.err.splitlines() == [f"llsh: {told}" for told in wrong.values()]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
         (["audit", "show", "/etc"], "/etc: Is a directory"),
         (["audit", "verify", "/nonexistent"], "/nonexistent: No such file or directory"),
         (["run", "tiny", "hi", "--schema", "/etc"], "/etc: Is a directory"),
@@ -414,6 +454,12 @@ def test_quotas_are_set_shown_and_taken_away(llsh):
     ]
     (row,) = llsh.json("quota", "somebody", "weight=", "tokens_out=600")
     assert (row["limit"]["weight"], row["limit"]["processes"], row["tokens_out"]) == (1.0, 2, 600)
-    llsh("quota", "somebody", "speed=3")
-    assert llsh.code == 1
+    for words, told in (
+        ("speed=3", "one of weight, kv_min,"),
+        ("weigth=3", "did you mean weight?"),
+        ("weight=-1", "weight must be a number from 0.001 to 1000"),
+    ):
+        llsh("quota", "somebody", words)
+        assert llsh.code == 1
+        assert told in llsh.err
     assert llsh.json("quota", "somebody", "none") == []

@@ -27,7 +27,8 @@ def test_what_cannot_be_trained_is_told_with_what_to_do(llsh: Typist, tmp_path: 
     for words, told in (
         (("train", "tiny", "nothere.jsonl"), "no file and no data set"),
         (("train", "tiny", str(data), "--set", "learn=3"), "no 'learn'"),
-        (("train", "tiny", str(data), "--lr", "-1"), "not valid"),
+        (("train", "tiny", str(data), "--lr", "-1"), "learning_rate: must be a number from 0 to 10"),
+        (("train", "tiny", str(data), "--rank", "0"), "r: must be a whole number from 1 to 256"),
         (("train", "tiny", str(data), "--lora", "--full"), "one of"),
         (("train", "nomodel", str(data)), "nomodel"),
         (("train",), "train MODEL DATA"),
