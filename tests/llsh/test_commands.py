@@ -346,6 +346,18 @@ def test_help_teaches_every_command_with_examples(llsh, capsys):
         assert capsys.readouterr().out == text
 
 
+@pytest.mark.parametrize("words", [["key"], ["key", "api"], ["audit"]])
+def test_a_group_alone_teaches_and_is_wrong_usage(llsh, words):
+    llsh(*words)
+    assert (llsh.code, llsh.out) == (2, "")
+    assert llsh.err == llsh("help", *words)
+    llsh(*words, "nosuch")
+    assert llsh.code == 2
+    assert f"`llsh help {' '.join(words)}` explains" in llsh.err
+    llsh("help", *words, "nosuch")
+    assert (llsh.code, "no command" in llsh.err) == (2, True)
+
+
 def test_lines_of_commands(llsh, pid):
     out = llsh("-c", "whoami; nosuch && whoami; # a comment\nps --json")
     assert llsh.code == 0

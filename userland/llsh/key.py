@@ -11,23 +11,25 @@ import typer
 from llmasos.syscalls import table
 from llmasos.syscalls.types import TENANT_RIGHTS, Capability, KeyInfo
 
+from . import argument
 from .argument import Json, examples, text_of
 from .shell import Shell, shell_of
 from .table import Column, Table
 
 app = typer.Typer()
-group = typer.Typer(
-    help="Keys for daemons on other machines, and for the gateway.",
-    no_args_is_help=True,
-    epilog=examples(
-        "llsh key new", "llsh key authorize KEY --as alice", "llsh key trust tcp://gpu1:5570 KEY"
-    ),
+group = argument.group(
+    "Keys for daemons on other machines, and for the gateway.",
+    "llsh key new",
+    "llsh key authorize KEY --as alice",
+    "llsh key trust tcp://gpu1:5570 KEY",
+    "llsh key api new ci --as alice",
 )
 app.add_typer(group, name="key")
-api = typer.Typer(
-    help="API keys of the gateway (`llsh serve`).",
-    no_args_is_help=True,
-    epilog=examples("llsh key api new ci --as alice", "llsh key api list", "llsh key api revoke ci"),
+api = argument.group(
+    "API keys of the gateway (`llsh serve`).",
+    "llsh key api new ci --as alice",
+    "llsh key api list",
+    "llsh key api revoke ci",
 )
 group.add_typer(api, name="api")
 

@@ -122,23 +122,25 @@ def llsh(
     raise typer.Exit(interact(shell, dispatch, command_tree()))
 
 
-@app.command("help", epilog="\b\nExamples:\n  llsh help\n  llsh help run")
+@app.command("help", epilog="\b\nExamples:\n  llsh help\n  llsh help run\n  llsh help key api")
 def help_(
     context: typer.Context,
-    command: Annotated[str, typer.Argument(metavar="COMMAND", help="The command to explain.")] = "",
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="COMMAND", help="The command to explain.")
+    ] = None,
 ) -> None:
     """Explain llsh or one of its commands."""
     shell = shell_of(context)
-    if command:
-        known = command_tree()
-        if command not in known:
-            raise UnknownCommand(command)
-        explained = known[command].make_context(
-            command, [], parent=context.find_root(), resilient_parsing=True
-        )
-        shell.terminal.line(explained.get_help())
+    if not words:
+        shell.terminal.write(guide.overview(summaries()))
         return
-    shell.terminal.write(guide.overview(summaries()))
+    explained = context.find_root()
+    for word in words:
+        known = getattr(explained.command, "commands", {})
+        if word not in known:
+            raise UnknownCommand(" ".join(words))
+        explained = known[word].make_context(word, [], parent=explained, resilient_parsing=True)
+    shell.terminal.line(explained.get_help())
 
 
 class UnknownCommand(Exception):
@@ -211,7 +213,8 @@ def _of_files(problem: OSError) -> tuple[str, str] | None:
 
 def _usage(context: Any) -> str:
     usage = " ".join(context.get_usage().removeprefix("Usage: ").split())
-    return f"{usage}; `llsh help {context.info_name}` explains" if context.parent else usage
+    words = context.command_path.removeprefix("llsh ")
+    return f"{usage}; `llsh help {words}` explains" if context.parent else usage
 
 
 def _record(bug: Exception) -> str:
