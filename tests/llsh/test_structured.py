@@ -69,7 +69,7 @@ def test_an_empty_constraint_is_refused(llsh, words):
 
 def test_texts_get_labels(llsh):
     lines = llsh("classify", "tiny", "--labels", "w1,w2,w3 w4", "--json", stdin="w5 w6\n\nw7\n").splitlines()
-    assert [json.loads(line)["text"] for line in lines] == ["w5 w6", "w7"]
+    assert [json.loads(line)["text"] for line in lines] == ["w5 w6", "", "w7"]
     for line in map(json.loads, lines):
         assert line["label"] in line["probabilities"]
         assert abs(sum(line["probabilities"].values()) - 1) < 1e-6
