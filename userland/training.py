@@ -65,15 +65,21 @@ def make_recipe(options: Mapping[str, Any]) -> training.Recipe:
         raise errors.InvalidArgument(f"{name}: {words}", field=name) from None
 
 
-def send_dataset(client: Client, path: str | Path, name: str = "", show: Show | None = None) -> str:
+def send_dataset(
+    client: Client, path: str | Path, name: str = "", show: Show | None = None, *, replace: bool = True
+) -> str:
     """Makes a local file the data set `name` (without one: what the file is called), unless it is that
-    already. Returns the name. Raises NoSuchFile, PermissionDenied, QuotaExceeded, StorageFailed."""
+    already. Returns the name. Raises NoSuchFile, PermissionDenied, QuotaExceeded, StorageFailed,
+    AlreadyExists when another one is called so and not to be replaced."""
     file = Path(path).expanduser()
     name = name or _NAME.sub("-", file.name).lstrip("._-")[:64] or "data"
     try:
         size = file.stat().st_size
-        if _is_there(client, name, file, size):
-            return name
+        if known := _known(client, name):
+            if _is(known, file, size):
+                return name
+            if not replace:
+                raise errors.AlreadyExists(f"there is a data set {name}")
         with file.open("rb") as source:
             done = 0
             while True:
@@ -95,11 +101,14 @@ def send_dataset(client: Client, path: str | Path, name: str = "", show: Show | 
         raise errors.NoSuchFile(f"{file}: {problem.strerror}", path=str(file)) from None
 
 
-def _is_there(client: Client, name: str, file: Path, size: int) -> bool:
+def _known(client: Client, name: str) -> t.FileInfo | None:
     try:
-        known = client.call(table.Stat(f"/datasets/{name}"))
+        return client.call(table.Stat(f"/datasets/{name}"))
     except errors.NotFound:
-        return False
+        return None
+
+
+def _is(known: t.FileInfo, file: Path, size: int) -> bool:
     if known.size != size:
         return False
     with file.open("rb") as source:

@@ -216,9 +216,9 @@ class ModelFS:
 
     # -- changing -------------------------------------------------------------------------------------
 
-    def link(self, source: str, target: str, sees: Sees = everything) -> FileInfo:
-        """Gives the model `source` the second name `target`, which is replaced if it exists. An adapter is
-        linked to another adapter's name of the same base. Raises InvalidArgument, NoSuchModel."""
+    def link(self, source: str, target: str, sees: Sees = everything, replace: bool = True) -> FileInfo:
+        """Gives the model `source` the second name `target`. An adapter is linked to another adapter's name
+        of the same base. Raises InvalidArgument, NoSuchModel, AlreadyExists as `commit`."""
         model = parse_name(target)
         with self.importing():  # or `gc` could take the blobs if `source` were unlinked just now
             manifest = self.resolve(source, sees)
@@ -227,7 +227,7 @@ class ModelFS:
                     f"{manifest.name} is an adapter", hint="name it BASE+NAME, of its base", field="target"
                 )
             try:
-                self.commit(model, manifest)
+                self.commit(model, manifest, replace)
             except OSError as problem:
                 raise StorageFailed(f"{model}: {problem.strerror}", hint="see `llsh df`") from None
         return self._model_info(model)

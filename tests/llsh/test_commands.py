@@ -152,6 +152,14 @@ def test_models_are_listed_shown_copied_and_removed(llsh):
     assert "<|im_start|>" in llsh("show", "tiny", "--template")
     assert set(llsh.json("cp", "tiny", "mine:old")) == FILE
     assert "mine:old" in llsh("list")
+    llsh("cp", "tiny", "mine:old")
+    assert llsh.code == 0  # it is that already
+    llsh("cp", "plain", "mine:old")
+    assert (llsh.code, llsh.err) == (1, "llsh: there is a model mine:old\nhint: --force replaces it\n")
+    assert (
+        llsh.json("cp", "plain", "mine:old", "--force")["digest"]
+        == llsh.json("show", "plain")["model"]["digest"]
+    )
     assert llsh.json("rm", "mine:old") == ["mine:old"]
     assert "mine" not in llsh("list")
     llsh("rm", "mine:old", "nosuch")

@@ -190,19 +190,23 @@ def cp(
     context: typer.Context,
     source: Installed,
     target: Annotated[str, typer.Argument(metavar="DST", help="The second name, or /datasets/[NAME].")],
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace what has that name now.")] = False,
     json: Json = False,
 ) -> None:
     """Give a model a second name, which copies no data; or make a local file a data set."""
     shell = shell_of(context)
-    if target.startswith(DATASETS):
-        from ..training import send_dataset
+    try:
+        if target.startswith(DATASETS):
+            from ..training import send_dataset
 
-        client = shell.started()
-        name = send_dataset(client, source, target.removeprefix(DATASETS))
-        info = client.call(table.Stat(DATASETS + name))
-        shell.emit(info, json, f"{info.path}: {quantity.size(info.size)}")
-        return
-    info = shell.client().call(table.Link(full_name(source), full_name(target)))
+            client = shell.started()
+            name = send_dataset(client, source, target.removeprefix(DATASETS), replace=force)
+            info = client.call(table.Stat(DATASETS + name))
+            shell.emit(info, json, f"{info.path}: {quantity.size(info.size)}")
+            return
+        info = shell.client().call(table.Link(full_name(source), full_name(target), force))
+    except errors.AlreadyExists as problem:
+        raise errors.AlreadyExists(problem.message, hint="--force replaces it") from None
     shell.emit(info, json, f"{source} is also {_name(info)}")
 
 
