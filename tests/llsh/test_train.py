@@ -51,6 +51,13 @@ def test_a_bad_row_is_named_and_leaves_no_model(llsh: Typist, tmp_path: Path) ->
     assert "line 2" in llsh.err
     assert "bad" not in llsh("list")
     assert "train" not in llsh("ps")
+    assert "bad" not in llsh("ls", "/datasets")
+    llsh("train", "nomodel", str(data))
+    assert "bad" not in llsh("ls", "/datasets")
+    llsh("cp", str(data), "/datasets/")
+    llsh("train", "tiny", str(data), "--name", "bad")
+    assert (llsh.code, "bad" in llsh("ls", "/datasets")) == (1, True)  # it was there before
+    llsh("rm", "/datasets/bad.jsonl")
 
 
 def test_a_model_that_was_not_trained_has_no_curve(llsh: Typist) -> None:
