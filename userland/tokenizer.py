@@ -116,13 +116,11 @@ class Tokenizer:
     def frame(self, texts: Sequence[str | tuple[str, str]], most: int | None = None) -> list[Framed]:
         """Texts, or pairs, as an encoder reads them: people's texts, with the special tokens that the
         tokenizer puts around them. At most `most` tokens of each: the longer one of a pair is cut first."""
-        pairs = [(text, "") if isinstance(text, str) else text for text in texts]
+        pairs = [text if isinstance(text, tuple | list) else (text, "") for text in texts]
         flat = [part for pair in pairs for part in pair]
         ids = [
             self._encode_broken(text) if self._controls(encoding, text) else list(encoding.ids)
-            for text, encoding in zip(
-                flat, self._plain.encode_batch(flat, add_special_tokens=False), strict=True
-            )
+            for text, encoding in zip(flat, _encoded(self._plain, flat), strict=True)
         ]
         single, double = self._frame_of(1), self._frame_of(2)
         found = []
@@ -161,7 +159,7 @@ class Tokenizer:
             for match in self._special_pattern.finditer(part.text)
         ]
         whole = "".join(part.text for part in parts)
-        encoding = _encoded(self._trusting, whole)
+        encoding = _encoded(self._trusting, [whole])[0]
         if self._controls(encoding, whole) == expected:
             return list(encoding.ids)
         return self._encode_runs(parts)
@@ -191,9 +189,9 @@ class Tokenizer:
         return ids + self._encode_plain(run)
 
     def _encode_plain(self, text: str) -> list[int]:
-        if not text:
+        if text == "":
             return []
-        encoding = _encoded(self._plain, text)
+        encoding = _encoded(self._plain, [text])[0]
         return self._encode_broken(text) if self._controls(encoding, text) else list(encoding.ids)
 
     def _encode_broken(self, text: str) -> list[int]:
@@ -202,7 +200,7 @@ class Tokenizer:
         ids: list[int] = []
         cuts = [match.start() + 1 for match in self._special_pattern.finditer(text)]
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-            encoding = _encoded(self._plain, text[start:end])
+            encoding = _encoded(self._plain, [text[start:end]])[0]
             controls = self._controls(encoding, text[start:end])
             ids += [id_ for id_ in encoding.ids if id_ not in controls]
         return ids
@@ -343,12 +341,16 @@ class StopStrings:
         return held
 
 
-def _encoded(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+def _encoded(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[tokenizers.Encoding]:
     try:
         # `encode` keeps all other threads from running, `encode_batch` does not, and costs no more.
-        return tokenizer.encode_batch([text], add_special_tokens=False)[0]
-    except TypeError:  # half a surrogate pair, which JSON can spell
-        raise errors.InvalidArgument("the text is not valid Unicode", field="prompt") from None
+        return tokenizer.encode_batch(texts, add_special_tokens=False)
+    except TypeError:
+        why = "the text is not valid Unicode"  # half a surrogate pair, which JSON can spell
+        for text in texts:
+            if not isinstance(text, str):
+                why = f"a text is a str, not {type(text).__name__}"
+        raise errors.InvalidArgument(why, field="prompt") from None
 
 
 def overlap(text: str, mark: str) -> int:
