@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -88,6 +89,19 @@ def test_a_full_disk_is_told(home):
     with open("/dev/full", "w") as full:
         done = subprocess.run([*LLSH, "list"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=30)
     assert (done.returncode, done.stderr) == (1, "llsh: cannot write: No space left on device\n")
+
+
+def test_a_key_that_does_not_fit_on_the_disk_leaves_no_half_of_it(tmp_path):
+    done = subprocess.run(
+        [*LLSH, "key", "new"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={**os.environ, "LLMASOS_HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8, 8)),
+    )
+    assert (done.returncode, done.stderr) == (1, "llsh: cannot write: File too large\n")
+    assert list((tmp_path / "keys").iterdir()) == []
 
 
 def test_a_reader_that_leaves_is_no_drama(home):
