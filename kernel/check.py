@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import grp
 import os
 import re
 import resource
@@ -10,6 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import zmq
 from llmasos.syscalls import address, errors
 
 from .config import Config
@@ -41,7 +43,9 @@ def _findings(
     else:
         file = address.config_file()
         yield True, f"configuration: {file if file.exists() else 'defaults, there is no ' + str(file)}"
-        yield True, f"socket: {endpoint}"
+        yield _socket(endpoint.removeprefix("ipc://"), config.socket_group)
+        if config.listen and not _serves(runtime / "lock"):
+            yield _listen(config.listen)
         for name in device_names(config):
             yield _device(name)
     for what, folder in (("home", home), ("runtime folder", runtime)):
@@ -58,6 +62,27 @@ def _device(name: str) -> tuple[bool, str]:
     if match[2] and not Path(f"/dev/nvidia{match[2]}").exists():
         return False, f"device {name}: no /dev/nvidia{match[2]}; load its driver or change `devices`"
     return True, f"device {name}"
+
+
+def _socket(path: str, group: str) -> tuple[bool, str]:
+    folder = Path(path).parent
+    if folder != address.runtime_folder() and not os.access(folder, os.W_OK | os.X_OK):
+        return False, f"socket: {folder} cannot be written to; make it or change {address.SOCKET_VARIABLE}"
+    if group:
+        try:
+            grp.getgrnam(group)
+        except KeyError:
+            return False, f"socket: there is no group {group!r}; change the setting `socket_group`"
+    return True, f"socket: {path}"
+
+
+def _listen(where: str) -> tuple[bool, str]:
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
+        try:
+            socket.bind(where)
+        except zmq.ZMQError as problem:
+            return False, f"listen: {problem}; change the setting `listen`"
+    return True, f"listen: {where}"
 
 
 def _folder(what: str, folder: Path) -> tuple[bool, str]:

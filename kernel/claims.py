@@ -62,9 +62,9 @@ class Claims:
         """Whether the process may take blocks: it is in, or there is room for it now. Who is let in counts as
         in from then on."""
         pool, head = self._pool, process.beam_of or process
-        inside = len(pool.admitted) + len(self._let_in)
         if head in pool.admitted or head in self._let_in:
             return True
+        inside = len(pool.admitted) + len(self._let_in)
         rank = CLASS_RANK[head.sched_class]
         if not inside:
             return self._count(head, needed(head))

@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING
 from llmasos.drivers import base
 from llmasos.syscalls import errors
 from llmasos.syscalls.types import DeviceInfo, PoolInfo, pack_tokens
+from msgspec import Struct
 
 from .infer import Infer
 from .memory import Memory
+from .modelfs.store import Sees
 from .pace import Pace, Transfer
 from .process import Mirror, Process
 from .runqueue import RunQueue
@@ -53,6 +55,7 @@ class Pool:
     digest: str
     dtype: str
     device_name: str
+    owner: str  # who may know its name, "" for everybody
     files: dict[str, base.File]
     wanted_since: float
     queue: RunQueue
@@ -120,10 +123,10 @@ class Pool:
             self.closes.append(process.pid)
         process.mirror = Mirror()
 
-    def info(self) -> PoolInfo:
+    def info(self, sees: Sees) -> PoolInfo:
         loaded = self.loaded
         return PoolInfo(
-            model=self.model,
+            model=self.model if not self.owner or sees(self.owner) else f"(private {self.handle})",
             dtype=loaded.dtype if loaded else self.dtype,
             kv_dtype=loaded.kv_dtype if loaded else "",
             engine=loaded.engine if loaded else "",
@@ -136,8 +139,7 @@ class Pool:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(Struct, frozen=True):
     """What a step does for one process: compute `count` positions; choose a token if `sample`, and guess at
     most `draft` more a round. `extra`: so many further positions its guesses and rounds may compute."""
 
@@ -150,8 +152,7 @@ class Part:
     epoch: int
 
 
-@dataclass(frozen=True, slots=True)
-class Texts:
+class Texts(Struct, frozen=True):
     """What a step of an encoder does for one process: encode `count` texts from `first` on."""
 
     process: Process
@@ -229,7 +230,7 @@ class Device:
             return "down" if self.restarts else "starting"
         return "busy" if self.flights or self.loading or self.granted else "ready"
 
-    def info(self, now: float) -> DeviceInfo:
+    def info(self, now: float, sees: Sees) -> DeviceInfo:
         d = self.description
         return DeviceInfo(
             name=self.name,
@@ -241,7 +242,7 @@ class Device:
             worker_pid=self.worker_pid,
             restarts=self.restarts,
             step_ms=round(1000 * statistics.median(self.step_seconds), 3) if self.step_seconds else 0.0,
-            pools=[pool.info() for pool in self.pools],
+            pools=[pool.info(sees) for pool in self.pools],
             running_s=round(now - self.begun, 3) if self.flights else 0.0,
             idle_s=None if self.worked is None else round(now - self.worked, 3),
         )

@@ -129,7 +129,7 @@ def _content(kernel: Kernel, subject: Subject, path: str) -> bytes:
     raise errors.NoSuchFile(f"no file {path}", hint="see `llsh ls /proc`")
 
 
-def df(kernel: Kernel) -> DfReply:
+def df(kernel: Kernel, subject: Subject) -> DfReply:
     disk = os.statvfs(kernel.store.folder)
     models_bytes, blobs = kernel.store.usage()
     return DfReply(
@@ -139,7 +139,7 @@ def df(kernel: Kernel) -> DfReply:
         models_bytes=models_bytes,
         blobs=blobs,
         sessions_bytes=kernel.store.sessions.usage(),
-        pools=[pool.info() for device in kernel.devices.values() for pool in device.pools],
+        pools=[pool.info(subject.may_command) for device in kernel.devices.values() for pool in device.pools],
     )
 
 

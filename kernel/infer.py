@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from llmasos.syscalls.types import Chosen, Finish, InferEvent, Sampling, TokenLogprob
 
 from .beams import BeamSearch
+from .modelfs.session_files import Unfinished
 
 if TYPE_CHECKING:
     from .metrics import Tally
@@ -76,6 +77,10 @@ class Infer:
         """The reader has no room, or nothing is left to compute."""
         return self.finish is not None or (self.credits == 0 and bool(self.held))
 
+    def unfinished(self, known: int) -> Unfinished:
+        """What is left of it where the context is `known` tokens."""
+        return Unfinished(self.sampling, self.prompt_length, self.limit - known)
+
     def rate(self, now: float) -> float:
         """Generated tokens a second since the first one."""
         if self.first_token is None or now <= self.first_token:
@@ -103,7 +108,9 @@ class Infer:
         joined into fewer items."""
         if len(self.held) > self.credits:
             self.held = _joined(self.held)
-        items, self.held = self.held[: self.credits], self.held[self.credits :]
+        items, self.held = self.held, []
+        if len(items) > self.credits:
+            items, self.held = items[: self.credits], items[self.credits :]
         self.credits -= len(items)
         numbered = list(enumerate(items, self.seq))
         self.seq += len(items)

@@ -19,6 +19,7 @@ import msgspec
 from llmasos.syscalls.types import Quota, SchedClass, pack_tokens
 
 from .modelfs.runs import RunRow
+from .modelfs.session_files import Unfinished
 from .process import Process
 
 MOST_ANSWERS = 4096
@@ -43,7 +44,7 @@ class ProcessRow(msgspec.Struct, frozen=True):
     generated: int
     tokens: bytes
     exit: tuple[int, str] | None
-    given: int
+    unfinished: Unfinished | None
     lineage: list[str]
     run: RunRow | None
 
@@ -145,10 +146,10 @@ class Ledger:
 
     def _row(self, process: Process) -> ProcessRow:
         infer, pool, end = process.infer, process.pool, process.exit
-        tokens, generated, given = process.tokens, process.generated, process.given
+        tokens, generated, unfinished = process.tokens, process.generated, process.unfinished
         if infer is not None:
             tokens = tokens[: infer.first_input]
-            given = infer.prompt_length if infer.prompt_length < infer.start else 0
+            unfinished = infer.unfinished(infer.start) if infer.prompt_length < infer.start else None
             generated -= 0 if infer.beams else infer.made
         return ProcessRow(
             pid=process.pid,
@@ -167,7 +168,7 @@ class Ledger:
             generated=generated,
             tokens=pack_tokens(tokens),
             exit=(end.code, end.reason) if end else None,
-            given=given,
+            unfinished=unfinished,
             lineage=process.lineage,
             run=process.run.row() if process.run else None,
         )

@@ -324,7 +324,21 @@ class Kernel:
         for path in self.quotas.configure(self.config.quotas, config.quotas):
             self.ledger.quota_gone(path)
         self.config = self.processes.config = config
+        self.fail_what_never_fits()
         self.log.info(f"configuration reloaded: {new or 'nothing changed'}")
+
+    def fail_what_never_fits(self) -> None:
+        """There is less memory, or its owner may have less: what runs and cannot end within that fails, as it
+        would wait for ever."""
+        for process in list(self.processes):
+            if (infer := process.infer) is not None and process.beam_of is None:
+                width = infer.beams.params.num_beams if infer.beams else 0
+                try:
+                    self._may_ever_fit(
+                        process.pool, process.owner, _blocks_needed(infer.start, infer.limit, width)
+                    )
+                except errors.NeverFits as problem:
+                    self.fail(process, problem)
 
     def drain(self, seconds: float) -> None:
         """Refuses new work; exits when no infer runs, or after `seconds`."""
@@ -402,7 +416,8 @@ class Kernel:
                 kind = errors.BY_CODE.get(out.code, errors.DeviceFault)
                 self.fail(process, kind(out.error or "the driver lost count of its tokens"))
                 continue
-            infer.take_prompt(process.computed + 1, out.prompt)
+            if out.prompt:
+                infer.take_prompt(process.computed + 1, out.prompt)
             process.computed = computed
             if infer.beams is None:
                 self._take(process, infer, out)
@@ -425,11 +440,11 @@ class Kernel:
         if out.tokens:
             process.tokens += out.tokens
             process.generated += len(out.tokens)
-            self.quotas.generated(process.owner, len(out.tokens), self.now())
             process.drafted += out.drafted
             process.accepted += len(out.tokens) - out.rounds
             process.mirror.tokens += len(out.tokens)
             now = self.now()
+            self.quotas.generated(process.owner, len(out.tokens), now)
             self.metrics.took(infer, len(out.tokens), now)
             if out.drafted:
                 self.metrics.guessed(infer, out.drafted, len(out.tokens) - out.rounds)
@@ -534,10 +549,11 @@ class Kernel:
                 context_length=loaded.context_length,
                 tokens=length,
             )
-        needed = blocks_for(limit)
-        if beams:
-            needed = blocks_for(length) + beams * (blocks_for(limit) - length // base.BLOCK_TOKENS)
-        if needed > pool.memory.total:
+        self._may_ever_fit(pool, owner, _blocks_needed(length, limit, beams))
+
+    def _may_ever_fit(self, pool: Pool, owner: str, needed: int) -> None:
+        """Raises NeverFits for more KV blocks than a pool has or an owner may have."""
+        if pool.ready and needed > pool.memory.total:
             raise errors.NeverFits(
                 f"this needs {needed} KV blocks, the device has {pool.memory.total} for this model",
                 hint="lower max_tokens or num_beams, or raise kv_fraction",
@@ -552,3 +568,10 @@ class Kernel:
                     needed=needed,
                     total=quota.kv_max,
                 )
+
+
+def _blocks_needed(length: int, limit: int, beams: int) -> int:
+    """KV blocks that an infer has in the end; `beams` share what was there when it began."""
+    if not beams:
+        return blocks_for(limit)
+    return blocks_for(length) + beams * (blocks_for(limit) - length // base.BLOCK_TOKENS)

@@ -38,9 +38,9 @@ examples:
 signals: TERM and INT drain (running answers get 5 s) and stop, a second one stops at once; HUP reads the
 configuration again, all of it or nothing (see dmesg)
 
-exit codes: 0 stopped as asked, 1 cannot run here, or --check or --fsck found a fault, 2 wrong usage or
-configuration, 65 the journal is damaged, 70 stopped without draining (a second signal, or the kernel died
-meanwhile), 75 another daemon of this user runs already
+exit codes: 0 stopped as asked, 1 cannot run here (folders, an address that is taken), or --check or --fsck
+found a fault, 2 wrong usage or configuration, 65 the journal is damaged, 70 stopped without draining (a
+second signal, or the kernel died meanwhile), 75 another daemon of this user runs already
 """
 
 
@@ -182,11 +182,11 @@ def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> i
         bus,
     )
     kernel.log.info(f"llmasosd boots, kernel pid {os.getpid()}, home {home}")
-    sockets = Sockets(kernel, journal, endpoint, bus, home)
-    where = ", ".join(filter(None, (endpoint, config.listen)))
-    kernel.log.info(f"listening on {where}, devices {', '.join(kernel.devices)}")
-    print(f"ready, listening on {endpoint}", flush=True)
     try:
+        sockets = Sockets(kernel, journal, endpoint, bus, home)
+        where = ", ".join(filter(None, (endpoint, config.listen)))
+        kernel.log.info(f"listening on {where}, devices {', '.join(kernel.devices)}")
+        print(f"ready, listening on {endpoint}", flush=True)
         sockets.run(sys.stdin.fileno(), reload)
     except errors.Unavailable as problem:
         # Nobody was told of what is not in the journal, so the next kernel goes on from there.

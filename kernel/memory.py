@@ -134,12 +134,15 @@ class Memory:
 
     def publish(self, table: Table, tokens: list[int], computed: int) -> None:
         """Makes the full blocks of the first `computed` tokens findable."""
-        for index in range(table.shown, computed // BLOCK_TOKENS):
+        full = computed // BLOCK_TOKENS
+        if full <= table.shown:
+            return
+        for index in range(table.shown, full):
             key = self.key(table, tokens, index)
             if key not in self._published:
                 self._published[key] = table.blocks[index]
                 self._key[table.blocks[index]] = key
-        table.shown = max(table.shown, computed // BLOCK_TOKENS)
+        table.shown = full
 
     def fork(self, table: Table) -> Table:
         """A second table over the same blocks."""

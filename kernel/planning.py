@@ -109,7 +109,8 @@ def _plan(kernel: Kernel, device: Device, pool: Pool) -> bool:
         first, looked = _newcomers(kernel, device, pool, taken)
         if first and divide(kernel, device, pool, iter(first), apart=True):
             return True
-        return divide(kernel, device, pool, itertools.chain(looked, taken))
+        again = (process for process in looked if process.runnable)  # who may have been pushed out meanwhile
+        return divide(kernel, device, pool, itertools.chain(again, taken))
     finally:
         pool.queue.settle()
 
@@ -165,14 +166,15 @@ def divide(
         nonlocal some, refused, refusals
         for process in taken:
             some += 1
-            if process.lacking >= base.BLOCK_TOKENS:
+            if (lacking := process.lacking) >= base.BLOCK_TOKENS:
                 had = len(process.table.blocks)
                 _match_prefix(kernel, process)
                 claims.took(process, len(process.table.blocks) - had)
-            if not process.runnable:  # a shared prefix was all that it wanted, or it was pushed out meanwhile
-                continue
+                if not process.runnable:  # a shared prefix was all that it wanted
+                    continue
+                lacking = process.lacking
             if claims.lets_in(process):
-                yield Share(process, process.lacking)
+                yield Share(process, lacking)
                 continue
             process.refused = claims.lacks
             refused += 1

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .devices import Pool
     from .encoding import Encoding
     from .infer import Infer
+    from .modelfs.session_files import Unfinished
     from .run import Run
 
 INIT = 1
@@ -89,7 +90,7 @@ class Process:
     vruntime: float = 0.0
     mirror: Mirror = field(default_factory=Mirror)
     moving: bool = False  # to another device, as soon as it is in no step
-    given: int = 0  # tokens before an infer that a snapshot interrupted and that may be gone on with; 0: none
+    unfinished: Unfinished | None = None  # an infer that was interrupted and may be gone on with
     lineage: list[str] = field(default_factory=list)  # snapshots that it descends from, oldest first
     swap: KvFile | None = None  # the KV of its first `computed` positions, if not in its table's blocks
     epoch: int = 0  # counts how often its KV was lost while steps might be in flight: their results are void

@@ -144,7 +144,7 @@ class ProcessTable:
         child.parent = parent.pid
         child.tokens = list(parent.tokens)
         child.computed = parent.computed
-        child.given = parent.given
+        child.unfinished = parent.unfinished
         child.lineage = list(parent.lineage)
         child.vruntime = parent.vruntime
         child.table = parent.pool.memory.fork(parent.table)
@@ -188,7 +188,7 @@ class ProcessTable:
         process.computed = min(process.computed, length)
         process.pool.memory.truncate(process.table, process.computed)
         process.mirror.stale = True
-        process.given = 0
+        process.unfinished = None
         if not length:
             process.forget_swap()
         self._ledger.process(process)

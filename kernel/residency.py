@@ -45,7 +45,11 @@ def pool_for(kernel: Kernel, manifest: Manifest, device_name: str, dtype: str) -
     for pool in device.pools:
         # Asked for nothing, a device chooses by the files alone, so it would choose the same again.
         same_dtype = pool.dtype == dtype or (pool.loaded is not None and pool.loaded.dtype == dtype)
-        if pool.files == files and same_dtype:  # whatever its names are, and however often it was pulled
+        # A secret of one tenant must not show as that of another.
+        apart = pool.owner and manifest.owner not in ("", pool.owner)
+        if pool.files == files and same_dtype and not apart:  # whatever its names are
+            if pool.owner and not manifest.owner:  # from now on by the name that everybody sees
+                pool.model, pool.digest, pool.owner = manifest.name, manifest.digest, ""
             return pool
     pool = Pool(
         next(kernel.numbers),
@@ -53,6 +57,7 @@ def pool_for(kernel: Kernel, manifest: Manifest, device_name: str, dtype: str) -
         manifest.digest,
         dtype,
         device.name,
+        manifest.owner,
         files,
         wanted_since=kernel.now(),
         queue=RunQueue(device.shares, kernel.now),
@@ -144,6 +149,7 @@ def load_done(kernel: Kernel, device: Device, pool: Pool, done: base.LoadDone) -
     pool.loaded = done.loaded
     pool.memory = Memory(done.loaded.blocks)
     kernel.log.info(f"{device.name}: model {pool.handle} is {pool.model}, ready for its processes")
+    kernel.fail_what_never_fits()  # it may have come back smaller
     tell(pool, None)
     adapters.load(kernel, pool)
 

@@ -80,7 +80,7 @@ def _process(
             kernel.log.warn(f"process {row.pid} cannot go on: {problem}")
     if pool is None:  # a zombie needs no real one
         queue = RunQueue(Shares(kernel.quotas.weight), kernel.now)
-        pool = Pool(0, row.model, row.digest, row.dtype, row.device, {}, 0.0, queue)
+        pool = Pool(0, row.model, row.digest, row.dtype, row.device, row.owner, {}, 0.0, queue)
     return Process(
         pid=row.pid,
         parent=row.parent,
@@ -96,7 +96,7 @@ def _process(
         generated=row.generated,
         stopped=row.stopped,
         exit=end,
-        given=row.given,
+        unfinished=row.unfinished,
         lineage=row.lineage,
         named=True,
         adapter=adapter,

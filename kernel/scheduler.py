@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 from llmasos.syscalls.types import BLOCK_TOKENS
+from msgspec import Struct
 
 from .pace import PASS_ROWS
 from .process import CLASS_RANK, Process
@@ -24,8 +24,7 @@ MOST_REFUSALS = 64
 """A plan looks no further when so many of those that came next could not be served."""
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(Struct, frozen=True):  # a dataclass takes five times as long to make
     """`count` tokens of the next step that `process` wants, or gets."""
 
     process: Process

@@ -19,7 +19,7 @@ from .devices import Pool, Saving
 from .files import room_on_disk
 from .memory import blocks_for
 from .modelfs import session_files
-from .modelfs.session_files import Kv, Layout, Snapshot, Unfinished
+from .modelfs.session_files import Kv, Layout, Snapshot
 from .process import Process
 from .sessions import Request, Session
 from .tenants import Subject
@@ -117,8 +117,7 @@ def restore(kernel: Kernel, session: Session, request: Request, call: table.Rest
     )
     process.tokens = unpack_tokens(found.tokens)
     process.generated, process.lineage = found.generated, found.lineage
-    unfinished = found.unfinished
-    process.given = unfinished.prompt_length if unfinished else 0
+    process.unfinished = unfinished = found.unfinished
     process.swap, process.computed = file, found.kv.positions if file and found.kv else 0
 
     def ready(error: errors.LLMasOSError | None) -> None:
@@ -195,10 +194,10 @@ def _why_not(found: Snapshot, pool: Pool, file: KvFile | None) -> str:
 
 
 def _record(process: Process, name: str) -> Snapshot:
-    infer, unfinished = process.infer, None
+    infer, unfinished = process.infer, process.unfinished
     if infer is not None and infer.samples and infer.finish is None:
         # What goes on begins where the context ends, whatever of it the reader has.
-        unfinished = Unfinished(infer.sampling, infer.prompt_length, infer.limit - len(process.tokens))
+        unfinished = infer.unfinished(len(process.tokens))
     return Snapshot(
         created=session_files.now(),
         model=process.model,

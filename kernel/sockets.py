@@ -158,7 +158,13 @@ class Sockets:
                 RemoteListener(self._context, self._poller, config.listen, pair, self._kernel.keys)
             )
         for listener in listeners:
-            listener.open()
+            try:
+                listener.open()
+            except (zmq.ZMQError, OSError, LookupError) as problem:
+                raise errors.Unavailable(
+                    f"cannot listen: {problem}",
+                    hint="see `llmasosd --check`; the settings are `listen` and `socket_group`",
+                ) from None
         return {listener.tag: listener for listener in listeners}
 
     def _bind_bus(self, path: Path) -> socket.socket:

@@ -2,8 +2,8 @@
 
 Children are found dead by pidfds. Whatever dies is started again after a pause that doubles from 0.1 s to
 30 s (0.3 s for the kernel, which starts quickly) and is forgotten once a child ran for 2 s. The kernel ending
-with code 0, or DAMAGED, ends the daemon. The kernel's standard input is a pipe from here: when this process
-is gone the kernel sees its end and stops.
+with code 0, or DAMAGED, ends the daemon, and so does one that ends by itself before any was ready. The
+kernel's standard input is a pipe from here: when this process is gone the kernel sees its end and stops.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Supervisor:
         self._kernel = Child("kernel", kernel_command, longest=KERNEL_PAUSE_S)
         self._workers = [Child(name, command) for name, command in worker_commands.items()]
         self._stopping = False
+        self._served = False
         self._wake, ring = os.pipe()
         os.set_blocking(self._wake, False)
         os.set_blocking(ring, False)
@@ -91,6 +92,8 @@ class Supervisor:
                         return code
                     if child is self._kernel and self._stopping:
                         return UNDRAINED
+                    if child is self._kernel and code > 0 and not self._served:
+                        return code  # it said why, and would again
                     if not self._stopping:
                         _say(f"{child.name} ended with {code}, starting it again in {child.pause / 2:g} s")
             return UNDRAINED  # stopped between two kernels
@@ -106,6 +109,7 @@ class Supervisor:
             assert self._kernel.process.stdout is not None
             line = self._kernel.process.stdout.readline().decode().strip()
             if line:
+                self._served = True
                 _say(line)
                 notify("READY=1")
         if self._kernel.process is not None:

@@ -195,7 +195,17 @@ def _pool(kernel: Kernel, manifest: Manifest, device_name: str) -> Pool:
     """One that only this run is in, and that no step is made of."""
     device = residency.device_for(kernel, device_name)
     files = kernel.store.driver_files(manifest)
-    return Pool(0, manifest.name, manifest.digest, "", device.name, files, kernel.now(), queue=device.runs)
+    return Pool(
+        0,
+        manifest.name,
+        manifest.digest,
+        "",
+        device.name,
+        manifest.owner,
+        files,
+        kernel.now(),
+        queue=device.runs,
+    )
 
 
 def _take_in(kernel: Kernel, process: Process, run: Run) -> None:

@@ -225,9 +225,10 @@ def _dispatch(
             _pull(kernel, subject, request, call, credits_)
             return None
         case table.Df():
-            return files.df(kernel)
+            return files.df(kernel, subject)
         case table.Lsdev():
-            return table.LsdevReply(devices=[device.info(kernel.now()) for device in kernel.devices.values()])
+            devices = kernel.devices.values()
+            return table.LsdevReply([device.info(kernel.now(), subject.may_command) for device in devices])
         case table.Stats():
             if subject.holds(t.Capability.AUDIT):
                 return table.StatsReply(True, kernel.metrics.families(kernel))
@@ -251,6 +252,7 @@ def _dispatch(
         case table.SetQuota():
             kernel.quotas.set(call.path, call.quota)
             kernel.ledger.quota(call.path, call.quota)
+            kernel.fail_what_never_fits()
             return _quotas(kernel, subject)
         case table.Shutdown():
             kernel.drain(call.drain_s)
@@ -478,7 +480,10 @@ def _admit(
     else:
         owner = session.subject.path
     again = (call.seen or call.scored) and kernel.charges.knows(session.key, request[1], kernel.now())
-    over = kernel.quotas.start(owner, 0 if again else len(call.tokens) // 4, kernel.now())
+    new = len(call.tokens) // 4
+    if call.pid is not None and call.whole:
+        new -= _held(process, call, t.unpack_tokens(call.tokens))
+    over = kernel.quotas.start(owner, 0 if again else new, kernel.now())
     kernel.charges.made(session.key, request[1])
 
     def answered() -> None:
@@ -563,19 +568,31 @@ def _check_beams(kernel: Kernel, session: Session, call: table.Infer, beams: t.B
     kernel.processes.room_for(session.subject.path, beams.num_beams + 1)
 
 
+def _held(process: Process, call: table.Infer, tokens: list[int]) -> int:
+    """How many of the `tokens` of an infer, which are the whole context, the process has already; at least
+    one of its input is left to be computed."""
+    held, most = process.tokens, max(0, len(tokens) - call.seen - 1)
+    if len(held) <= most and tokens[: len(held)] == held:
+        return len(held)
+    return next((place for place in range(min(len(held), most)) if held[place] != tokens[place]), most)
+
+
 def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer, credits_: int) -> None:
     """Appends the input and makes the process runnable. Raises what `table.Infer` names."""
     loaded = process.pool.loaded
     assert loaded is not None
     if loaded.encodes:
         raise _generates_nothing(process)
-    tokens = t.unpack_tokens(call.tokens)
-    length = len(process.tokens) + len(tokens)
+    tokens, before = t.unpack_tokens(call.tokens), len(process.tokens)
+    if call.whole:
+        before = _held(process, call, tokens)
+        tokens = tokens[before:]
+    length = before + len(tokens)
     if length == 0:
         raise errors.InvalidArgument("the context is empty", field="tokens", hint="send at least one token")
     if tokens and max(tokens) >= loaded.vocab_size:
         raise errors.InvalidArgument(f"token ids go up to {loaded.vocab_size - 1}", field="tokens")
-    if call.public > (0 if process.tokens else length):
+    if call.public > (0 if before else length):
         raise errors.InvalidArgument("only the beginning of a context can be public", field="public")
     start = length - call.seen
     limit = loaded.context_length if call.max_tokens is None else start + call.max_tokens
@@ -585,7 +602,8 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
     if sampling.seed is None:
         sampling = msgspec.structs.replace(sampling, seed=kernel.random.getrandbits(63))
     stop_ids = frozenset(sampling.stop_token_ids)
-    before = len(process.tokens)
+    if before < len(process.tokens):
+        kernel.processes.truncate(process, before)
     process.tokens += tokens
     if before == 0:
         process.table.public = call.public // t.BLOCK_TOKENS
@@ -610,9 +628,9 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
         arrived=kernel.now(),
         prefix=process.pool.memory.known(process.table, process.tokens, length - 1),
         beams=BeamSearch(beams, stop_ids, limit - length) if beams else None,
-        prompt_length=0 if start > before else process.given,
+        prompt_length=process.unfinished.prompt_length if process.unfinished and start == before else 0,
     )
-    infer, process.given = process.infer, 0
+    infer, process.unfinished = process.infer, None
     if scores and before == 0 and not call.scored:
         infer.take_prompt(0, [t.Chosen(float("nan"))])
     infer.scored = max(before, 1)

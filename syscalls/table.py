@@ -136,6 +136,9 @@ class Infer(Call, frozen=True):
     context's end; 0: only takes the input in. `exit`: the process ends when the infer does. `deadline_ms`
     from when the call comes it ends with reason `deadline`, wherever it is; what was generated stays.
 
+    `whole`: `tokens` are the context from its beginning. What the process holds of them stays and is not
+    computed again, what it holds beyond that is cut off; unless the call is refused, then nothing changes.
+
     The first `public` tokens of an empty context are published: their KV blocks are shared with everybody who
     sends the same and says so too, and whether somebody did can be found out. All else is shared only with
     one's own processes.
@@ -158,6 +161,7 @@ class Infer(Call, frozen=True):
     sampling: t.Sampling = t.Sampling()
     beams: t.Beams | None = None
     exit: bool = False
+    whole: bool = False
     seen: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
     scored: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
     seq: Annotated[int, Meta(ge=0, le=2**53)] = 0

@@ -305,7 +305,8 @@ class FileInfo(Wire, frozen=True):
 
 
 class PoolInfo(Wire, frozen=True):
-    """A model resident on a device and its KV blocks."""
+    """A model resident on a device and its KV blocks. `model` is "(private N)" where it is another tenant's
+    and nobody else's to know."""
 
     model: str
     dtype: str

@@ -111,9 +111,11 @@ def encode_chat(
     tools: Sequence[Tool] = (),
     answer: bool = True,
     continue_final_message: bool = False,
+    most: int | None = None,
 ) -> list[int]:
     """Token ids of a conversation, ready for the model's answer if `answer`; it is told of `tools`.
-    `continue_final_message`: if the assistant has said something last, the answer goes on with it.
+    `continue_final_message`: if the assistant has said something last, the answer goes on with it. `most` is
+    as of `Tokenizer.encode`.
 
     Raises UnsupportedModel when the model has no chat template, InvalidArgument when the template refuses
     the messages (for example their order).
@@ -124,7 +126,7 @@ def encode_chat(
         if last.get("role") == "assistant" and not last.get("tool_calls"):
             messages, begun = messages[:-1], last["content"]
     parts = render(tokenizer, messages, model=model, tools=tools, answer=answer)
-    return [*tokenizer.encode_parts(parts), *tokenizer.encode(begun, start=False)]
+    return [*tokenizer.encode_parts(parts, most), *tokenizer.encode(begun, start=False, most=most)]
 
 
 def render(

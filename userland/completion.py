@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 from llmasos.syscalls import table
 from llmasos.syscalls import types as t
 
-from .tokenizer import Detokenizer, StopStrings, Tokenizer
+from .tokenizer import Detokenizer, Shown, StopStrings, Tokenizer
 from .tools import Call, CallReader, Piece
 
 
 class TokenScore(NamedTuple):
     """A token of an answer with its natural-log probability and the likeliest alternatives there."""
 
-    text: str
+    text: Shown
     id: int
     logprob: float
-    top: list[tuple[str, float]]
+    top: list[tuple[Shown, float]]
 
 
 class Completion(str):
@@ -74,7 +74,7 @@ class Answer:
         self._prefix = prefix
         self._reader = reader
         self._context_tokens = len(context)
-        self._context = context
+        self.context = context
         self._scores: list[t.Chosen] = []
         self.prompt_chosen: list[t.Chosen] = []
         self.tokens: list[int] = []
@@ -107,10 +107,10 @@ class Answer:
             self.pieces = [text]
         return text
 
-    def flush(self) -> str:
-        """The text held back, once the stream has ended."""
+    def flush(self, finish: t.Finish = t.Finish.STOP) -> str:
+        """The text held back, once the stream has ended as `finish` says."""
         self.pieces = []
-        return "" if self.stopped else self._grow(self._detokenizer.flush(), ended=True)
+        return "" if self.stopped else self._grow(self._detokenizer.flush(), finish)
 
     def completion(
         self, reply: table.InferReply, *, finish: t.Finish | None = None, score: float | None = None
@@ -128,13 +128,15 @@ class Answer:
         done.seed = reply.seed
         return done
 
-    def _grow(self, text: str, *, ended: bool = False) -> str:
+    def _grow(self, text: str, ended: t.Finish | None = None) -> str:
         """Stop strings count in words, not in calls."""
         before = len(self.pieces)
         if self._reader is None:
             came: list[Piece] = [text]
         else:
-            came = self._reader.feed(text) + (self._reader.flush() if ended else [])
+            came = self._reader.feed(text)
+            if ended:
+                came += self._reader.flush(cut=ended is not t.Finish.STOP)
         for piece in came:
             if isinstance(piece, str):
                 self._add(self._stops.feed(piece))
@@ -159,7 +161,7 @@ class Answer:
 
     def prompt_scores(self) -> list[TokenScore]:
         """Of the context's tokens, if they were asked for; the first one's is NaN."""
-        return self._shown(self._context[-len(self.prompt_chosen) :], self.prompt_chosen)
+        return self._shown(self.context[-len(self.prompt_chosen) :], self.prompt_chosen)
 
     def _shown(self, tokens: Sequence[int], scores: Sequence[t.Chosen]) -> list[TokenScore]:
         shown = self._tokenizer.shown

@@ -94,7 +94,7 @@ def docket(
     trials = []
     for text in [NOTHING] * calibrate + list(texts):
         for question, options in zip(questions, wholes, strict=True):
-            head = tokenizer.encode(question.asked(text))
+            head = tokenizer.encode(question.asked(text), most=most)
             trials.append(trial(prompt, options, most, head))
     return Docket(questions, trials, calibrate)
 

@@ -35,7 +35,7 @@ class Reader(Protocol):
 
     def feed(self, event: t.InferEvent, /) -> object: ...
 
-    def flush(self) -> object: ...
+    def flush(self, finish: t.Finish, /) -> object: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +114,10 @@ def _run(client: Client, step: Run) -> list[table.InferReply]:
         answer.feed(event)
         if answer.stopped:
             streams.cancel(index)
-    for answer in step.answers:
-        answer.flush()
-    return cast(list[table.InferReply], streams.replies)
+    replies = cast(list[table.InferReply], streams.replies)
+    for answer, reply in zip(step.answers, replies, strict=True):
+        answer.flush(reply.finish)
+    return replies
 
 
 async def _arun(client: AsyncClient, step: Run) -> list[table.InferReply]:
@@ -139,5 +140,5 @@ async def _feed(client: AsyncClient, call: table.Infer, answer: Reader) -> table
             answer.feed(event)
             if answer.stopped:
                 stream.cancel()
-    answer.flush()
+    answer.flush(stream.reply.finish)
     return stream.reply

@@ -20,6 +20,7 @@ from llmasos.syscalls import types as t
 from llmasos.syscalls.bounds import refused
 
 from .structured import grammar_of
+from .tokenizer import too_long
 
 DEFAULT_NEW_TOKENS = 256
 
@@ -220,12 +221,7 @@ def _sampling(chosen: Mapping[str, Any], eos_ids: Sequence[int], grammar: t.Gram
 def _max_tokens(given: Mapping[str, Any], model: Model, prompt_tokens: int) -> int:
     room = model.context_length - prompt_tokens
     if room <= 0:
-        raise errors.ContextOverflow(
-            f"the prompt has {prompt_tokens} tokens, the model's context {model.context_length}",
-            hint="shorten the prompt",
-            prompt_tokens=prompt_tokens,
-            context_length=model.context_length,
-        )
+        raise too_long(prompt_tokens, model.context_length)
     if (new := given.get("max_new_tokens")) is not None:
         if "max_length" in given:
             warnings.warn("both max_new_tokens and max_length are given: max_new_tokens wins", stacklevel=2)

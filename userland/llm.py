@@ -445,7 +445,7 @@ class LLM:
         if isinstance(prompt, str):
             return lambda text: self._start(prompt + text)
         parts = render(self.tokenizer, prompt, model=self.model)
-        return lambda text: self.tokenizer.encode_parts([*parts, Part(text, False)])
+        return lambda text: self.tokenizer.encode_parts([*parts, Part(text, False)], self.context_length)
 
     def embed(self, texts: str | Sequence[str], *, truncate: bool = False) -> Floats:
         """Vectors [n, dimensions] of texts, float32, pooled and normalised as the model's own files say; of
@@ -559,7 +559,7 @@ class LLM:
 
     def _start(self, prompt: str) -> list[int]:
         """Ids of a prompt that begins a context; an empty one is BOS alone."""
-        if tokens := self.tokenizer.encode(prompt):
+        if tokens := self.tokenizer.encode(prompt, most=self.context_length):
             return tokens
         if self.tokenizer.bos_id is None:
             raise errors.InvalidArgument(f"{self.model} has no BOS token to begin with", field="prompt")
@@ -571,7 +571,7 @@ class LLM:
         """The prompt, the options, and who reads calls of tools out of the answer."""
         toolbox = Toolbox.from_openai(tools, choice)
         told = toolbox.tools if toolbox is not None else ()
-        tokens = encode_chat(self.tokenizer, messages, model=self.model, tools=told)
+        tokens = encode_chat(self.tokenizer, messages, model=self.model, tools=told, most=self.context_length)
         if toolbox is None:
             return tokens, options, None
         form = call_format(self.tokenizer.template)

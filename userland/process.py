@@ -82,11 +82,7 @@ class Process:
         """
         check_names(options, "chat")
         wanted = encode_chat(self._llm.tokenizer, messages, model=self.model)
-        held = self.tokens
-        same = _shared(held, wanted)
-        if same < len(held):
-            self.truncate(same)
-        return self._start(wanted[:same], wanted[same:], options)
+        return self._start([], wanted, options, whole=True)
 
     def logprobs(self, text: str) -> list[tuple[str, float]]:
         """Appends `text` and returns its tokens with their log probabilities in this context."""
@@ -167,7 +163,9 @@ class Process:
         held = self.tokens
         return self._start(held, self._llm.tokenizer.encode(text, start=not held), options)
 
-    def _start(self, held: list[int], tokens: list[int], options: Options) -> TextStream:
+    def _start(
+        self, held: list[int], tokens: list[int], options: Options, *, whole: bool = False
+    ) -> TextStream:
         context = held + tokens
         plan = self._llm.plan(options, len(context))
         call = table.Infer(
@@ -176,6 +174,7 @@ class Process:
             max_tokens=plan.max_tokens,
             sampling=plan.sampling,
             beams=plan.beams,
+            whole=whole,
             deadline_ms=plan.deadline_ms,
         )
         prefix = self._llm.tokenizer.decode(context) if options.get("return_full_text") else ""
@@ -200,13 +199,3 @@ class Process:
 
 
 _SCORING = t.Sampling(prompt_logprobs=True)
-
-
-def _shared(held: Sequence[int], wanted: Sequence[int]) -> int:
-    """Length of the common beginning, leaving at least one wanted token to be computed."""
-    same = 0
-    for a, b in zip(held, wanted[:-1], strict=False):
-        if a != b:
-            break
-        same += 1
-    return same

@@ -201,7 +201,7 @@ class _Scores:
     def feed(self, event: t.InferEvent) -> None:
         self.logprobs += [chosen.logprob for chosen in event.prompt_logprobs]
 
-    def flush(self) -> None:
+    def flush(self, finish: t.Finish) -> None:
         pass
 
 

@@ -76,7 +76,7 @@ class TextStream(Iterator[str]):
             piece = self._answer.feed(t.InferEvent(tokens=sequence.tokens)) + self._answer.flush()
             break
         else:
-            piece = self._answer.flush()
+            piece = self._answer.flush(self._stream.reply.finish)
         self._on_end()
         return piece
 

@@ -10,9 +10,10 @@ comes from chat templates and not from people.
 from __future__ import annotations
 
 import codecs
+import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,12 +31,40 @@ _WINDOW = 8
 _LONGEST_WINDOW = 32
 
 
+def _alphabet() -> dict[str, int]:
+    """GPT-2's: each byte as a character that can be seen. Those that cannot have one above 255."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_ALPHABET = _alphabet()
+_ALPHABET_SPACE = "\u0120"
+
+# What may be done to a text before it becomes tokens and takes nothing away. NFC makes a byte of four at most
+# (of 3.5, in Unicode's tables: an iota with two accents).
+_KEEPERS = {"ByteLevel", "Digits", "Metaspace", "NFC", "Prepend", "Punctuation", "Replace", "Split"}
+_NFC_SHRINKS = 4
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """A piece of a prompt. Special tokens count only in `trusted` text."""
 
     text: str
     trusted: bool
+
+
+class Shown(str):
+    """A token's own text, which of a part of a character is a replacement. `data` is the truth: what the
+    tokens of a text have there is, one after the other, the text in UTF-8."""
+
+    data: bytes
+
+    def __new__(cls, text: str, data: bytes) -> Shown:
+        made = super().__new__(cls, text)
+        made.data = data
+        return made
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +112,9 @@ class Tokenizer:
         self._special_pattern = _any_of(self.special.values())
         bytes_ = {self._plain.token_to_id(f"<0x{byte:02X}>"): byte for byte in range(256)}
         self.byte_of = {id_: byte for id_, byte in bytes_.items() if id_ is not None}
+        decoder = self._plain.decoder
+        self._byte_level = decoder is not None and decoder.decode([_ALPHABET_SPACE]) == " "
+        self._anchor = self._plain.encode("a", add_special_tokens=False).ids[-1:]
         self.bos_id = self._id_of("bos_token")
         self.eos_ids = self._eos()
         self._prefix = self._sequence_start()
@@ -108,10 +140,13 @@ class Tokenizer:
         value = self.config.get(name) or ""
         return str(value.get("content", "")) if isinstance(value, dict) else str(value)
 
-    def encode(self, text: str, *, start: bool = True) -> list[int]:
+    def encode(self, text: str, *, start: bool = True, most: int | None = None) -> list[int]:
         """Ids of a person's text. `start`: it begins a context, so a BOS goes before it if the model has
-        one. Never holds a special token that is written in the text."""
-        return [*self._prefix, *self._encode_plain(text)] if start else self._encode_plain(text)
+        one. Never holds a special token that is written in the text. Raises ContextOverflow for more than
+        `most` ids, of a very long text before it costs the time to make them."""
+        self._check(text, most)
+        ids = self._encode_plain(text)
+        return _checked([*self._prefix, *ids] if start else ids, most)
 
     def frame(self, texts: Sequence[str | tuple[str, str]], most: int | None = None) -> list[Framed]:
         """Texts, or pairs, as an encoder reads them: people's texts, with the special tokens that the
@@ -147,30 +182,82 @@ class Tokenizer:
         between = ids[first[-1] + 1 : last[0]]
         return _Frame(ids[: first[0]], between, ids[last[-1] + 1 :], 1 in shown.type_ids)
 
-    def encode_parts(self, parts: Sequence[Part]) -> list[int]:
-        """Ids of a rendered template: special tokens of trusted parts count, those of others are text.
+    def encode_parts(self, parts: Sequence[Part], most: int | None = None) -> list[int]:
+        """Ids of a rendered template: special tokens of trusted parts count, those of others are text. `most`
+        is as of `encode`.
 
         Equals Hugging Face's encoding of the whole text whenever no untrusted part spells a special token.
         """
+        whole = "".join(part.text for part in parts)
+        self._check(whole, most)
         expected = [
             self._special_ids[match.group()]
             for part in parts
             if part.trusted
             for match in self._special_pattern.finditer(part.text)
         ]
-        whole = "".join(part.text for part in parts)
         encoding = _encoded(self._trusting, [whole])[0]
         if self._controls(encoding, whole) == expected:
-            return list(encoding.ids)
-        return self._encode_runs(parts)
+            return _checked(list(encoding.ids), most)
+        return _checked(self._encode_runs(parts), most)
+
+    def _check(self, text: str, most: int | None) -> None:
+        """Raises ContextOverflow for a text that is too long however it becomes tokens."""
+        if not isinstance(text, str):
+            return  # the tokenizer refuses it
+        if most is not None and len(text) > most and (least := self._least(text)) > most:
+            raise too_long(least, most, at_least=True)
+
+    def _least(self, text: str) -> int:
+        """So many tokens the text has at least; 0 where that is not known."""
+        longest, deaf = self._longest
+        return len(text.encode(errors="ignore").translate(None, deaf)) // longest if longest else 0
+
+    @functools.cached_property
+    def _longest(self) -> tuple[int, bytes]:
+        """Bytes of a text for which one token may stand, and those bytes for which none does. (0, b""): for
+        any number, because something takes text away, or one unknown token stands for all that is unknown."""
+        made = json.loads(self._plain.to_str())
+        steps = [*_steps(made["normalizer"]), *_steps(made["pre_tokenizer"])]
+        vocab, added = made["model"]["vocab"], made["added_tokens"]
+        if (
+            made["model"]["type"] != "BPE"
+            or not all(map(_keeps, steps))
+            or any(token["lstrip"] or token["rstrip"] for token in added)
+        ):
+            return 0, b""
+        kinds = {step["type"] for step in steps}
+        if "ByteLevel" in kinds:
+            deaf = bytes(byte for char, byte in _ALPHABET.items() if char not in vocab)
+            sizes = [len(piece) for piece in vocab]
+        elif made["model"]["byte_fallback"] and len(self.byte_of) == 256:
+            deaf, sizes = b"", [len(piece.encode()) for piece in vocab]
+        else:
+            return 0, b""
+        longest = max(*sizes, *(len(token["content"].encode()) for token in added), 1)
+        return longest * (_NFC_SHRINKS if "NFC" in kinds else 1), deaf
 
     def decode(self, ids: Sequence[int], *, special: bool = False) -> str:
         """Text of ids, without special tokens unless `special`."""
         return str(self._plain.decode(ids, skip_special_tokens=not special))
 
-    def shown(self, id_: int) -> str:
-        """One token's own text, for lists of scores; a special token by its name."""
-        return self.special.get(id_) or self.decode([id_], special=True)
+    def shown(self, id_: int) -> Shown:
+        """One token for lists of scores; a special one by its name, and without bytes: no text holds it."""
+        if (name := self.special.get(id_)) is not None:
+            return Shown(name, b"")
+        data = self._bytes_of(id_)
+        return Shown(data.decode(errors="replace"), data)
+
+    def _bytes_of(self, id_: int) -> bytes:
+        """What a token that is not special adds to a text, of which it is not the first."""
+        if (byte := self.byte_of.get(id_)) is not None:
+            return bytes([byte])
+        piece = self._plain.id_to_token(id_) or ""
+        if self._byte_level and all(char in _ALPHABET for char in piece):
+            return bytes(_ALPHABET[char] for char in piece)
+        # Many decoders take a space away at the beginning of a text: something has to stand before it.
+        before, text = self.decode(self._anchor), self.decode([*self._anchor, id_])
+        return (text[len(before) :] if text.startswith(before) else self.decode([id_])).encode()
 
     def _encode_runs(self, parts: Sequence[Part]) -> list[int]:
         """Text between the trusted special tokens is encoded with no special token recognised."""
@@ -311,6 +398,8 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.strings = [stop for stop in stops if stop]
+        self._falls = [_falls(stop) for stop in self.strings]
+        self._matched = [0] * len(self.strings)  # so much of each does the text end with
         self._held = ""
         self.found = ""
         """The one that came."""
@@ -327,18 +416,68 @@ class StopStrings:
             return piece
         text = self._held + piece
         # The one that is complete first counts, however the text was cut into pieces.
-        if found := [(at + len(stop), at, stop) for stop in self.strings if (at := text.find(stop)) >= 0]:
+        if found := [(end, end - len(self.strings[n]), self.strings[n]) for n, end in self._ends(piece)]:
             _, at, self.found = min(found)
+            at += len(self._held)
             self._held = ""
             return text[:at]
-        keep = max(overlap(text, stop) for stop in self.strings)
+        keep = max(self._matched)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
+
+    def _ends(self, piece: str) -> Iterator[tuple[int, int]]:
+        """Which strings are complete in this piece, behind how many of its characters. As Knuth, Morris and
+        Pratt look for them: each character costs the same, whatever the strings are."""
+        for number, (stop, falls) in enumerate(zip(self.strings, self._falls, strict=True)):
+            matched = self._matched[number]
+            if not matched and stop[0] not in piece:
+                continue
+            for place, char in enumerate(piece):
+                while matched and stop[matched] != char:
+                    matched = falls[matched - 1]
+                matched += stop[matched] == char
+                if matched == len(stop):
+                    yield number, place + 1
+                    break
+            self._matched[number] = matched
 
     def flush(self) -> str:
         """What was held back, when the text ends."""
         held, self._held = self._held, ""
         return held
+
+
+def too_long(tokens: int, most: int, *, at_least: bool = False) -> errors.ContextOverflow:
+    """A prompt of so many tokens does not fit."""
+    return errors.ContextOverflow(
+        f"the prompt has {'at least ' * at_least}{tokens} tokens, the model's context {most}",
+        hint="shorten the prompt",
+        prompt_tokens=tokens,
+        context_length=most,
+    )
+
+
+def _checked(ids: list[int], most: int | None) -> list[int]:
+    if most is not None and len(ids) > most:
+        raise too_long(len(ids), most)
+    return ids
+
+
+def _steps(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """A normaliser or pre-tokeniser in tokenizer.json, or those of which it consists."""
+    if step is None:
+        return
+    inner = step.get("normalizers", step.get("pretokenizers"))
+    if inner is None:
+        yield step
+    for one in inner or ():
+        yield from _steps(one)
+
+
+def _keeps(step: Mapping[str, Any]) -> bool:
+    """Whether nothing of a text is lost."""
+    spaces = step["type"] != "Replace" or (step["pattern"] == {"String": " "} and step["content"] != "")
+    return step["type"] in _KEEPERS and step.get("behavior") != "Removed" and spaces
 
 
 def _encoded(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[tokenizers.Encoding]:
@@ -351,6 +490,17 @@ def _encoded(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[toke
             if not isinstance(text, str):
                 why = f"a text is a str, not {type(text).__name__}"
         raise errors.InvalidArgument(why, field="prompt") from None
+
+
+def _falls(stop: str) -> list[int]:
+    """Of each beginning of `stop`, how long the longest other beginning is with which it ends."""
+    falls, matched = [0], 0
+    for char in stop[1:]:
+        while matched and stop[matched] != char:
+            matched = falls[matched - 1]
+        matched += stop[matched] == char
+        falls.append(matched)
+    return falls
 
 
 def overlap(text: str, mark: str) -> int:

@@ -349,12 +349,13 @@ class CallReader:
             if before == (self._state, len(self._rest)):
                 return found
 
-    def flush(self) -> list[Piece]:
-        """The end: what was held back are words, unless it is the end of a call."""
+    def flush(self, *, cut: bool = False) -> list[Piece]:
+        """The end: what was held back are words, unless it is the end of a call, or the beginning of one that
+        was `cut` off."""
         words = ""
-        if self._state == self._words:
+        if self._state == self._words and not (cut and overlap(self._rest, self._form.head)):
             words = self._rest
-        elif self._state == self._name:
+        elif self._state == self._name and not cut:
             words = self._form.head + self._rest
         self._rest = ""
         return [] if self.calls and not words.strip() else [*self._said(words)]

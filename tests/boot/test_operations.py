@@ -116,6 +116,21 @@ def test_fsck_tells_of_garbage_which_is_no_problem(tmp_path):
     assert "is clean" in done.stdout
 
 
+@pytest.mark.parametrize(
+    "setting", ['listen="tcp://192.0.2.1:5570"', 'listen="tcp://127.0.0.1:{port}"', 'socket_group="nobodys"']
+)
+def test_an_address_that_cannot_be_had_is_told_once_and_is_1(tmp_path, setting):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        words = ["--set", setting.format(port=taken.getsockname()[1]), "--set", 'devices=["null"]']
+        done = llmasosd(tmp_path, *words)
+        assert done.returncode == 1
+        assert done.stderr.count("cannot listen: ") == 1
+        assert "Traceback" not in done.stderr
+        done = llmasosd(tmp_path, "--check", *words)
+        assert done.returncode == 1
+        assert done.stdout.count("\nbad") == 1
+
+
 def test_a_home_that_cannot_be_made_is_1(tmp_path):
     (tmp_path / "file").write_text("")
     done = llmasosd(tmp_path / "file" / "home")

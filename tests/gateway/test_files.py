@@ -12,11 +12,13 @@ import httpx
 import openai
 import pytest
 from llmasos.syscalls import errors
+from llmasos.syscalls import types as t
 from llmasos.userland.gateway import store as stores
+from llmasos.userland.gateway.access import ApiKeys, folder
 from llmasos.userland.gateway.openai import files
 from llmasos.userland.gateway.store import Kept, Store
 
-from .conftest import Gateway
+from .conftest import Gateway, soon
 
 
 @pytest.fixture
@@ -64,6 +66,34 @@ def test_files_of_batches_expire(ai: openai.OpenAI) -> None:
         expires_after={"anchor": "created_at", "seconds": 3600},
     )
     assert soon.expires_at == soon.created_at + 3600
+
+
+def test_who_may_only_see_writes_nothing(ai: openai.OpenAI, gateway: Gateway) -> None:
+    """Also where the kernel is not asked, or only afterwards."""
+    file = ai.files.create(file=("b.jsonl", b"{}"), purpose="batch").id
+    answer = ai.responses.create(model="tiny", input="w1", max_output_tokens=1).id
+    keys = ApiKeys(folder())
+    headers = {"authorization": f"Bearer {keys.make('onlooker', 'alice', (t.Capability.SEE,))}"}
+    batch = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
+    asked = {"model": "tiny", "input": "w1", "background": True}
+    with httpx.Client(base_url=f"{gateway.url}/v1", headers=headers) as http:
+        soon(lambda: http.get(f"/files/{file}").status_code == 200)
+        told = [
+            http.post("/files", files={"file": ("a", b"x")}, data={"purpose": "batch"}),
+            http.delete(f"/files/{file}"),
+            http.post("/batches", json=batch),
+            http.post("/batches/batch_1/cancel"),
+            http.post("/responses", json=asked),
+            http.post(f"/responses/{answer}/cancel"),
+            http.delete(f"/responses/{answer}"),
+            *(http.post(f"/fine_tuning/jobs/ftjob-1/{what}") for what in ("cancel", "pause", "resume")),
+        ]
+    keys.revoke("onlooker")
+    assert [(one.status_code, one.json()["error"]["code"]) for one in told] == [
+        (403, "permission_denied")
+    ] * 10
+    assert ai.responses.retrieve(answer).id == answer
+    ai.files.delete(file)
 
 
 def test_only_the_owner_sees_a_file(ai: openai.OpenAI, gateway: Gateway) -> None:

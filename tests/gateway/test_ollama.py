@@ -13,6 +13,7 @@ import jsonschema
 import msgspec
 import ollama
 import pytest
+from llmasos.kernel.modelfs.manifest import ManifestFile
 from llmasos.kernel.modelfs.names import parse_name
 from llmasos.kernel.modelfs.store import ModelFS
 from llmasos.syscalls import table
@@ -284,6 +285,23 @@ def test_what_there_is_is_listed_and_shown(llama: ollama.Client, gateway: Gatewa
     assert shown.capabilities == ["completion", "tools"]
     assert httpx.get(f"{gateway.url}/").text == "Ollama is running"
     assert httpx.get(f"{gateway.url}/api/version").json()["version"]
+
+
+def test_a_gguf_file_is_called_one_wherever_it_came_from(
+    llama: ollama.Client, home: Path, kernel: Client
+) -> None:
+    store = ModelFS(home)
+    tiny = store.resolve("tiny")
+    files = [*tiny.files, ManifestFile("model.gguf", *store.put_bytes(b"GGUF"))]
+    source = "hf:owner/repo/Q4_0.gguf@0123456"
+    store.commit(parse_name("packed"), msgspec.structs.replace(tiny, source=source, files=files))
+    found = {model.model: model.details for model in llama.list().models}
+    formats = [one and one.format for one in (found["packed:latest"], found["tiny:latest"])]
+    assert formats == ["gguf", "safetensors"]
+    details = llama.show("packed").details
+    assert details is not None
+    assert details.format == "gguf"
+    kernel.call(table.Unlink("/models/packed"))
 
 
 def test_models_are_copied_by_who_may(gateway: Gateway, kernel: Client) -> None:

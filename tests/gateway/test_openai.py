@@ -7,9 +7,11 @@ from collections.abc import Iterator
 
 import httpx
 import openai
+import pydantic
 import pytest
 from llmasos.syscalls import types as t
 from llmasos.userland.client import Client
+from llmasos.userland.gateway.openai.completions import CompletionRequest
 
 from .conftest import Gateway, soon
 
@@ -74,7 +76,8 @@ def test_logprobs_of_answers_and_prompts(ai: openai.OpenAI) -> None:
     told = echoed.choices[0].logprobs
     assert told is not None
     assert told.tokens is not None
-    assert told.tokens[:3] == ["w5", "w6", "w7"]
+    assert told.tokens[:3] == [" w5", " w6", " w7"]  # as they are behind another word
+    assert told.text_offset == [0, 2, 5, 8, len(echoed.choices[0].text.rpartition(" ")[0])]
     assert told.token_logprobs is not None
     assert told.token_logprobs[0] is None
     assert len(told.tokens) == 5
@@ -83,6 +86,29 @@ def test_logprobs_of_answers_and_prompts(ai: openai.OpenAI) -> None:
     )
     assert scored.choices[0].logprobs is not None
     assert scored.choices[0].logprobs.token_logprobs == told.token_logprobs[:3]
+
+
+def test_parts_of_characters_are_scored_with_their_own_bytes(ai: openai.OpenAI) -> None:
+    asked = {"model": "bytes", "max_tokens": 40, "temperature": 0}
+    whole = ai.chat.completions.create(**asked, messages=HELLO, logprobs=True, top_logprobs=1).choices[0]
+    assert whole.logprobs is not None
+    scores = whole.logprobs.content or []
+    assert [score.bytes for score in scores] == [score.top_logprobs[0].bytes for score in scores]
+    data = bytes(byte for score in scores for byte in score.bytes or [])
+    assert len(data) == 40  # a byte each
+    assert data.decode(errors="replace") == whole.message.content
+
+    echoed = ai.completions.create(**{**asked, "max_tokens": 0}, prompt="é😀a", echo=True, logprobs=1)
+    told = echoed.choices[0].logprobs
+    assert told is not None
+    assert told.tokens == [r"bytes:\xc3", r"bytes:\xa9", *[rf"bytes:\x{b:02x}" for b in "😀".encode()], "a"]
+    assert told.text_offset == [0, 0, 1, 1, 1, 1, 2]
+    answer = ai.completions.create(**asked, prompt="é", logprobs=1).choices[0]
+    streamed = list(ai.completions.create(**asked, prompt="é", logprobs=1, stream=True))
+    pieces = [chunk.choices[0].logprobs for chunk in streamed if chunk.choices[0].logprobs]
+    assert answer.logprobs is not None
+    assert [at for piece in pieces for at in piece.text_offset or []] == answer.logprobs.text_offset
+    assert [one for piece in pieces for one in piece.tokens or []] == answer.logprobs.tokens
 
 
 def test_prompts_are_texts_or_tokens_one_or_several(ai: openai.OpenAI) -> None:
@@ -115,6 +141,13 @@ def test_stop_strings_end_an_answer(ai: openai.OpenAI) -> None:
         ({"top_logprobs": 3}, "top_logprobs", None),
         ({"service_tier": "gold"}, "service_tier", None),
         ({"n": 0}, "n", None),
+        ({"stop": 5}, "stop", None),
+        ({"stop": ["a", ""]}, "stop.1", None),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", None),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text", None),
+        ({"messages": [{"role": "user", "colour": 1}]}, "messages.0.colour", None),
+        ({"messages": [{"content": "w1"}]}, "messages.0.role", None),
+        ({"response_format": {"type": "text", "colour": 1}}, "response_format.colour", None),
     ],
 )
 def test_what_is_not_done_is_named(http: httpx.Client, body: dict, param: str, code: str | None) -> None:
@@ -123,6 +156,61 @@ def test_what_is_not_done_is_named(http: httpx.Client, body: dict, param: str, c
     error = answer.json()["error"]
     assert (error["param"], error["code"]) == (param, code)
     assert error["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/chat/completions", "messages"),
+        ("/v1/completions", "prompt"),
+        ("/v1/responses", "input"),
+        ("/v1/messages", "messages"),
+        ("/api/chat", "messages"),
+        ("/api/generate", "prompt"),
+    ],
+)
+def test_a_text_that_is_far_too_long_is_refused_at_once(http: httpx.Client, path: str, field: str) -> None:
+    text = "a" * 400_000
+    body = {"model": "bytes", field: [{"role": "user", "content": text}] if field == "messages" else text}
+    answer = http.post(path, json={**body, **({"max_tokens": 1} if path == "/v1/messages" else {})})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert "the prompt has at least" in (error if isinstance(error, str) else error["message"])
+    if path.startswith("/v1/") and path != "/v1/messages":
+        assert error["code"] == "context_length_exceeded"
+
+
+def test_what_is_wrong_has_the_name_that_the_client_gave_it(http: httpx.Client) -> None:
+    block = {"type": "text", "text": "w1"}
+
+    def told(path: str, **body: object) -> str:
+        answer = http.post(path, json={"model": "tiny", **body})
+        assert answer.status_code == 400
+        return answer.json()["error"]["message"]
+
+    def said(*blocks: object) -> dict[str, object]:
+        return {"max_tokens": 1, "messages": [{"role": "user", "content": blocks}]}
+
+    assert told("/v1/messages", **said({**block, "text": 1})).startswith("messages.0.content.0.text: ")
+    assert told("/v1/messages", **said(block, {**block, "x": 1})).endswith(": messages.0.content.1.x")
+    assert told("/v1/rerank", documents=["w1"]).startswith("query: ")
+    assert told("/v1/rerank", documents=["w1"], query=[]).startswith("query: ")
+    limited = http.get("/v1/processes", params={"limit": 0}).json()["error"]
+    assert limited["param"] == "limit"
+
+
+def test_a_body_of_many_errors_costs_one(http: httpx.Client) -> None:
+    """Each takes a kilobyte and more of memory."""
+    bad = (
+        {"prompt": [-1] * 9999},
+        {"prompt": [[-1] * 9999]},
+        {"prompt": "a", **{f"x{n}": 1 for n in range(9999)}},
+    )
+    for body in bad:
+        with pytest.raises(pydantic.ValidationError) as found:
+            CompletionRequest.model_validate({"model": "tiny", **body})
+        assert found.value.error_count() < 8
+        assert http.post("/v1/completions", json={"model": "tiny", **body}).status_code == 400
 
 
 def test_a_body_that_is_no_json_is_told_where(http: httpx.Client) -> None:

@@ -55,6 +55,18 @@ def events(answer: httpx.Response) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line != "[DONE]"]
 
 
+def test_nobody_learns_or_takes_the_turn_of_another_s_process(
+    http: httpx.Client, bob: httpx.Client, pid: int
+) -> None:
+    body = {"model": "slow", "prompt": "w1", "max_tokens": 400, "pid": pid, "stream": True}
+    with http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        told = [bob.post("/v1/completions", json={**body, "pid": which}) for which in (pid, 2**40)]
+        assert [one.status_code for one in told] == [404, 404]
+        assert http.post("/v1/completions", json=body).status_code == 409
+
+
 def test_a_process_lives_over_http(http: httpx.Client, pid: int) -> None:
     row = http.get(f"/v1/processes/{pid}").json()
     assert (row["name"], row["model"], row["state"], row["nice"]) == ("mine", "slow:latest", "waiting", 0)
@@ -188,7 +200,6 @@ def test_what_does_not_train_has_no_curve(http: httpx.Client, pid: int) -> None:
 
 
 def test_a_process_answers_one_request_at_a_time(http: httpx.Client, pid: int) -> None:
-    """Each looks at what the process holds and adds to that."""
     asked = {"model": "slow", "messages": [{"role": "user", "content": "w1"}], "max_tokens": 40, "pid": pid}
     with http.stream("POST", "/v1/chat/completions", json=asked | {"stream": True}) as answer:
         lines = answer.iter_lines()
@@ -220,10 +231,15 @@ def test_a_refused_request_leaves_no_process_and_takes_no_context(
     soon(lambda: pids() == before)
 
 
-def test_a_too_long_answer_is_refused_before_the_process_is_cut(http: httpx.Client, pid: int) -> None:
+@pytest.mark.parametrize(
+    "wrong", [{"max_tokens": 100_000}, {"max_tokens": 2, "structured_outputs": {"regex": "(("}}]
+)
+def test_what_is_refused_does_not_cut_the_process(
+    http: httpx.Client, pid: int, wrong: dict[str, Any]
+) -> None:
     asked = {"model": "slow", "messages": [{"role": "user", "content": "w1 w2"}], "max_tokens": 2, "pid": pid}
     http.post("/v1/chat/completions", json=asked)
     before = http.get(f"/v1/processes/{pid}").json()["context"]
-    other = asked | {"messages": [{"role": "user", "content": "w9"}], "max_tokens": 100_000}
+    other = asked | {"messages": [{"role": "user", "content": "w9"}]} | wrong
     assert http.post("/v1/chat/completions", json=other).status_code == 400
     assert http.get(f"/v1/processes/{pid}").json()["context"] == before

@@ -154,6 +154,23 @@ def test_a_call_that_is_cut_off_ends_with_length(ai: openai.OpenAI) -> None:
     assert done.message.tool_calls[0].function.arguments
 
 
+@pytest.mark.parametrize("length", [6, 11, 16, 24])
+def test_the_beginning_of_a_call_that_is_cut_off_is_no_content(http: httpx.Client, length: int) -> None:
+    body = ask(tools=TOOLS, tool_choice="required", max_tokens=length)
+    whole = http.post("/v1/chat/completions", json=body).json()["choices"][0]
+    assert (whole["message"]["content"], whole["finish_reason"]) == ("", "length")
+    with http.stream("POST", "/v1/chat/completions", json={**body, "stream": True}) as answer:
+        lines = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: {")]
+    choices = [line["choices"][0] for line in lines]
+    assert not any(choice["delta"].get("content") for choice in choices)
+    assert choices[-1]["finish_reason"] == "length"
+    tools = [{"name": "paint", "input_schema": COLOURS}]
+    theirs = {**body, "tools": tools, "tool_choice": {"type": "any"}}
+    told = http.post("/v1/messages", json=theirs).json()
+    assert not any(block.get("text") for block in told["content"])
+    assert told["stop_reason"] == "max_tokens"
+
+
 def test_results_go_back_into_the_conversation(ai: openai.OpenAI) -> None:
     asked = ask(tools=openai_tools(), tool_choice="required")
     with ai.chat.completions.stream(**asked) as stream:

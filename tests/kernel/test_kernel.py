@@ -120,6 +120,28 @@ def test_cancel_keeps_the_context_and_answers_once(world: World) -> None:
     assert world.tokens(more) == reference([1, 2, *made, 5], 4)
 
 
+def test_of_a_whole_context_only_what_is_new_is_computed_and_charged(world: World) -> None:
+    world.attach()
+    pid = world.spawn()
+    first = world.send(infer([*range(1, 41)], pid=pid, max_tokens=5))
+    world.turn(10)
+    made = world.tokens(first)
+    world.send(table.SetQuota("root", t.Quota(tokens_in=60)))
+    for wanted, new in (([*range(1, 41), *made, 7], 1), ([*range(1, 31), 9], 1), ([*range(1, 31)], 1)):
+        world.sent.clear()
+        id_ = world.send(infer(wanted, pid=pid, whole=True, max_tokens=4))
+        world.turn(10)
+        assert world.tokens(id_) == reference(wanted, 4)
+        reply = world.result(id_).body
+        assert (reply["prompt_tokens"], reply["context"]) == (new, len(wanted) + 4)
+        assert sum(work.count for batch in world.sent for work in batch.work) < 20
+    # What is refused changes nothing.
+    long = world.send(infer([8] * 50, pid=pid, whole=True, max_tokens=5000))
+    world.turn(2)
+    assert world.error(long) is errors.ContextOverflow
+    assert world.kernel.processes.find(pid, ROOT).tokens[:30] == [*range(1, 31)]
+
+
 def test_a_busy_process_refuses_a_second_infer_fork_and_truncate(world: World) -> None:
     world.attach()
     pid = world.spawn()

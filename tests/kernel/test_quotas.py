@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from llmasos.drivers.null import NullDriver
 from llmasos.kernel.charges import MOST_TIMES, Charges
 from llmasos.kernel.loop import Kernel
 from llmasos.kernel.quotas import Quotas
@@ -121,6 +122,39 @@ def test_an_owner_keeps_within_its_blocks_and_still_gets_on(tmp_path: Path) -> N
     for n, id_ in enumerate(ids):
         items = [a for a in world.answers(id_, b"\0b") if a.kind == wire.Kind.ITEMS]
         assert [token for a in items for token in a.body["tokens"]] == reference([n] * 40, 60)
+
+
+def test_what_can_never_end_within_new_limits_fails_and_the_rest_goes_on(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.model("tiny")
+    world.attach()
+    lives, dies = (
+        world.send(infer([n] * 40, model="tiny", max_tokens=n), session=b"\0b", subject=ALICE, credits_=999)
+        for n in (60, 200)
+    )
+    world.turn(8)
+    world.send(table.SetQuota("alice", t.Quota(kv_max=8)))
+    world.turn(200)
+    assert world.result(lives, b"\0b").body["finish"] == "length"
+    assert world.error(dies, b"\0b") is errors.NeverFits
+
+
+def test_what_does_not_fit_any_more_when_its_model_comes_back_smaller_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World(tmp_path)
+    world.model("tiny", max_position_embeddings=1024)
+    world.attach()
+    dies = world.send(infer([1] * 40, model="tiny", max_tokens=900))
+    world.turn(4)
+    world.die()
+    load = NullDriver.load
+    monkeypatch.setattr(
+        NullDriver, "load", lambda self, spec: msgspec.structs.replace(load(self, spec), blocks=50)
+    )
+    world.attach(2)
+    world.turn(6)
+    assert world.error(dies) is errors.NeverFits
 
 
 def test_snapshots_keep_within_an_owner_s_disk(tmp_path: Path) -> None:

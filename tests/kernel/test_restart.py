@@ -202,13 +202,18 @@ def acts(
             logprobs=dice.choice([None, 2]),
             prompt_logprobs=dice.random() < 0.3,
         )
-        act = dice.choice(["infer", "infer", "infer", "fork", "truncate", "kill"]) if pid else "infer"
+        act = dice.choice(["infer", "infer", "whole", "fork", "truncate", "kill"]) if pid else "infer"
         if act == "infer" and len(context) < 300:
             count = dice.choice([0, 1, 9, 20])
             whom: dict[str, Any] = {"pid": pid, "exit": dice.random() < 0.1} if pid else {"model": "tiny"}
             call = infer(given, max_tokens=count, sampling=sampling, **whom)
             expected = continuation([*context, *given], count, sampling)
             made.append((pid, world.ask(number, call, expected)))
+        elif act == "whole" and pid:
+            count = dice.choice([0, 9, 20])
+            wanted = context[: dice.randint(0, len(context))][:280] + given
+            call = infer(wanted, pid=pid, whole=True, max_tokens=count, sampling=sampling)
+            made.append((pid, world.ask(number, call, continuation(wanted, count, sampling))))
         elif act == "fork" and pid:
             made.append((pid, world.ask(number, table.Fork(pid, dice.randint(1, 2)))))
         elif act == "truncate" and pid:
@@ -231,6 +236,13 @@ def book(number: int, pid: int | None, done: Call, contexts: list[dict[int, list
             given = t.unpack_tokens(call.tokens)
             assert done.tokens == done.expected
             assert reply.generated_tokens == len(done.tokens)
+            if call.whole and pid is not None:
+                same = next(
+                    (n for n, (a, b) in enumerate(zip(own[pid], given[:-1], strict=False)) if a != b),
+                    min(len(own[pid]), len(given) - 1),
+                )
+                del own[pid][same:]
+                given = given[same:]
             assert reply.prompt_tokens == len(given)
             assert done.logprobs == (len(done.tokens) if call.sampling.logprobs is not None else 0)
             assert done.scores == (len(given) if call.sampling.prompt_logprobs else 0)

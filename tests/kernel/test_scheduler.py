@@ -36,7 +36,7 @@ CLOCK = Clock()
 
 def pool(weights: dict[str, float] | None = None) -> Pool:
     queue = RunQueue(Shares(lambda tenant: (weights or {}).get(tenant, 1.0)), CLOCK)
-    return Pool(1, "m", "d", "", "null", {}, 0.0, queue)
+    return Pool(1, "m", "d", "", "null", "", {}, 0.0, queue)
 
 
 POOL = pool()

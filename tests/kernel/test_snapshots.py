@@ -109,6 +109,29 @@ def test_an_interrupted_infer_is_gone_on_with(pair: Pair) -> None:
     assert opened[-1].prompt_length == 100
 
 
+def test_what_is_restored_and_not_gone_on_with_is_saved_with_what_is_left_to_do(
+    pair: Pair, tmp_path: Path
+) -> None:
+    pair.holds_steps = False
+    sampling = t.Sampling(temperature=1.0, seed=42, stop_token_ids=[5])
+    pid = pair.start()
+    id_ = pair.send(infer(PROMPT, pid=pid, max_tokens=20, sampling=sampling))
+    while len(pair.tokens(id_)) < 8:
+        pair.turn()
+    pair.ask(table.Snapshot(pid, "first"))
+    first = pair.ask(table.Restore("first", detached=True), turns=6)
+    assert pair.ask(table.Snapshot(first["pid"], "second"))["details"]["unfinished"] == first["max_tokens"]
+    rows = {name: row for name, row in pair.kernel.ledger.take().items() if row is not None}
+    after = World(tmp_path, devices=("null", "null:1"), rows=rows)  # a kernel that was started again
+    after.attach(1, "null")
+    after.turn(6)
+    saved = after.send(table.Snapshot(first["pid"], "third"))
+    after.turn(6)
+    assert after.result(saved).body["details"]["unfinished"] == first["max_tokens"]
+    second = pair.ask(table.Restore("second"), turns=6)
+    assert (second["max_tokens"], second["sampling"]) == (first["max_tokens"], first["sampling"])
+
+
 def test_kv_of_another_kind_is_computed_anew(pair: Pair) -> None:
     pid = pair.start()
     first = pair.do(pid, PROMPT, 10)

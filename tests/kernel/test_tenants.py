@@ -6,6 +6,8 @@ from typing import Any
 
 import msgspec
 import pytest
+from llmasos.kernel.modelfs.manifest import Manifest, ManifestFile
+from llmasos.kernel.modelfs.names import parse_name
 from llmasos.kernel.tenants import Subject
 from llmasos.syscalls import errors, table, wire
 from llmasos.syscalls.types import Capability, SchedClass
@@ -135,3 +137,35 @@ def test_a_foreign_process_answers_like_one_that_is_not_there(world: World, call
     assert world.result(seen, b"\0m").body["processes"] == []
     entries = world.result(listed, b"\0m").body["entries"]
     assert not [entry for entry in entries if entry["path"].removeprefix("/proc/").isdecimal()]
+
+
+def test_nobody_learns_the_name_of_anothers_model(world: World) -> None:
+    world.attach()
+    digest, size = world.store.put_bytes(b'{"model_type": "null", "llmasos_null_blocks": 256}')
+    mine = Manifest(
+        1, "test", "null", 0, "", 64, "", 0.0, [ManifestFile("config.json", digest, size)], owner="alice"
+    )
+    world.store.commit(parse_name("secret"), mine)
+    world.store.commit(parse_name("renamed"), msgspec.structs.replace(mine, owner=""))
+    alice = Subject("alice", 1000, 2, False, frozenset(Capability))
+    bob = Subject("bob", 1001, 3, False, frozenset(Capability))
+
+    def models(subject: Subject, session: bytes) -> list[list[str]]:
+        asked = [world.send(call, session, subject=subject) for call in (table.Lsdev(), table.Df())]
+        world.turn()
+        devices, room = (world.result(id_, session).body for id_ in asked)
+        return [
+            [pool["model"] for pool in pools] for pools in (devices["devices"][0]["pools"], room["pools"])
+        ]
+
+    world.send(table.SpawnModel(model="secret"), b"\0a", subject=alice)
+    world.turn(4)
+    assert models(alice, b"\0a") == [["secret:latest"]] * 2
+    hidden, same = models(bob, b"\0b")
+    assert hidden == same
+    assert hidden[0].startswith("(private ")
+    # Others may have the same files under a name that everybody sees.
+    spawned = world.send(table.SpawnModel(model="renamed"), b"\0b", subject=bob)
+    world.turn(4)
+    assert world.result(spawned, b"\0b").body["model"] == "renamed:latest"
+    assert models(bob, b"\0b") == [["renamed:latest"]] * 2

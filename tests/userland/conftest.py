@@ -277,6 +277,8 @@ class FakeKernel:
     def _infer(self, peer: bytes, id_: int, call: table.Infer, credits_: int) -> None:
         process = self._spawn() if call.pid is None else self._process(call.pid)
         given = t.unpack_tokens(call.tokens[: len(call.tokens) - 4 * call.seen])
+        if call.whole:
+            process.tokens.clear()
         process.tokens += given
         made: list[int] = []
         if call.max_tokens != 0 and call.beams is None:

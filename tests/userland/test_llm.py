@@ -286,7 +286,7 @@ def test_a_stop_string_leaves_nothing_behind_it_in_the_context(llm: LLM, kernel:
         assert process.text == "A yes. User:"
 
 
-def test_chat_of_a_process_computes_only_what_is_new(llm: LLM, kernel: Any) -> None:
+def test_chat_of_a_process_tells_the_kernel_the_whole_context(llm: LLM, kernel: Any) -> None:
     with llm.process() as process:
         history = [{"role": "user", "content": "Hi"}]
         with process.chat(history) as pieces:
@@ -294,7 +294,10 @@ def test_chat_of_a_process_computes_only_what_is_new(llm: LLM, kernel: Any) -> N
         history += [{"role": "assistant", "content": answer}, {"role": "user", "content": "And?"}]
         with process.chat(history) as pieces:
             list(pieces)
-        assert prompts(llm, kernel)[1] == "\n<|im_start|>user\nAnd?<|im_end|>\n<|im_start|>assistant\n"
+        last = kernel.calls[-1]  # nothing has to be looked at, nor cut off, before
+        assert (type(last), last.pid, last.whole) == (table.Infer, process.pid, True)
+        assert kernel.names()[-2:] == ["infer", "infer"]
+        assert process.text == "user\nHi\nassistant\n there\nuser\nAnd?\nassistant\n there"
         with process.chat("Other") as pieces:
             list(pieces)
         assert process.text == "user\nOther\nassistant\n there"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import threading
 import time
+from typing import Any
 
 import pytest
 import tokenizers
@@ -129,6 +131,56 @@ def test_any_bytes_come_out_as_the_whole_would(byte_level: Tokenizer, ids: list[
     assert text == byte_level.decode(ids)
 
 
+@given(text=ENGLISH)
+def test_the_bytes_of_tokens_make_the_text(byte_level: Tokenizer, spm: Tokenizer, text: str) -> None:
+    for tokenizer, before in ((byte_level, ""), (spm, " ")):
+        shown = [tokenizer.shown(id_) for id_ in tokenizer.encode(text, start=False)]
+        assert b"".join(token.data for token in shown) == (before + text if text else "").encode()
+        assert all(token == token.data.decode(errors="replace") for token in shown)
+    assert (spm.shown(2), spm.shown(2).data) == ("</s>", b"")  # no text holds it
+
+
+@given(text=ENGLISH | st.text(st.sampled_from("e\u0301\u0327\u1fbe\u0308\u212a\u1100\u1161\u11a8 \x04")))
+def test_a_text_has_at_least_as_many_tokens_as_is_said(
+    bytes_model: dict[str, bytes], spm_model: dict[str, bytes], text: str
+) -> None:
+    def changed(files: dict[str, bytes], **changes: Any) -> Tokenizer:
+        made = json.loads(files["tokenizer.json"])
+        for part, change in changes.items():
+            made[part] = change(made[part])
+        return Tokenizer({**files, "tokenizer.json": json.dumps(made).encode()})
+
+    known = [
+        changed(bytes_model),
+        changed(bytes_model, normalizer=lambda _: {"type": "NFC"}),
+        changed(spm_model),
+    ]
+    for tokenizer in known:
+        assert 0 <= tokenizer._least(text) <= len(tokenizer.encode(text, start=False))
+        assert tokenizer._least("a" * 4000) >= 50
+    unknown = [
+        changed(bytes_model, normalizer=lambda _: {"type": "StripAccents"}),
+        changed(bytes_model, pre_tokenizer=lambda one: sequence(one, {"type": "WhitespaceSplit"})),
+        changed(bytes_model, added_tokens=lambda tokens: [{**token, "rstrip": True} for token in tokens]),
+        changed(spm_model, model=lambda model: {**model, "byte_fallback": False}),
+    ]
+    assert [tokenizer._least("a" * 4000) for tokenizer in unknown] == [0] * 4
+
+
+def sequence(*steps: Any) -> dict[str, Any]:
+    return {"type": "Sequence", "pretokenizers": list(steps)}
+
+
+def test_a_text_that_is_far_too_long_is_refused_before_it_becomes_tokens(byte_level: Tokenizer) -> None:
+    assert len(byte_level.encode("a" * 99, most=99)) == 99
+    with pytest.raises(errors.ContextOverflow, match="the prompt has at least"):
+        byte_level.encode("a" * 4000, most=99)
+    with pytest.raises(errors.ContextOverflow, match="the prompt has 100 tokens"):
+        byte_level.encode("a" * 100, most=99)
+    with pytest.raises(errors.ContextOverflow, match="at least"):
+        byte_level.encode_parts([Part("<|im_start|>", True), Part("a" * 4000, False)], most=99)
+
+
 def test_half_a_character_waits(byte_level: Tokenizer) -> None:
     ids = byte_level.encode("é€😀")
     detokenizer = Detokenizer(byte_level)
@@ -163,6 +215,20 @@ def test_stop_strings_cut_wherever_the_pieces_end(text: str, stops: list[str], s
     seen += "" if filter_.stopped else filter_.flush()
     assert filter_.stopped == any(stop in text for stop in stops)
     assert seen == cut_at_first(text, stops)
+
+
+def test_long_stop_strings_cost_no_more_than_short_ones() -> None:
+    """Sixty-four of 256 characters, of which long beginnings come again and again, took 1.6 ms a token."""
+
+    def seconds(length: int) -> float:
+        first = "a" * length
+        stops = StopStrings([f"{first}b", *(f"a{chr(200 + n) * length}" for n in range(63))])
+        stops.feed(first)
+        begun = time.process_time()
+        assert "".join(stops.feed("aaaa") for _ in range(300)) == "a" * 1200
+        return time.process_time() - begun
+
+    assert min(seconds(255) for _ in range(3)) < 4 * min(seconds(3) for _ in range(3))
 
 
 def test_text_is_held_back_only_while_it_may_be_a_stop() -> None:

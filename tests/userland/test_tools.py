@@ -223,6 +223,11 @@ def test_a_call_that_is_cut_off_is_not_whole() -> None:
     assert reader.calls[0].id.startswith("toolu_")
     head = CallReader(HERMES, {"clock"}, "call_")
     assert head.feed('<tool_call>\n{"na') + head.flush() == ['<tool_call>\n{"na']
+    for begun in ("<tool_c", " \n<", '<tool_call>\n{"na', '<tool_call>\n{"name": "clo'):
+        reader = CallReader(HERMES, {"clock"}, "call_")
+        assert reader.feed(f"So{begun}") + reader.flush(cut=True) == ["So"]
+    reader = CallReader(HERMES, {"clock"}, "call_")
+    assert reader.feed("a < b\n") + reader.flush(cut=True) == ["a < b", "\n"]
     strange = CallReader(HERMES, {"clock"}, "call_")
     text = written("cl<ck", "{}")
     assert "".join(str(piece) for piece in strange.feed(text) + strange.flush()) == text

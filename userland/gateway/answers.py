@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import msgspec
 from llmasos.syscalls import errors, table
@@ -55,34 +55,12 @@ class Usage:
 
 @dataclass(slots=True)
 class _Part:
-    """One answer to come: `prompt` tokens of which the process `held` some. `first`: of the answers to that
-    prompt, which is charged once."""
+    """One answer to come, to `prompt` tokens. `first`: of the answers to them, which are charged once."""
 
     call: table.Infer
     answer: Answer
     prompt: int
-    held: int
     first: bool
-
-
-class _Turn:
-    """A request's turn with a process that others may talk to: what it holds must not change between a look
-    at it and the answer. Over when nobody holds this any more. Raises ProcessBusy."""
-
-    _taken: ClassVar[set[int]] = set()
-
-    def __init__(self, pid: int) -> None:
-        self._pid: int | None = None
-        if pid in self._taken:
-            raise errors.ProcessBusy(
-                f"process {pid} is answering another request", hint="wait for that answer, or use fork_of"
-            )
-        self._taken.add(pid)
-        self._pid = pid
-
-    def __del__(self) -> None:
-        if self._pid is not None:
-            self._taken.discard(self._pid)
 
 
 @dataclass(slots=True)
@@ -95,7 +73,6 @@ class Asked:
     usage: Usage = field(default_factory=Usage)
     pid: int | None = None
     fresh: bool = False
-    turn: _Turn | None = None
 
     async def deltas(self) -> AsyncGenerator[Delta]:
         """What comes, of all answers as it comes. Closing this ends them in the kernel. Raises what the
@@ -105,15 +82,11 @@ class Asked:
             try:
                 async for delta in self._one(0, self.parts[0]):
                     begun = True
-                    if delta.done is not None:
-                        self.turn = None
                     yield delta
             except errors.LLMasOSError:
                 if self.fresh and not begun and self.pid is not None:  # nobody was told of it
                     await _discard(self.caller, self.pid)
                 raise
-            finally:
-                self.turn = None
             return
         events: asyncio.Queue[Delta | BaseException | None] = asyncio.Queue(maxsize=2 * len(self.parts))
 
@@ -161,10 +134,11 @@ class Asked:
                 if text or event.tokens:
                     yield Delta(index, text, len(answer.tokens) - before, answer, answer.pieces)
         reply = stream.reply
-        text = answer.flush()
+        text = answer.flush(reply.finish)
         done = answer.completion(reply)
         done.prompt_tokens = part.prompt
-        done.cached_tokens = part.held + reply.cached_tokens
+        # What its process held already is not the input that the kernel tells of.
+        done.cached_tokens = part.prompt - reply.prompt_tokens + reply.cached_tokens
         used = Usage(part.prompt, done.cached_tokens) if part.first else Usage()
         used.generated = len(answer.tokens)
         self.usage.add(used)
@@ -199,7 +173,6 @@ async def ask(
     if toolbox is not None:
         options = toolbox.applied(options, form)
     asked = Asked(caller)
-    held: list[int] = []
     plans = [llm.plan(options, len(prompt)) for prompt in prompts]
     for prompt, plan in zip(prompts, plans, strict=True):
         if plan.max_tokens > llm.context_length - len(prompt):
@@ -212,13 +185,7 @@ async def ask(
     if body.pid is not None or body.fork_of is not None:
         if len(prompts) * n != 1:
             raise errors.InvalidArgument("a process has one prompt and one answer", field="n")
-        if isinstance(body.pid, int):
-            asked.turn = _Turn(body.pid)
-        try:
-            asked.pid, held = await _process(caller, llm, prompts[0], body)
-        except BaseException:
-            asked.turn = None
-            raise
+        asked.pid = await _process(caller, llm, body)
         asked.fresh = not isinstance(body.pid, int)
     for prompt, plan in zip(prompts, plans, strict=True):
         for number in range(n):
@@ -228,7 +195,8 @@ async def ask(
             call = table.Infer(
                 pid=asked.pid,
                 model=None if asked.pid is not None else llm.model,
-                tokens=t.pack_tokens(prompt[len(held) :]),
+                tokens=t.pack_tokens(prompt),
+                whole=asked.pid is not None,
                 max_tokens=0 if no_tokens else plan.max_tokens,
                 sampling=sampling,
                 deadline_ms=body.deadline_ms,
@@ -237,40 +205,25 @@ async def ask(
             )
             reader = toolbox.reader(form, call_prefix) if toolbox is not None else None
             answer = Answer(llm.tokenizer, prompt, plan.stop, reader=reader)
-            asked.parts.append(_Part(call, answer, len(prompt), len(held), number == 0))
+            asked.parts.append(_Part(call, answer, len(prompt), number == 0))
     return asked
 
 
-async def _process(caller: Caller, llm: LLM, prompt: Sequence[int], body: Placed) -> tuple[int, list[int]]:
-    """The process that a request goes on with, cut back to what it holds of the prompt; and that."""
-    sched_class, nice = body.place()
+async def _process(caller: Caller, llm: LLM, body: Placed) -> int:
+    """The process that a request goes on with."""
     if body.pid is not None and body.fork_of is not None:
         raise errors.InvalidArgument("either pid or fork_of", field="fork_of")
     if body.pid == "new":
-        spawned = await caller.aio.call(table.SpawnModel(llm.model, sched_class, nice, detached=True))
-        return spawned.pid, []
-    if body.fork_of is not None:
-        pid = (await caller.aio.call(table.Fork(body.fork_of, detached=True))).pids[0]
-    else:
-        assert isinstance(body.pid, int)
-        pid = body.pid
-    try:
-        row = await caller.aio.call(table.StatProcess(pid))
-        if row.model != llm.model:
-            raise errors.InvalidArgument(
-                f"process {pid} is of {row.model}, not of {llm.model}", field="model"
-            )
-        held = t.unpack_tokens(await asyncio.to_thread(caller.client.read_file, f"/proc/{pid}/tokens"))
-        same = 0
-        while same < min(len(held), len(prompt) - 1) and held[same] == prompt[same]:
-            same += 1
-        if same < len(held):
-            await caller.aio.call(table.Truncate(pid, same))
-    except BaseException:
-        if body.fork_of is not None:
-            await _discard(caller, pid)
-        raise
-    return pid, held[:same]
+        spawned = await caller.aio.call(table.SpawnModel(llm.model, *body.place(), detached=True))
+        return spawned.pid
+    pid = body.pid if isinstance(body.pid, int) else body.fork_of
+    assert pid is not None
+    row = await caller.aio.call(table.StatProcess(pid))
+    if row.model != llm.model:
+        raise errors.InvalidArgument(f"process {pid} is of {row.model}, not of {llm.model}", field="model")
+    if body.fork_of is None:
+        return pid
+    return (await caller.aio.call(table.Fork(pid, detached=True))).pids[0]
 
 
 async def _discard(caller: Caller, pid: int) -> None:

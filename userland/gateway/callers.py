@@ -76,11 +76,13 @@ class Caller:
     def tenant(self) -> str:
         return self.client.hello.subject
 
-    def needs(self, right: t.Capability) -> None:
-        """Raises PermissionDenied without it."""
-        if right not in self.rights:
+    def needs(self, *rights: t.Capability) -> None:
+        """Raises PermissionDenied without one of them. For what the gateway keeps itself: the kernel looks
+        after the rest."""
+        if self.rights.isdisjoint(rights):
             raise errors.PermissionDenied(
-                f"the key lacks the right {right}", hint=f"llsh key api new NAME --right {right}"
+                f"the key lacks the right {' or '.join(rights)}",
+                hint=f"llsh key api new NAME --right {rights[0]}",
             )
 
     async def llm(self, name: str) -> LLM:

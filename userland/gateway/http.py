@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -261,12 +261,17 @@ def refuse(request: Request, problem: problems.Problem) -> Response:
     return json(body, problem.status, problem.headers)
 
 
-def invalid_problem(first: Mapping[str, Any]) -> problems.Problem:
-    """What HTTP says of the first thing that pydantic found wrong with a body."""
+def invalid_problem(wrong: Sequence[Mapping[str, Any]], sent: Any) -> problems.Problem:
+    """What HTTP says of what pydantic found wrong with a request whose body is `sent`: the first thing. Where
+    the members of a union all say something of it, that of the one which looked deepest."""
+    first = wrong[0]
     if first["type"] == "json_invalid":
         at = "".join(f", at character {place}" for place in first["loc"][1:])
         return _bad(400, f"the body is not valid JSON: {first['ctx']['error']}{at}")
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    place = _place(first, sent)
+    for other in wrong:
+        if len(deeper := _place(other, sent)) > len(place) and deeper[: len(place)] == place:
+            first, place = other, deeper
     message = first["msg"].removeprefix("Value error, ")
     if first["loc"] == ("body",) and first["type"] in ("model_attributes_type", "dict_type"):
         message = "the body is not a JSON object sent with content-type: application/json"
@@ -277,6 +282,29 @@ def invalid_problem(first: Mapping[str, Any]) -> problems.Problem:
     code = "unsupported_parameter" if first["type"] == "unsupported" else None
     param = str((first.get("ctx") or {}).get("param") or ".".join(place)) or None
     return problems.Problem(400, "invalid_request_error", code, message, param)
+
+
+def _place(error: Mapping[str, Any], sent: Any) -> list[str]:
+    """Where in the body it is, or which parameter, without the members of unions: pydantic names them."""
+    source, *parts = error["loc"]
+    if source != "body":
+        return [str(part) for part in parts]
+    found: list[str] = []
+    value, last = sent, len(parts) - 1
+    for at, part in enumerate(parts):
+        inside = _has(value, part)
+        if inside and at < last and _has(value, parts[at + 1]) and not _has(value[part], parts[at + 1]):
+            continue  # a member with the name of a field
+        if inside:
+            value = value[part]
+        elif found and not (at == last and error["type"] == "missing"):
+            continue
+        found.append(str(part))
+    return found
+
+
+def _has(value: Any, part: str | int) -> bool:
+    return part in value if isinstance(value, dict) else isinstance(value, list) and part in range(len(value))
 
 
 def handle_errors(app: FastAPI) -> None:
@@ -291,7 +319,7 @@ def handle_errors(app: FastAPI) -> None:
 
     @on(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return refuse(request, invalid_problem(error.errors()[0]))
+        return refuse(request, invalid_problem(error.errors(), error.body))
 
     @on(UnicodeEncodeError)
     async def no_unicode(request: Request, error: UnicodeEncodeError) -> Response:

@@ -7,8 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, model_validator
+from pydantic_core import CoreSchema, PydanticCustomError
 
 Token = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -24,6 +24,23 @@ TIERS = {
 """OpenAI's and Anthropic's service tiers, by the scheduling class that serves them."""
 
 
+MOST_FIELDS = 1024
+"""Of an object that has names of fields."""
+
+
+def _fail_fast(schema: Any) -> None:
+    """Lists and dictionaries end with their first error: a body may be all errors, and each takes more than a
+    kilobyte."""
+    if isinstance(schema, dict):
+        if schema.get("type") in ("list", "dict"):
+            schema["fail_fast"] = True
+        schema = schema.values()
+    elif not isinstance(schema, (list, tuple)):
+        return
+    for inner in schema:
+        _fail_fast(inner)
+
+
 class Body(BaseModel):
     """A request's body. `NOT_DONE`: options that this server knows and does not do, each with the values that
     ask for nothing; `null` always does."""
@@ -32,11 +49,21 @@ class Body(BaseModel):
 
     NOT_DONE: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
+
     @model_validator(mode="before")
     @classmethod
     def _refuse_what_is_not_done(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
+        if len(values) > MOST_FIELDS:
+            raise PydanticCustomError(
+                "too_many", "An object has more than {most} fields", {"most": MOST_FIELDS}
+            )
         kept = dict(values)
         for name, idle in cls.NOT_DONE.items():
             if name in kept and (kept.pop(name) not in (None, *idle)):

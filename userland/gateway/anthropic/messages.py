@@ -84,7 +84,7 @@ class Conversation(Placed):
     def toolbox(self) -> Toolbox | None:
         return toolbox_of(self.tools, self.tool_choice)
 
-    def encode(self, llm: LLM, toolbox: Toolbox | None) -> list[int]:
+    def encode(self, llm: LLM, toolbox: Toolbox | None, most: int | None = None) -> list[int]:
         """A conversation that ends with the assistant's words goes on with them."""
         return encode_chat(
             llm.tokenizer,
@@ -92,6 +92,7 @@ class Conversation(Placed):
             model=llm.model,
             tools=toolbox.tools if toolbox else (),
             continue_final_message=True,
+            most=most,
         )
 
 
@@ -113,7 +114,7 @@ async def create(
     `model_context_window_exceeded`; input that alone does not fit is a 400."""
     llm = await caller.llm(body.model_name(body.model))
     toolbox = body.toolbox()
-    tokens = await aside(lambda: body.encode(llm, toolbox))
+    tokens = await aside(lambda: body.encode(llm, toolbox, llm.context_length))
     room = llm.context_length - len(tokens)
     longest = min(body.max_tokens, room) if room > 0 else body.max_tokens
     options = sampling_options(

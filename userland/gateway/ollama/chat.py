@@ -77,7 +77,12 @@ async def create(
     messages, tools = [message.shown() for message in body.messages], toolbox.tools if toolbox else ()
     tokens = await aside(
         lambda: encode_chat(
-            llm.tokenizer, messages, model=llm.model, tools=tools, continue_final_message=True
+            llm.tokenizer,
+            messages,
+            model=llm.model,
+            tools=tools,
+            continue_final_message=True,
+            most=llm.context_length,
         )
     )
     asked = await answer(caller, llm, tokens, body, toolbox)

@@ -43,17 +43,17 @@ class GenerateRequest(Asking):
     context: list[Token] = Field([], max_length=1 << 20, description="As the answer before had it.")
 
     def tokens(self, llm: LLM) -> list[int]:
-        tokenizer = llm.tokenizer
+        tokenizer, most = llm.tokenizer, llm.context_length
         if self.raw:
-            found = tokenizer.encode_parts([Part(self.prompt, True)])
+            found = tokenizer.encode_parts([Part(self.prompt, True)], most)
             start = tokenizer.encode("")
             prompt = found if found[: len(start)] == start else [*start, *found]
         elif tokenizer.template or self.system:
             system = [{"role": "system", "content": self.system}] if self.system else []
             said = [*system, {"role": "user", "content": self.prompt}]
-            prompt = encode_chat(tokenizer, said, model=llm.model)
+            prompt = encode_chat(tokenizer, said, model=llm.model, most=most)
         else:
-            prompt = tokenizer.encode(self.prompt, start=not self.context)
+            prompt = tokenizer.encode(self.prompt, start=not self.context, most=most)
         return [*checked(tokenizer.vocab_size, self.context), *prompt]
 
 

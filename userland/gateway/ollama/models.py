@@ -49,7 +49,9 @@ async def version() -> dict[str, str]:
 @router.get("/tags", summary="The models", responses=documented())
 async def tags(caller: Annotated[Caller, Depends(authenticated)]) -> Response:
     entries = (await caller.aio.call(table.Ls("/models"))).entries
-    return json({"models": [{**_named(entry), "modified_at": rfc3339(entry.modified)} for entry in entries]})
+    named = await asyncio.gather(*(_named(caller, entry) for entry in entries))
+    times = [{"modified_at": rfc3339(entry.modified)} for entry in entries]
+    return json({"models": [{**one, **at} for one, at in zip(named, times, strict=True)]})
 
 
 @router.get("/ps", summary="The models that are loaded", responses=documented())
@@ -68,7 +70,7 @@ async def ps(caller: Annotated[Caller, Depends(authenticated)]) -> Response:
         {
             "models": [
                 {
-                    **_named(entries[name]),
+                    **await _named(caller, entries[name]),
                     "size": size,
                     "size_vram": on_gpus,
                     "expires_at": NEVER,
@@ -105,7 +107,7 @@ async def show(body: ShowRequest, caller: Annotated[Caller, Depends(authenticate
             "template": template,
             "license": str(details.get("license", "")),
             "modified_at": rfc3339(entry.modified),
-            "details": _details(entry),
+            "details": await _details(caller, entry),
             "model_info": {
                 "general.architecture": architecture,
                 "general.parameter_count": details.get("parameters"),
@@ -230,23 +232,28 @@ def _name(entry: t.FileInfo) -> str:
     return entry.path.removeprefix("/models/")
 
 
-def _named(entry: t.FileInfo) -> dict[str, Any]:
+async def _named(caller: Caller, entry: t.FileInfo) -> dict[str, Any]:
     name = _name(entry)
     return {
         "name": name,
         "model": name,
         "size": entry.size,
         "digest": entry.digest.removeprefix("sha256:"),
-        "details": _details(entry),
+        "details": await _details(caller, entry),
     }
 
 
-def _details(entry: t.FileInfo) -> dict[str, Any]:
+async def _details(caller: Caller, entry: t.FileInfo) -> dict[str, Any]:
     details = entry.details
+    try:  # the source need not say it: a folder, a wheel, a file at some revision
+        files = (await caller.aio.call(table.Ls(entry.path))).entries
+    except errors.LLMasOSError:
+        files = []  # damaged, or removed meanwhile
+    gguf = any(file.path.endswith(".gguf") for file in files)
     family = str(details.get("architecture", ""))
     return {
         "parent_model": str(details.get("base", "")),
-        "format": "gguf" if str(details.get("source", "")).endswith(".gguf") else "safetensors",
+        "format": "gguf" if gguf else "safetensors",
         "family": family,
         "families": [family],
         "parameter_size": _in_short(details.get("parameters", 0)),

@@ -18,6 +18,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 import msgspec
 from fastapi import APIRouter, FastAPI, Request
 from llmasos.syscalls import errors
+from llmasos.syscalls import types as t
 from msgspec import Meta, Struct
 from pydantic import BaseModel, Field, ValidationError
 from starlette.responses import Response
@@ -103,7 +104,8 @@ class BatchRequest(Body):
 
 @router.post("", summary="Start a batch", responses=documented())
 async def create(request: Request, body: BatchRequest, caller: CallerOf, store: StoreOf) -> Response:
-    """Its lines run in class batch, as the caller."""
+    """Its lines run in class batch, as the caller. Needs the right `infer`."""
+    caller.needs(t.Capability.INFER)
     if body.endpoint not in ENDPOINTS:
         raise errors.InvalidArgument(
             f"no batches of {body.endpoint[:128]!r}", hint=f"one of {', '.join(ENDPOINTS)}", field="endpoint"
@@ -174,7 +176,7 @@ async def one(batch_id: str, caller: CallerOf, store: StoreOf) -> Response:
 @router.post("/{batch_id}/cancel", summary="Cancel a batch", responses=documented())
 async def cancelled(request: Request, batch_id: str, caller: CallerOf, store: StoreOf) -> Response:
     """What was done stays, in its files."""
-
+    caller.needs(t.Capability.INFER)
     changed = False
 
     def cancel(kept: Kept) -> None:
@@ -301,7 +303,9 @@ class Batches:
             told = await patiently(lambda: answer(caller, self._store, body), until)
         except (ValidationError, errors.LLMasOSError) as problem:
             wrong = (
-                invalid_problem(problem.errors()[0])
+                invalid_problem(
+                    [{**one, "loc": ("body", *one["loc"])} for one in problem.errors()], line.body
+                )
                 if isinstance(problem, ValidationError)
                 else problems.problem_of(problem)
             )

@@ -68,7 +68,10 @@ async def prepare(caller: Caller, body: ChatRequest) -> tuple[Asked, dict[str, A
     toolbox = body.toolbox()
     tools = toolbox.tools if toolbox is not None else ()
     messages = as_messages(body.messages)
-    tokens = await aside(lambda: encode_chat(llm.tokenizer, messages, model=llm.model, tools=tools))
+    most = llm.context_length
+    tokens = await aside(
+        lambda: encode_chat(llm.tokenizer, messages, model=llm.model, tools=tools, most=most)
+    )
     if body.top_logprobs is not None and not body.logprobs:
         raise errors.InvalidArgument("top_logprobs needs logprobs: true", field="top_logprobs")
     scores = (body.top_logprobs or 0) if body.logprobs else None

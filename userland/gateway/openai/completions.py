@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request
@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from ...completion import Completion, TokenScore
 from ...llm import LLM
+from ...tokenizer import Detokenizer, Shown
 from ..answers import Asked, ask
 from ..callers import Caller, authenticated
 from ..errors_doc import documented
@@ -44,7 +45,7 @@ async def create(
 ) -> Response:
     asked, head, llm, echoes = await prepare(caller, body)
     if body.stream:
-        return await stream(_chunks(asked, head, body, echoes)).begun()
+        return await stream(_chunks(asked, head, body, llm, echoes)).begun()
     return json(await attend(request, whole(asked, head, llm, echoes, body)))
 
 
@@ -96,13 +97,13 @@ async def whole(
 
 def _prompts(llm: LLM, given: Any) -> list[list[int]]:
     if isinstance(given, str):
-        return [llm.tokenizer.encode(given)]
+        given = [given]
     if not given:
         raise errors.InvalidArgument("the prompt is empty", field="prompt")
     if isinstance(given[0], int):
         return [checked(llm.tokenizer.vocab_size, given)]
     if isinstance(given[0], str):
-        return [llm.tokenizer.encode(text) for text in given]
+        return [llm.tokenizer.encode(text, most=llm.context_length) for text in given]
     return [checked(llm.tokenizer.vocab_size, tokens) for tokens in given]
 
 
@@ -111,10 +112,10 @@ def _choice(
 ) -> dict[str, Any]:
     scores = None
     if body.logprobs is not None:
-        told = done.logprobs or []
+        told, answer = done.logprobs or [], asked.parts[index].answer
         if body.echo:
-            told = [*asked.parts[index].answer.prompt_scores(), *told]
-        scores = _scores(told, 0)
+            told = [*answer.prompt_scores(), *told]
+        scores = _scores(told, _Places(llm, () if body.echo else answer.context))
     return {
         "index": index,
         "text": echo + done.text,
@@ -123,23 +124,42 @@ def _choice(
     }
 
 
-def _scores(told: list[TokenScore], offset: int) -> dict[str, Any]:
-    """The logprobs of tokens, the first of which is `offset` characters behind the beginning."""
-    offsets = []
-    for score in told:
-        offsets.append(offset)
-        offset += len(score.text)
+class _Places:
+    """Where in a text its tokens begin, in characters; parts of one are at its place. `context` are the
+    tokens before it, of which `at` characters are shown."""
+
+    def __init__(self, llm: LLM, context: Sequence[int], at: int = 0) -> None:
+        self._text, self._at = Detokenizer(llm.tokenizer, context), at
+
+    def of(self, id_: int) -> int:
+        """Of the next token."""
+        place = self._at
+        self._at += len(self._text.feed([id_]))
+        return place
+
+
+def _scores(told: list[TokenScore], places: _Places) -> dict[str, Any]:
     return {
-        "tokens": [score.text for score in told],
+        "tokens": [_name(score.text) for score in told],
         # The first token of all follows nothing, so it has none.
         "token_logprobs": [None if math.isnan(score.logprob) else score.logprob for score in told],
-        "top_logprobs": [None if math.isnan(score.logprob) else dict(score.top) for score in told],
-        "text_offset": offsets,
+        "top_logprobs": [
+            None if math.isnan(score.logprob) else {_name(text): value for text, value in score.top}
+            for score in told
+        ],
+        "text_offset": [places.of(score.id) for score in told],
     }
 
 
+def _name(token: Shown) -> str:
+    """Parts of characters are spelled as OpenAI's server does, for there is no field for bytes here."""
+    if not token.data or token.encode() == token.data:
+        return str(token)
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token.data)
+
+
 async def _chunks(
-    asked: Asked, head: dict[str, Any], body: CompletionRequest, echoes: list[str]
+    asked: Asked, head: dict[str, Any], body: CompletionRequest, llm: LLM, echoes: list[str]
 ) -> AsyncIterator[bytes]:
     with_usage = bool(body.stream_options and body.stream_options.include_usage)
 
@@ -156,15 +176,17 @@ async def _chunks(
         if body.echo:
             yield chunk(index, echoes[index // body.n])
     told = [0] * len(asked.parts)
-    length = [len(echoes[index // body.n]) for index in range(len(asked.parts))]
+    places = [
+        _Places(llm, part.answer.context, len(echoes[index // body.n]))
+        for index, part in enumerate(asked.parts)
+    ]
     async for delta in asked.deltas():
         index = delta.index
         scores = None
         if body.logprobs is not None and len(delta.answer.tokens) > told[index]:
             fresh = delta.answer.scores(told[index])
             told[index] = len(delta.answer.tokens)
-            scores = _scores(fresh, length[index])
-            length[index] += sum(len(score.text) for score in fresh)
+            scores = _scores(fresh, places[index])
         if delta.text or scores:
             yield chunk(index, delta.text, scores=scores)
         if delta.done is not None:

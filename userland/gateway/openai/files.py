@@ -11,6 +11,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 
 from fastapi import APIRouter, Depends, Query, Request
 from llmasos.syscalls import errors
+from llmasos.syscalls import types as t
 from starlette.datastructures import UploadFile
 from starlette.responses import Response, StreamingResponse
 
@@ -33,6 +34,9 @@ BATCH_S = 30 * 24 * 3600
 """So long a file of a batch is kept, unless its owner says otherwise."""
 
 CHUNK = 256 << 10
+
+WRITERS = (t.Capability.INFER, t.Capability.TRAIN)
+"""Whoever may submit the work that files are for."""
 
 _FORM = {
     "requestBody": {
@@ -61,6 +65,7 @@ Limit = Annotated[int, Query(ge=1, le=10_000)]
 
 @router.post("", summary="Upload a file", responses=documented(), openapi_extra=_FORM)
 async def uploaded(request: Request, caller: CallerOf, store: StoreOf) -> Response:
+    caller.needs(*WRITERS)
     await store.has_room(caller.tenant, min(MOST_UPLOAD, int(request.headers.get("content-length") or 0)))
     with request.app.state.works.within(f"uploads of {caller.tenant}", MOST_UPLOADS):
         file = await _take_in(request, caller, store)
@@ -229,5 +234,6 @@ def opened(store: Store, file: Kept) -> BinaryIO:
 
 @router.delete("/{file_id}", summary="Delete a file", responses=documented())
 async def deleted(file_id: str, caller: CallerOf, store: StoreOf) -> Response:
+    caller.needs(*WRITERS)
     await store.delete(caller.tenant, "file", file_id)
     return json({"id": file_id, "object": "file", "deleted": True})

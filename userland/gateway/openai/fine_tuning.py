@@ -213,6 +213,8 @@ WORDS = {"cancelled": "The job was cancelled", "paused": "The job is paused", "r
 async def _command(job_id: str, caller: Caller, store: Store, when: tuple[str, ...], status: str) -> Response:
     """Gives a job that is in one of the statuses `when` another one, and its run the signal for it. A run
     that has not begun yet sees it when it does."""
+    caller.needs(t.Capability.TRAIN)
+    caller.needs(t.Capability.PROCESS)  # the kernel asks for it, but the job would be told of by then
 
     def change(now: Kept) -> None:
         if now.body["status"] not in when:

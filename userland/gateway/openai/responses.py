@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from fastapi import APIRouter, FastAPI, Query, Request
 from llmasos.syscalls import errors
+from llmasos.syscalls import types as t
 from pydantic import Field
 from starlette.responses import Response
 
@@ -104,14 +105,16 @@ async def prepare(
         raise errors.InvalidArgument("the input is empty", field="input")
     toolbox = body.toolbox()
     tools = toolbox.tools if toolbox is not None else ()
-    tokens = await aside(
-        lambda: encode_chat(llm.tokenizer, messages, model=llm.model, tools=tools), more=bool(told)
-    )
-    longest = body.max_output_tokens or max(llm.context_length - len(tokens), 0)
+    most = llm.context_length
     scores = (body.top_logprobs or 0) if body.scored else None
     shape = body.format
-    options = body.options(llm, longest, scores, shape if shape["type"] != "text" else None)
     try:
+        tokens = await aside(
+            lambda: encode_chat(llm.tokenizer, messages, model=llm.model, tools=tools, most=most),
+            more=bool(told),
+        )
+        longest = body.max_output_tokens or max(most - len(tokens), 0)
+        options = body.options(llm, longest, scores, shape if shape["type"] != "text" else None)
         asked = await ask(caller, llm, [tokens], options, body, toolbox=toolbox)
     except errors.ContextOverflow as problem:
         problem.details["field"] = "input"
@@ -177,6 +180,7 @@ async def _history(caller: Caller, store: Store, last: str | None) -> list[dict[
 
 @router.post("", summary="Answer, and keep the answer", responses=documented())
 async def create(request: Request, body: ResponseRequest, caller: CallerOf, store: StoreOf) -> Response:
+    caller.needs(t.Capability.INFER)
     if body.background:
         return await _begin(request.app, body, caller, store)
     asked, response, items = await prepare(caller, store, body)
@@ -366,6 +370,7 @@ async def one(
 
 @router.post("/{response_id}/cancel", summary="Cancel a background response", responses=documented())
 async def cancelled(request: Request, response_id: str, caller: CallerOf, store: StoreOf) -> Response:
+    caller.needs(t.Capability.INFER)
     kept = await store.get(caller.tenant, "response", response_id)
     if not kept.body["background"]:
         raise errors.InvalidArgument(
@@ -388,6 +393,7 @@ async def cancelled(request: Request, response_id: str, caller: CallerOf, store:
 @router.delete("/{response_id}", summary="Delete a response", responses=documented())
 async def deleted(request: Request, response_id: str, caller: CallerOf, store: StoreOf) -> Response:
     """One that is being made is cancelled."""
+    caller.needs(t.Capability.INFER)
     await store.delete(caller.tenant, "response", response_id)
     await request.app.state.works.stop(response_id)
     return json({"id": response_id, "object": "response", "deleted": True})

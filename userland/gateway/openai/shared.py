@@ -14,6 +14,7 @@ from ...completion import TokenScore
 from ...generation import Options
 from ...llm import LLM
 from ...structured import grammar_of
+from ...tokenizer import Shown
 from .. import problems
 from ..answers import Usage, sampling_options
 from ..http import EventStream
@@ -118,17 +119,11 @@ def _failed(problem: errors.LLMasOSError) -> bytes:
     return event(problems.body(problems.problem_of(problem), "/v1/", ""))
 
 
-def score_bytes(text: str) -> list[int]:
-    return list(text.encode())
-
-
 def chat_score(score: TokenScore) -> dict[str, Any]:
     """An entry of a chat completion's logprobs."""
-    return {
-        "token": score.text,
-        "logprob": score.logprob,
-        "bytes": score_bytes(score.text),
-        "top_logprobs": [
-            {"token": text, "logprob": logprob, "bytes": score_bytes(text)} for text, logprob in score.top
-        ],
-    }
+    top = [_scored(text, logprob) for text, logprob in score.top]
+    return {**_scored(score.text, score.logprob), "top_logprobs": top}
+
+
+def _scored(text: Shown, logprob: float) -> dict[str, Any]:
+    return {"token": str(text), "logprob": logprob, "bytes": list(text.data)}
