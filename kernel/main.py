@@ -39,7 +39,7 @@ signals: TERM and INT drain (running answers get 5 s) and stop, a second one sto
 configuration again, all of it or nothing (see dmesg)
 
 exit codes: 0 stopped as asked, 1 cannot run here (folders, an address that is taken), or --check or --fsck
-found something, 2 wrong usage or configuration, 65 the journal is damaged, 70 stopped without draining (a
+found a fault, 2 wrong usage or configuration, 65 the journal is damaged, 70 stopped without draining (a
 second signal, or the kernel died meanwhile), 75 another daemon of this user runs already
 """
 
@@ -200,9 +200,12 @@ def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> i
 def _fsck() -> int:
     from .modelfs.store import ModelFS
 
-    problems = ModelFS(address.home_folder()).fsck()
-    for problem in problems:
-        print(problem)
+    store = ModelFS(address.home_folder())
+    problems, garbage = store.fsck(), store.garbage()
+    for line in problems + garbage:
+        print(line)
+    if garbage:  # of an import that was killed, for instance: it takes room and harms nothing
+        print(f"llmasosd: {len(garbage)} of these only take room; the next start of llmasosd removes them")
     print(f"llmasosd: {len(problems)} problems" if problems else "llmasosd: the model filesystem is clean")
     return 1 if problems else 0
 

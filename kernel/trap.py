@@ -209,8 +209,9 @@ def _dispatch(
         case table.Write():
             return _write(kernel, subject, call)
         case table.Link():
-            _may_replace(kernel, subject, call.target)
-            return kernel.store.link(call.source, call.target, subject.may_command)
+            if call.replace:
+                _may_replace(kernel, subject, call.target)
+            return kernel.store.link(call.source, call.target, subject.may_command, call.replace)
         case table.Unlink():
             _unlink(kernel, subject, call.path)
             return table.Done()

@@ -36,7 +36,11 @@ def write_pair(path: Path, pair: KeyPair) -> None:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError:
         raise errors.AlreadyExists(f"{path} holds a key already", hint="move it away first") from None
-    with open(fd, "w") as file:
-        file.write(f'public = "{pair.public}"\nsecret = "{pair.secret}"\n')
-        file.flush()
-        os.fsync(fd)
+    try:
+        with open(fd, "w") as file:
+            file.write(f'public = "{pair.public}"\nsecret = "{pair.secret}"\n')
+            file.flush()
+            os.fsync(fd)
+    except OSError:
+        path.unlink()  # half a pair would keep a whole one away
+        raise

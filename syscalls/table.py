@@ -494,13 +494,15 @@ class Write(Call, frozen=True):
 
 
 class Link(Call, frozen=True):
-    """Gives a model a second name; no data is copied. Replaces `target` if it exists."""
+    """Gives a model a second name; no data is copied. What `target` names now is replaced, which an
+    administrator may, unless `replace` is false."""
 
     name = "link"
     needs = t.Capability.MODELS
     Reply = t.FileInfo
     source: t.Text
     target: t.Text
+    replace: bool = True
 
 
 class Unlink(Call, frozen=True):

@@ -23,8 +23,9 @@ import msgpack
 import msgspec
 
 from . import errors
+from .bounds import refused
 from .table import BY_NAME, Call, reply_payload
-from .types import IN_WORDS, Wire
+from .types import Wire
 
 MAX_CONTROL = 64 * 1024
 MAX_PAYLOAD = 1024 * 1024
@@ -138,19 +139,15 @@ def _call(name: str, arguments: dict[str, Any], payload: list[bytes]) -> Call:
     try:
         call = msgspec.convert(arguments, kind)
     except msgspec.ValidationError as problem:
-        text = str(problem)
-        field = _field(text)
-        for pattern, words in IN_WORDS.items():
-            if repr(pattern) in text:
-                raise errors.InvalidArgument(f"{name}: {field} is not {words}", field=field) from None
-        raise errors.InvalidArgument(f"{name}: {text}", field=field) from None
+        field, words = refused(problem, kind)
+        if not field:
+            raise errors.InvalidArgument(f"{name}: {problem}", field=_quoted(str(problem))) from None
+        raise errors.InvalidArgument(f"{name}: {field} {words}", field=field) from None
     return msgspec.structs.replace(call, **{kind.payload: payload[0]}) if payload else call
 
 
-def _field(text: str) -> str:
-    """The field that a msgspec validation error is about: its path, or the name it quotes."""
-    if "`$." in text:
-        return text.rsplit("`$.", 1)[1].rstrip("`")
+def _quoted(text: str) -> str:
+    """The field that a msgspec validation error quotes: one that is missing, or unknown."""
     return text.split("`")[1] if text.count("`") >= 2 else ""
 
 

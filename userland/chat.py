@@ -52,6 +52,11 @@ def as_messages(messages: str | Sequence[Message]) -> list[dict[str, Any]]:
     """
     if isinstance(messages, str):
         return [{"role": "user", "content": messages}]
+    if not isinstance(messages, Sequence):
+        raise errors.InvalidArgument(
+            f"messages are a list, or a str that the user says, not {type(messages).__name__}",
+            field="messages",
+        )
     checked = []
     for place, message in enumerate(messages):
         at = f"messages[{place}]"

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 import msgspec
 from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
+from llmasos.syscalls.bounds import refused
 
 from .structured import grammar_of
 from .tokenizer import too_long
@@ -159,7 +160,7 @@ def _deadline_ms(max_time: float | None) -> int | None:
     if max_time is None:
         return None
     if not 0 < max_time < 2**31 / 1000:
-        raise _invalid("max_time", "must be above 0 seconds")
+        raise _invalid("max_time", "must be seconds, above 0 and below 2147483 (24 days)")
     return max(1, round(1000 * max_time))
 
 
@@ -176,16 +177,17 @@ def _beams(chosen: Mapping[str, Any], results: int) -> t.Beams | None:
         raise _invalid(
             "do_sample", "sampling within beams is not supported", "leave out do_sample or num_beams"
         )
-    if results > num_beams:
-        raise _invalid("num_return_sequences", f"{num_beams} beams have at most {num_beams} results")
     stopping = chosen["early_stopping"]
-    return _checked(
+    beams = _checked(
         t.Beams,
         num_beams=num_beams,
         num_return_sequences=results,
         length_penalty=float(chosen["length_penalty"]),
         early_stopping=str(stopping).lower() if isinstance(stopping, bool) else stopping,
     )
+    if results > num_beams:
+        raise _invalid("num_return_sequences", f"{num_beams} beams have at most {num_beams} results")
+    return beams
 
 
 def _grammar(options: Options) -> t.Grammar | None:
@@ -266,9 +268,9 @@ def _checked(kind: type[W], **fields: Any) -> W:
     try:
         return msgspec.convert(fields, kind)
     except msgspec.ValidationError as problem:
-        path = str(problem)
-        name = path.rsplit("`$.", 1)[1].rstrip("`") if "`$." in path else kind.__name__
-        raise _invalid(name, path.split(" - at ")[0]) from None
+        name, words = refused(problem, kind)
+        hint = "1 searches without beams" if name == "num_beams" else ""
+        raise _invalid(name or kind.__name__, words, hint) from None
 
 
 def _invalid(name: str, problem: str, hint: str = "") -> errors.InvalidArgument:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
@@ -150,7 +150,7 @@ class LLM:
         return_full_text=False. Raises TypeError for an unknown option, InvalidArgument, ContextOverflow.
         """
         check_names(options, "generate")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = _listed(prompt)
         n = 1 if num_return_sequences is None else num_return_sequences
         return _shaped(drive(self.client, self._generation(prompts, n, options)), prompt, n)
 
@@ -163,7 +163,7 @@ class LLM:
     ) -> Completion | list[Completion] | list[list[Completion]]:
         """`generate` for asyncio; cancelling the task cancels the generation."""
         check_names(options, "agenerate")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = _listed(prompt)
         n = 1 if num_return_sequences is None else num_return_sequences
         return _shaped(await adrive(self._async(), self._generation(prompts, n, options)), prompt, n)
 
@@ -743,7 +743,13 @@ class LLM:
 
 
 def _listed(texts: str | Sequence[str]) -> list[str]:
-    return [texts] if isinstance(texts, str) else list(texts)
+    if isinstance(texts, str):
+        return [texts]
+    if not isinstance(texts, Iterable) or isinstance(texts, bytes):
+        raise errors.InvalidArgument(
+            f"a text is a str, or several are a list, not {type(texts).__name__}", field="prompt"
+        )
+    return list(texts)
 
 
 def _labelled(instructions: str, labels: Sequence[str] | Mapping[str, str]) -> Question:

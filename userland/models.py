@@ -8,6 +8,7 @@ the files do.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -21,6 +22,24 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.progress import TransferSpeedColumn as SpeedColumn
 
 from .client import Client
+
+# The ends of class names in config.json's `architectures`. What ends in Model has no head, but for GPT-2's.
+_ENCODERS = (
+    ("LMHeadModel", None),
+    ("ForSequenceClassification", t.Encodes.CLASSIFY),
+    ("ForTokenClassification", t.Encodes.TOKENS),
+    ("Model", t.Encodes.EMBED),
+    ("ForMaskedLM", t.Encodes.EMBED),
+    ("ForPreTraining", t.Encodes.EMBED),
+)
+
+
+def encodes(client: Client, model: str) -> t.Encodes | None:
+    """What an installed model makes of texts, by its configuration; None: it generates. An adapter has its
+    base's. Raises NoSuchModel."""
+    config = json.loads(client.read_file(f"/models/{full_name(model).partition('+')[0]}/config.json"))
+    name = str((config.get("architectures") or [""])[0])
+    return next((found for end, found in _ENCODERS if name.endswith(end)), None)
 
 
 @dataclass(frozen=True, slots=True)

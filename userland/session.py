@@ -159,7 +159,9 @@ class Session:
         id_ = next(self._ids)
         try:
             frames = wire.encode_request(id_, call, window)
-        except (TypeError, ValueError, OverflowError) as problem:
+        except OverflowError:
+            raise errors.InvalidArgument(f"{call.name}: a number does not fit into 64 bits") from None
+        except (TypeError, ValueError) as problem:
             raise errors.InvalidArgument(f"{call.name}: {problem}") from None
         pending = self._pending[id_] = _Pending(call, window)
         if self.phase is Phase.OPEN:

@@ -151,13 +151,11 @@ class Tokenizer:
     def frame(self, texts: Sequence[str | tuple[str, str]], most: int | None = None) -> list[Framed]:
         """Texts, or pairs, as an encoder reads them: people's texts, with the special tokens that the
         tokenizer puts around them. At most `most` tokens of each: the longer one of a pair is cut first."""
-        pairs = [(text, "") if isinstance(text, str) else text for text in texts]
+        pairs = [text if isinstance(text, tuple | list) else (text, "") for text in texts]
         flat = [part for pair in pairs for part in pair]
         ids = [
             self._encode_broken(text) if self._controls(encoding, text) else list(encoding.ids)
-            for text, encoding in zip(
-                flat, self._plain.encode_batch(flat, add_special_tokens=False), strict=True
-            )
+            for text, encoding in zip(flat, _encoded(self._plain, flat), strict=True)
         ]
         single, double = self._frame_of(1), self._frame_of(2)
         found = []
@@ -198,13 +196,15 @@ class Tokenizer:
             if part.trusted
             for match in self._special_pattern.finditer(part.text)
         ]
-        encoding = _encoded(self._trusting, whole)
+        encoding = _encoded(self._trusting, [whole])[0]
         if self._controls(encoding, whole) == expected:
             return _checked(list(encoding.ids), most)
         return _checked(self._encode_runs(parts), most)
 
     def _check(self, text: str, most: int | None) -> None:
         """Raises ContextOverflow for a text that is too long however it becomes tokens."""
+        if not isinstance(text, str):
+            return  # the tokenizer refuses it
         if most is not None and len(text) > most and (least := self._least(text)) > most:
             raise too_long(least, most, at_least=True)
 
@@ -276,9 +276,9 @@ class Tokenizer:
         return ids + self._encode_plain(run)
 
     def _encode_plain(self, text: str) -> list[int]:
-        if not text:
+        if text == "":
             return []
-        encoding = _encoded(self._plain, text)
+        encoding = _encoded(self._plain, [text])[0]
         return self._encode_broken(text) if self._controls(encoding, text) else list(encoding.ids)
 
     def _encode_broken(self, text: str) -> list[int]:
@@ -287,7 +287,7 @@ class Tokenizer:
         ids: list[int] = []
         cuts = [match.start() + 1 for match in self._special_pattern.finditer(text)]
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-            encoding = _encoded(self._plain, text[start:end])
+            encoding = _encoded(self._plain, [text[start:end]])[0]
             controls = self._controls(encoding, text[start:end])
             ids += [id_ for id_ in encoding.ids if id_ not in controls]
         return ids
@@ -480,12 +480,16 @@ def _keeps(step: Mapping[str, Any]) -> bool:
     return step["type"] in _KEEPERS and step.get("behavior") != "Removed" and spaces
 
 
-def _encoded(tokenizer: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+def _encoded(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[tokenizers.Encoding]:
     try:
         # `encode` keeps all other threads from running, `encode_batch` does not, and costs no more.
-        return tokenizer.encode_batch([text], add_special_tokens=False)[0]
-    except TypeError:  # half a surrogate pair, which JSON can spell
-        raise errors.InvalidArgument("the text is not valid Unicode", field="prompt") from None
+        return tokenizer.encode_batch(texts, add_special_tokens=False)
+    except TypeError:
+        why = "the text is not valid Unicode"  # half a surrogate pair, which JSON can spell
+        for text in texts:
+            if not isinstance(text, str):
+                why = f"a text is a str, not {type(text).__name__}"
+        raise errors.InvalidArgument(why, field="prompt") from None
 
 
 def _falls(stop: str) -> list[int]:

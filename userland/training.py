@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 from llmasos.syscalls import errors, table, training
 from llmasos.syscalls import types as t
+from llmasos.syscalls.bounds import refused
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
@@ -59,18 +60,26 @@ def make_recipe(options: Mapping[str, Any]) -> training.Recipe:
     try:
         return msgspec.convert({**plain, **parts}, training.Recipe, strict=False)
     except msgspec.ValidationError as problem:
-        raise errors.InvalidArgument(f"the recipe is not valid: {problem}", field="recipe") from None
+        field, words = refused(problem, training.Recipe)
+        name = field.removeprefix("lora.") or "recipe"
+        raise errors.InvalidArgument(f"{name}: {words}", field=name) from None
 
 
-def send_dataset(client: Client, path: str | Path, name: str = "", show: Show | None = None) -> str:
+def send_dataset(
+    client: Client, path: str | Path, name: str = "", show: Show | None = None, *, replace: bool = True
+) -> str:
     """Makes a local file the data set `name` (without one: what the file is called), unless it is that
-    already. Returns the name. Raises NoSuchFile, PermissionDenied, QuotaExceeded, StorageFailed."""
+    already. Returns the name. Raises NoSuchFile, PermissionDenied, QuotaExceeded, StorageFailed,
+    AlreadyExists when another one is called so and not to be replaced."""
     file = Path(path).expanduser()
     name = name or _NAME.sub("-", file.name).lstrip("._-")[:64] or "data"
     try:
         size = file.stat().st_size
-        if _is_there(client, name, file, size):
-            return name
+        if known := _known(client, name):
+            if _is(known, file, size):
+                return name
+            if not replace:
+                raise errors.AlreadyExists(f"there is a data set {name}")
         with file.open("rb") as source:
             done = 0
             while True:
@@ -92,11 +101,14 @@ def send_dataset(client: Client, path: str | Path, name: str = "", show: Show | 
         raise errors.NoSuchFile(f"{file}: {problem.strerror}", path=str(file)) from None
 
 
-def _is_there(client: Client, name: str, file: Path, size: int) -> bool:
+def _known(client: Client, name: str) -> t.FileInfo | None:
     try:
-        known = client.call(table.Stat(f"/datasets/{name}"))
+        return client.call(table.Stat(f"/datasets/{name}"))
     except errors.NotFound:
-        return False
+        return None
+
+
+def _is(known: t.FileInfo, file: Path, size: int) -> bool:
     if known.size != size:
         return False
     with file.open("rb") as source:

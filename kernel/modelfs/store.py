@@ -216,9 +216,9 @@ class ModelFS:
 
     # -- changing -------------------------------------------------------------------------------------
 
-    def link(self, source: str, target: str, sees: Sees = everything) -> FileInfo:
-        """Gives the model `source` the second name `target`, which is replaced if it exists. An adapter is
-        linked to another adapter's name of the same base. Raises InvalidArgument, NoSuchModel."""
+    def link(self, source: str, target: str, sees: Sees = everything, replace: bool = True) -> FileInfo:
+        """Gives the model `source` the second name `target`. An adapter is linked to another adapter's name
+        of the same base. Raises InvalidArgument, NoSuchModel, AlreadyExists as `commit`."""
         model = parse_name(target)
         with self.importing():  # or `gc` could take the blobs if `source` were unlinked just now
             manifest = self.resolve(source, sees)
@@ -227,7 +227,7 @@ class ModelFS:
                     f"{manifest.name} is an adapter", hint="name it BASE+NAME, of its base", field="target"
                 )
             try:
-                self.commit(model, manifest)
+                self.commit(model, manifest, replace)
             except OSError as problem:
                 raise StorageFailed(f"{model}: {problem.strerror}", hint="see `llsh df`") from None
         return self._model_info(model)
@@ -259,13 +259,8 @@ class ModelFS:
             if not alone:
                 return 0
             freed = self._sweep_tmp()
-            needed = set(pinned)
             try:
-                for model in self._models():
-                    with contextlib.suppress(FileNotFoundError):
-                        needed |= self._needs(self._load(model))
-                for base in self.runs.bases():
-                    needed |= base.digests
+                needed = pinned | self._needed()
             except Corrupt:
                 return freed
             for path in self.blobs.iterdir():
@@ -278,7 +273,6 @@ class ModelFS:
     def fsck(self) -> list[str]:
         """Problems found, one a line; every blob is read and hashed."""
         problems: list[str] = []
-        needed: set[str] = set()
         checked: dict[str, str] = {}
         for model in self._models():
             try:
@@ -286,9 +280,8 @@ class ModelFS:
             except (Corrupt, FileNotFoundError) as problem:
                 problems.append(f"{model}: {problem}")
                 continue
-            needed |= manifest.digests
             try:
-                needed |= self._needs(manifest)
+                self._needs(manifest)
             except Corrupt as problem:
                 problems.append(f"{model}: {problem.message}")
             for file in manifest.files:
@@ -296,14 +289,20 @@ class ModelFS:
                     checked[file.digest] = self._check_blob(file)
                 if problem_ := checked[file.digest]:
                     problems.append(f"{model}: {file.path}: {problem_}")
+        return problems + self.sessions.check() + self.datasets.check()
+
+    def garbage(self) -> list[str]:
+        """What the next `gc` removes of blobs and tmp/, one a line; nothing while an import runs."""
+        found: list[str] = []
         with self._lock(fcntl.LOCK_EX | fcntl.LOCK_NB) as alone:
             if alone:
-                orphans = sorted(
-                    p.name for p in self.blobs.iterdir() if p.name.replace("-", ":", 1) not in needed
-                )
-                problems += [f"blob {name}: no model needs it" for name in orphans]
-                problems += [f"tmp/{path.name}: left over from an import" for path in self._leftovers()]
-        return problems + self.sessions.check() + self.datasets.check()
+                found += [f"tmp/{path.name}: left over from an import" for path in self._leftovers()]
+                with contextlib.suppress(Corrupt):
+                    needed = self._needed()
+                    names = sorted(path.name for path in self.blobs.iterdir())
+                    orphans = [name for name in names if name.replace("-", ":", 1) not in needed]
+                    found += [f"blob {name}: no model needs it" for name in orphans]
+        return found
 
     # -- for the importer -----------------------------------------------------------------------------
 
@@ -413,6 +412,16 @@ class ModelFS:
                     hint=f"choose another name, or remove it: llsh rm {model.short}",
                 ) from None
         return False
+
+    def _needed(self) -> set[str]:
+        """The blobs that some name or training run needs. Raises Corrupt: nobody can tell."""
+        needed: set[str] = set()
+        for model in self._models():
+            with contextlib.suppress(FileNotFoundError):
+                needed |= self._needs(self._load(model))
+        for base in self.runs.bases():
+            needed |= base.digests
+        return needed
 
     def _needs(self, manifest: Manifest) -> set[str]:
         """The blobs of a model and, if it is an adapter, of its base. Raises Corrupt."""

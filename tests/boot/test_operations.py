@@ -106,6 +106,16 @@ def test_exit_codes(tmp_path, words, code, says):
     assert says in done.stderr
 
 
+def test_fsck_tells_of_garbage_which_is_no_problem(tmp_path):
+    blobs = tmp_path / "modelfs" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / f"sha256-{'0' * 64}").write_bytes(b"nobody's")
+    done = llmasosd(tmp_path, "--fsck")
+    assert done.returncode == 0
+    assert "no model needs it" in done.stdout
+    assert "is clean" in done.stdout
+
+
 @pytest.mark.parametrize(
     "setting", ['listen="tcp://192.0.2.1:5570"', 'listen="tcp://127.0.0.1:{port}"', 'socket_group="nobodys"']
 )

@@ -152,6 +152,14 @@ def test_models_are_listed_shown_copied_and_removed(llsh):
     assert "<|im_start|>" in llsh("show", "tiny", "--template")
     assert set(llsh.json("cp", "tiny", "mine:old")) == FILE
     assert "mine:old" in llsh("list")
+    llsh("cp", "tiny", "mine:old")
+    assert llsh.code == 0  # it is that already
+    llsh("cp", "plain", "mine:old")
+    assert (llsh.code, llsh.err) == (1, "llsh: there is a model mine:old\nhint: --force replaces it\n")
+    assert (
+        llsh.json("cp", "plain", "mine:old", "--force")["digest"]
+        == llsh.json("show", "plain")["model"]["digest"]
+    )
     assert llsh.json("rm", "mine:old") == ["mine:old"]
     assert "mine" not in llsh("list")
     llsh("rm", "mine:old", "nosuch")
@@ -346,6 +354,18 @@ def test_help_teaches_every_command_with_examples(llsh, capsys):
         assert capsys.readouterr().out == text
 
 
+@pytest.mark.parametrize("words", [["key"], ["key", "api"], ["audit"]])
+def test_a_group_alone_teaches_and_is_wrong_usage(llsh, words):
+    llsh(*words)
+    assert (llsh.code, llsh.out) == (2, "")
+    assert llsh.err == llsh("help", *words)
+    llsh(*words, "nosuch")
+    assert llsh.code == 2
+    assert f"`llsh help {' '.join(words)}` explains" in llsh.err
+    llsh("help", *words, "nosuch")
+    assert (llsh.code, "no command" in llsh.err) == (2, True)
+
+
 def test_lines_of_commands(llsh, pid):
     out = llsh("-c", "whoami; nosuch && whoami; # a comment\nps --json")
     assert llsh.code == 0
@@ -385,6 +405,68 @@ def test_a_bug_is_two_lines_and_a_file(llsh, monkeypatch, client):
     assert "Traceback" not in llsh.err
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (
+            ["run", "tiny", "x", "--seed", str(2**63)],
+            "seed: must be a whole number from 0 to 9223372036854775807",
+        ),
+        (
+            ["run", "tiny", "x", "--max-time", "inf"],
+            "max_time: must be seconds, above 0 and below 2147483 (24 days)",
+        ),
+        (["nice", "1", "88"], "setpriority: nice must be a whole number from -20 to 19"),
+        (["wait", "1", "--timeout", "inf"], "wait: timeout_s must be a number from 0 to 31536000"),
+        (["kill", str(2**64)], "kill: a number does not fit into 64 bits"),
+        (
+            ["spawn", "tiny", "--name", "x" * 300],
+            "spawn_model: label is wrong: expected `str` of length <= 64",
+        ),
+    ],
+)
+def test_what_is_out_of_range_is_told_with_the_range(llsh, words, says):
+    llsh(*words)
+    assert (llsh.code, llsh.out, llsh.err) == (1, "", f"llsh: {says}\n")
+
+
+def test_a_chat_refuses_at_once_what_the_next_turn_could_not_use(llsh):
+    wrong = {
+        "seed -1": "seed: must be a whole number from 0 to 9223372036854775807",
+        "max_tokens 0": "max_tokens: must be a whole number, at least 1",
+        "temperature hot": "temperature: must be a number from 0 to 100",
+        "top_p 0": "top_p: must be a number, above 0 and at most 1",
+        "class top": "class: must be one of realtime, interactive, batch, idle",
+        "verbose so": "verbose: must be true or false",
+    }
+    typed = "".join(f"/set {words}\n" for words in wrong)
+    out = llsh("chat", "tiny", "--max-tokens", "2", stdin=f"{typed}w1\n")
+    assert (llsh.code, len(out.split())) == (0, 2)
+    assert llsh.err.splitlines() == [f"llsh: {told}" for told in wrong.values()]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["audit", "show", "/etc"], "/etc: Is a directory"),
+        (["audit", "verify", "/nonexistent"], "/nonexistent: No such file or directory"),
+        (["run", "tiny", "hi", "--schema", "/etc"], "/etc: Is a directory"),
+        (["run", "tiny", "hi", "--schema", "{binary}"], "{binary} is not text in UTF-8"),
+        (["key", "authorize", "{binary}", "--as", "bob"], "{binary} is not text in UTF-8"),
+        (["key", "new"], "/proc/nowhere: No such file or directory"),
+        (["key", "api", "new", "ci", "--as", "bob"], "/proc/nowhere: No such file or directory"),
+    ],
+)
+def test_what_files_refuse_is_no_bug(llsh, tmp_path, monkeypatch, words, says):
+    (binary := tmp_path / "binary").write_bytes(b"\xff\x00")
+    monkeypatch.setenv("LLMASOS_HOME", "/proc/nowhere")
+    llsh(*[word.format(binary=binary) for word in words])
+    assert (llsh.code, llsh.out) == (1, "")
+    assert llsh.err.splitlines()[0] == "llsh: " + says.format(binary=binary)
+    assert "bug" not in llsh.err
+    assert ("LLMASOS_HOME" in llsh.err) == ("/proc/" in says)
+
+
 def test_quotas_are_set_shown_and_taken_away(llsh):
     assert llsh("quota", "somebody", "weight=3", "processes=2").splitlines()[-1].split()[:2] == [
         "somebody",
@@ -392,6 +474,12 @@ def test_quotas_are_set_shown_and_taken_away(llsh):
     ]
     (row,) = llsh.json("quota", "somebody", "weight=", "tokens_out=600")
     assert (row["limit"]["weight"], row["limit"]["processes"], row["tokens_out"]) == (1.0, 2, 600)
-    llsh("quota", "somebody", "speed=3")
-    assert llsh.code == 1
+    for words, told in (
+        ("speed=3", "one of weight, kv_min,"),
+        ("weigth=3", "did you mean weight?"),
+        ("weight=-1", "weight must be a number from 0.001 to 1000"),
+    ):
+        llsh("quota", "somebody", words)
+        assert llsh.code == 1
+        assert told in llsh.err
     assert llsh.json("quota", "somebody", "none") == []

@@ -14,7 +14,12 @@ from .conftest import add_model
 
 @pytest.fixture(scope="module", autouse=True)
 def encoder(home: Path) -> None:
-    add_model(home, "encoder", template="", max_position_embeddings=8, llmasos_null_encodes="embed")
+    for name, made in (("encoder", "BertModel"), ("scorer", "BertForSequenceClassification")):
+        encodes = {
+            "architectures": [made],
+            "llmasos_null_encodes": "embed" if name == "encoder" else "classify",
+        }
+        add_model(home, name, template="", max_position_embeddings=8, **encodes)
 
 
 def right(*tokens: int) -> list[float]:
@@ -60,3 +65,10 @@ def test_a_model_that_generates_is_told_so(llsh) -> None:
     llsh("embed", "tiny", "w1")
     assert llsh.code == 1
     assert "generates text" in llsh.err
+
+
+def test_show_tells_what_a_model_is_for(llsh) -> None:
+    for model, use in (("encoder", "llsh embed"), ("scorer", "/v1/classify"), ("plain", "--raw text")):
+        shown = llsh("show", model)
+        assert use in shown
+        assert ("--raw" in shown) == (model == "plain")

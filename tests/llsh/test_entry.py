@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -59,6 +61,47 @@ def test_prompts_come_from_a_pipe_and_answers_go_to_one(home):
     assert done.returncode == 0
     assert len(done.stdout.split()) == 5
     assert done.stderr == ""
+
+
+def test_a_gateway_that_cannot_serve_says_why_and_nothing_else(home, tmp_path):
+    (junk := tmp_path / "junk.pem").write_bytes(b"\xff")
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        for words, says in (
+            (["--port", port], f"port {port} is taken"),
+            (["--port", "0", "--tls-cert", str(junk), "--tls-key", str(junk)], "files in PEM"),
+            (["--port", "0", "--tls-cert", "/etc", "--tls-key", "/etc"], "Is a directory"),
+        ):
+            done = run("serve", *words)
+            assert (done.returncode, done.stdout) == (1, "")
+            assert done.stderr.startswith("llsh: ")
+            assert says in done.stderr.splitlines()[0]
+
+
+def test_any_bytes_may_come_from_a_pipe_and_none_need_to(home):
+    for stdin in ("printf 'w1 \\377' |", "<&-"):
+        line = f"{stdin} {' '.join(LLSH)} run tiny w2 --max-tokens 3"
+        done = subprocess.run(line, shell=True, capture_output=True, text=True, timeout=30)
+        assert (done.returncode, len(done.stdout.split()), done.stderr) == (0, 3, "")
+
+
+def test_a_full_disk_is_told(home):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*LLSH, "list"], stdout=full, stderr=subprocess.PIPE, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (1, "llsh: cannot write: No space left on device\n")
+
+
+def test_a_key_that_does_not_fit_on_the_disk_leaves_no_half_of_it(tmp_path):
+    done = subprocess.run(
+        [*LLSH, "key", "new"],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        env={**os.environ, "LLMASOS_HOME": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8, 8)),
+    )
+    assert (done.returncode, done.stderr) == (1, "llsh: cannot write: File too large\n")
+    assert list((tmp_path / "keys").iterdir()) == []
 
 
 def test_a_reader_that_leaves_is_no_drama(home):

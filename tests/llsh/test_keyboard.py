@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 from llmasos.userland.client import Client
+from llmasos.userland.llsh import editor
 
 CTRL_C, CTRL_D = "\x03", "\x04"
 
@@ -170,3 +171,12 @@ def test_a_chat_of_lines_from_a_pipe(llsh):
     llsh("chat", "plain", stdin="w1\n")
     assert llsh.code == 1
     assert "no chat template" in llsh.err
+
+
+def test_a_history_that_cannot_be_written_is_no_drama(tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMASOS_HOME", str(tmp_path))
+    history = editor._history("llsh")
+    (tmp_path / "llsh_history").unlink()
+    (tmp_path / "llsh_history").mkdir()
+    history.append_string("ps")
+    assert history.get_strings() == ["ps"]

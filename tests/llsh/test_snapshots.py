@@ -28,6 +28,10 @@ def test_save_list_restore_remove(client: Client) -> None:
     assert (llsh.code, "no device" in llsh.err) == (1, True)
     llsh("snapshot", pid, "my notes")
     assert (llsh.code, "letters, digits" in llsh.err, "regex" in llsh.err) == (1, True, False)
+    before = [process.pid for process in client.ps()]
+    llsh("restore", "mine", "--resume")
+    assert (llsh.code, "no answer was under way" in llsh.err) == (1, True)
+    assert [process.pid for process in client.ps()] == before
     llsh("rm", "/sessions/mine")
     assert llsh.code == 0
     llsh("restore", "mine")

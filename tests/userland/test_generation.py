@@ -90,13 +90,14 @@ def test_several_samples_have_seeds_of_their_own() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "results", "field"),
+    ("options", "results", "told"),
     [
         ({}, 2, "num_return_sequences"),
         ({}, 0, "num_return_sequences"),
         ({"num_beams": 2}, 3, "num_return_sequences"),
         ({"num_beams": 4, "do_sample": True}, 1, "do_sample"),
-        ({"num_beams": 40}, 1, "num_beams"),
+        ({"num_beams": 40}, 1, "num_beams: must be a whole number from 2 to 16"),
+        ({"num_beams": 0}, 1, "num_beams: must be a whole number from 2 to 16 (1 searches without beams)"),
         ({"num_beams": 2, "early_stopping": "maybe"}, 1, "early_stopping"),
         ({"do_sample": True, "temperature": 0}, 1, "temperature"),
         ({"do_sample": True, "temperature": -1}, 1, "temperature"),
@@ -107,12 +108,14 @@ def test_several_samples_have_seeds_of_their_own() -> None:
         ({"max_new_tokens": -1}, 1, "max_new_tokens"),
         ({"max_new_tokens": 2.5}, 1, "max_new_tokens"),
         ({"stop": ["a", ""]}, 1, "stop"),
+        ({"max_time": float("inf")}, 1, "max_time: must be seconds, above 0"),
     ],
 )
-def test_mistakes_are_named(options: Any, results: int, field: str) -> None:
+def test_mistakes_are_named(options: Any, results: int, told: str) -> None:
     with pytest.raises(errors.InvalidArgument) as caught:
         make(options, results=results)
-    assert caught.value.details["field"] == field
+    assert str(caught.value).startswith(told)
+    assert caught.value.details["field"] == told.partition(":")[0]
 
 
 def test_unknown_names_are_type_errors_with_a_suggestion() -> None:

@@ -73,6 +73,16 @@ def test_mistakes_never_reach_the_kernel(llm: LLM, kernel: Any) -> None:
     for call in (llm.stream, llm.chat, llm.astream):
         with pytest.raises(TypeError, match="no option"):
             call("A", nonsense=1)
+    for nothing, what in ((None, "NoneType"), (5, "int"), ([None], "NoneType"), (b"A", "bytes")):
+        for call in (llm.generate, llm.embed):
+            with pytest.raises(errors.InvalidArgument, match=f"a text is a str.*, not {what}"):
+                call(nothing)  # type: ignore[arg-type]
+    with pytest.raises(errors.InvalidArgument, match="a text is a str, not NoneType"):
+        llm.stream(None)  # type: ignore[arg-type]
+    with pytest.raises(errors.InvalidArgument, match="messages are a list"):
+        llm.chat(None)  # type: ignore[arg-type]
+    with pytest.raises(errors.InvalidArgument, match="not valid Unicode"):
+        llm.embed("\ud800")
     with pytest.raises(errors.InvalidArgument, match="num_return_sequences"):
         llm.generate("A", num_return_sequences=2)
     with pytest.raises(errors.InvalidArgument, match="BOS token"):

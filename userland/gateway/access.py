@@ -14,28 +14,26 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import secrets
 import time
 import tomllib
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 from llmasos.syscalls import address, errors
 from llmasos.syscalls import types as t
-from msgspec import Meta, Struct
+from llmasos.syscalls.bounds import refused
+from msgspec import Struct
 
 PREFIX = "sk-llmasos-"
 SUFFIX = ".toml"
-NAME = r"^[a-z0-9][a-z0-9._-]{0,63}\Z"
 REFRESH_S = 1.0
 
 
 class ApiKey(Struct, frozen=True, forbid_unknown_fields=True):
     """One key, without the key."""
 
-    name: Annotated[str, Meta(pattern=NAME)]
+    name: t.Tenant
     tenant: t.Tenant
     sha256: t.PublicKey
     rights: t.Rights = t.TENANT_RIGHTS
@@ -88,7 +86,7 @@ class ApiKeys:
         try:
             msgspec.convert(made, ApiKey)
         except msgspec.ValidationError as problem:
-            raise errors.InvalidArgument(f"a key of this name or tenant: {problem}") from None
+            raise errors.InvalidArgument(" ".join(refused(problem, ApiKey))) from None
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         unfinished = self._folder / f"{name}.new"
         lines = (f"{field} = {msgspec.json.encode(value).decode()}\n" for field, value in made.items())
@@ -101,8 +99,8 @@ class ApiKeys:
 
     def revoke(self, name: str) -> None:
         """Raises NoSuchKey."""
-        path = self._folder / (name + SUFFIX)
-        if not re.match(NAME, name) or not path.exists():
+        path = next((file for file in self._folder.glob("*" + SUFFIX) if file.stem == name), None)
+        if path is None:
             raise errors.NoSuchKey(f"there is no key {name!r}", hint="llsh key api list")
         path.unlink()
 

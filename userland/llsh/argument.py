@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
 
 from . import completion
-from .shell import Shell
+from .shell import Shell, shell_of
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
 Class = Annotated[
@@ -41,6 +43,25 @@ Pids = Annotated[
 def examples(*lines: str) -> str:
     """The end of a command's help: what to type, one line an example."""
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def group(purpose: str, *lines: str) -> typer.Typer:
+    """A command that is a group of others: alone it teaches them on stderr, and is wrong usage."""
+
+    def teach(context: typer.Context) -> None:
+        if context.invoked_subcommand is None:
+            shell_of(context).terminal.say(context.get_help())
+            raise typer.Exit(2)
+
+    return typer.Typer(help=purpose, epilog=examples(*lines), invoke_without_command=True, callback=teach)
+
+
+def text_of(path: Path) -> str:
+    """A file that the user named. Raises OSError, InvalidArgument."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise errors.InvalidArgument(f"{path} is not text in UTF-8") from None
 
 
 def pid(shell: Shell, word: str) -> int:

@@ -9,15 +9,12 @@ from typing import Annotated
 import typer
 from llmasos.syscalls import chain
 
+from . import argument
 from .argument import Json, examples
 from .shell import Shell, shell_of
 
 app = typer.Typer()
-group = typer.Typer(
-    help="Show or verify the log of who did what.",
-    no_args_is_help=True,
-    epilog=examples("llsh audit show", "llsh audit verify"),
-)
+group = argument.group("Show or verify the log of who did what.", "llsh audit show", "llsh audit verify")
 app.add_typer(group, name="audit")
 
 Log = Annotated[Path | None, typer.Argument(help="A copy of the log, instead of the daemon's.")]

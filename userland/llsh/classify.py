@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .argument import Class, Json, Model, Nice, examples
-from .embed import batches, reader
+from .embed import Texts, batches, reader
 from .shell import shell_of
 from .table import Column, Table
 
@@ -24,10 +24,7 @@ app = typer.Typer()
 def classify(
     context: typer.Context,
     model: Model,
-    text: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="TEXT", help="A text each; without one, a line of stdin each."),
-    ] = None,
+    text: Texts = None,
     labels: Annotated[str, typer.Option("--labels", metavar="A,B,…", help="What it may be.")] = "",
     ask: Annotated[str, typer.Option("--ask", help="A question about the text.", show_default=False)] = "",
     nice: Nice = 0,
@@ -50,7 +47,6 @@ def classify(
     table = Table([Column("LABEL"), Column("PROBABILITY", right=True), Column("TEXT", least=20)])
     question = Question(ask or ABOUT, tuple(Option(name) for name in names))
     for texts in batches(shell, text):
-        texts = [one for one in texts if one]
         for one, (found,) in zip(texts, llm.decide_all(texts, question), strict=True):
             chances = dict(zip(found.options, found.probabilities, strict=True))
             if told:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -104,8 +105,14 @@ def _last_command(words: list[str]) -> list[str]:
     return words
 
 
+class _Remembered(FileHistory):
+    def store_string(self, string: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk: the shell works, it only forgets
+            super().store_string(string)
+
+
 def _history(name: str) -> History:
     try:
-        return FileHistory(str(history_file(name)))
+        return _Remembered(str(history_file(name)))
     except OSError:  # a read-only home: the shell works, it only forgets
         return InMemoryHistory()

@@ -25,6 +25,12 @@ BATCH = 256
 SHOWN = 6
 """Numbers of a vector that a person is shown."""
 
+# As many answers as lines: what is made of a file can be pasted beside it.
+Texts = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="TEXT", help="A text each; without one, a line of stdin each, empty ones too."),
+]
+
 
 @app.command(
     epilog=examples(
@@ -37,10 +43,7 @@ SHOWN = 6
 def embed(
     context: typer.Context,
     model: Model,
-    text: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="TEXT", help="A text each; without one, a line of stdin each."),
-    ] = None,
+    text: Texts = None,
     truncate: Annotated[
         bool, typer.Option("--truncate", help="Cut what is too long, instead of an error.")
     ] = False,

@@ -11,23 +11,25 @@ import typer
 from llmasos.syscalls import table
 from llmasos.syscalls.types import TENANT_RIGHTS, Capability, KeyInfo
 
-from .argument import Json, examples
+from . import argument
+from .argument import Json, examples, text_of
 from .shell import Shell, shell_of
 from .table import Column, Table
 
 app = typer.Typer()
-group = typer.Typer(
-    help="Keys for daemons on other machines, and for the gateway.",
-    no_args_is_help=True,
-    epilog=examples(
-        "llsh key new", "llsh key authorize KEY --as alice", "llsh key trust tcp://gpu1:5570 KEY"
-    ),
+group = argument.group(
+    "Keys for daemons on other machines, and for the gateway.",
+    "llsh key new",
+    "llsh key authorize KEY --as alice",
+    "llsh key trust tcp://gpu1:5570 KEY",
+    "llsh key api new ci --as alice",
 )
 app.add_typer(group, name="key")
-api = typer.Typer(
-    help="API keys of the gateway (`llsh serve`).",
-    no_args_is_help=True,
-    epilog=examples("llsh key api new ci --as alice", "llsh key api list", "llsh key api revoke ci"),
+api = argument.group(
+    "API keys of the gateway (`llsh serve`).",
+    "llsh key api new ci --as alice",
+    "llsh key api list",
+    "llsh key api revoke ci",
 )
 group.add_typer(api, name="api")
 
@@ -89,7 +91,7 @@ def authorize(
 ) -> None:
     """Let a key in over tcp."""
     shell = shell_of(context)
-    public = Path(key).read_text().strip() if len(key) != 64 and Path(key).is_file() else key
+    public = text_of(Path(key)).strip() if len(key) != 64 and Path(key).is_file() else key
     entry = KeyInfo(tenant, public, tuple(right)) if right else KeyInfo(tenant, public)
     _print(shell, shell.client().call(table.AuthorizeKey(entry)), json)
 

@@ -6,7 +6,9 @@ than Typer is imported before a command needs it.
 
 from __future__ import annotations
 
+import errno
 import functools
+import io
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -41,6 +43,9 @@ if TYPE_CHECKING:
     from typer.core import TyperCommand
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_SHUT = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS}
 
 _PURPOSE = """\
 The shell of LLMasOS: language models as processes.
@@ -117,23 +122,25 @@ def llsh(
     raise typer.Exit(interact(shell, dispatch, command_tree()))
 
 
-@app.command("help", epilog="\b\nExamples:\n  llsh help\n  llsh help run")
+@app.command("help", epilog="\b\nExamples:\n  llsh help\n  llsh help run\n  llsh help key api")
 def help_(
     context: typer.Context,
-    command: Annotated[str, typer.Argument(metavar="COMMAND", help="The command to explain.")] = "",
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="COMMAND", help="The command to explain.")
+    ] = None,
 ) -> None:
     """Explain llsh or one of its commands."""
     shell = shell_of(context)
-    if command:
-        known = command_tree()
-        if command not in known:
-            raise UnknownCommand(command)
-        explained = known[command].make_context(
-            command, [], parent=context.find_root(), resilient_parsing=True
-        )
-        shell.terminal.line(explained.get_help())
+    if not words:
+        shell.terminal.write(guide.overview(summaries()))
         return
-    shell.terminal.write(guide.overview(summaries()))
+    explained = context.find_root()
+    for word in words:
+        known = getattr(explained.command, "commands", {})
+        if word not in known:
+            raise UnknownCommand(" ".join(words))
+        explained = known[word].make_context(word, [], parent=explained, resilient_parsing=True)
+    shell.terminal.line(explained.get_help())
 
 
 class UnknownCommand(Exception):
@@ -182,14 +189,32 @@ def dispatch(words: list[str], shell: Shell) -> int:
         return FAILED
     except BrokenPipeError:
         raise
-    except Exception as bug:
-        terminal.fail(f"{type(bug).__name__}: {bug}", f"this is a bug in llsh; {_record(bug)}")
+    except Exception as problem:
+        if isinstance(problem, OSError) and (told := _of_files(problem)):
+            terminal.fail(*told)
+        else:
+            terminal.fail(
+                f"{type(problem).__name__}: {problem}", f"this is a bug in llsh; {_record(problem)}"
+            )
         return FAILED
+
+
+def _of_files(problem: OSError) -> tuple[str, str] | None:
+    """What a file system refused, in Unix's words, and a hint: no bug. None: it was something else."""
+    if problem.filename is not None:
+        path, home = Path(str(problem.filename)), address.home_folder()
+        ours = home.is_relative_to(path) or path.is_relative_to(home)
+        hint = f"LLMasOS keeps its files in {home}; LLMASOS_HOME names another folder" if ours else ""
+        return f"{path}: {problem.strerror}", hint if problem.errno in _SHUT else ""
+    if problem.errno in _FULL:  # writing knows no name
+        return f"cannot write: {problem.strerror}", ""
+    return None
 
 
 def _usage(context: Any) -> str:
     usage = " ".join(context.get_usage().removeprefix("Usage: ").split())
-    return f"{usage}; `llsh help {context.info_name}` explains" if context.parent else usage
+    words = context.command_path.removeprefix("llsh ")
+    return f"{usage}; `llsh help {words}` explains" if context.parent else usage
 
 
 def _record(bug: Exception) -> str:
@@ -207,6 +232,11 @@ def _record(bug: Exception) -> str:
 
 def main() -> int:
     """Entry point of `llsh`."""
+    if sys.stdin is None:  # closed, as by `<&-`
+        sys.stdin = Path("/dev/null").open()  # noqa: SIM115
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # one byte that is no text must not cost the rest
     shell = Shell()
     try:
         code = dispatch(sys.argv[1:], shell)

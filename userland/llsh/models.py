@@ -26,6 +26,12 @@ SESSIONS = "/sessions/"
 DATASETS = "/datasets/"
 TEMPLATE = "chat_template.jinja"
 
+_USES = {
+    t.Encodes.EMBED: "it makes vectors: llsh embed",
+    t.Encodes.CLASSIFY: "it scores texts: LLM.encode, or /v1/classify of `llsh serve`",
+    t.Encodes.TOKENS: "it labels tokens: LLM.encode",
+}
+
 
 def installed(shell: Shell, client: Client, model: str) -> str:
     """The name of `model` in the model filesystem, after pulling it if it is not there.
@@ -114,6 +120,8 @@ def show(
     json: Json = False,
 ) -> None:
     """Show what a model is: architecture, size, context, license, source, files, and what computes it."""
+    from ..models import encodes
+
     shell = shell_of(context)
     client = shell.client()
     path = model_path(model)
@@ -132,8 +140,12 @@ def show(
     facts = {**info.details}
     lines = [("model", _name(info)), ("id", info.digest), ("size", quantity.size(info.size))]
     lines += [(key.replace("_", " "), _fact(key, value)) for key, value in facts.items() if value != ""]
-    has_template = any(file.path.endswith(f"/{TEMPLATE}") for file in files)
-    lines.append(("chat template", "yes, see --template" if has_template else "none: use it with --raw text"))
+    if made_for := encodes(client, name):
+        lines.append(("encoder", _USES[made_for]))
+    else:
+        has_template = any(file.path.endswith(f"/{TEMPLATE}") for file in files)
+        use = "yes, see --template" if has_template else "none: use it with --raw text"
+        lines.append(("chat template", use))
     for device, pool in resident:
         keeps = f"encodes to {pool.encodes}" if pool.encodes else f"KV in {pool.kv_dtype}"
         lines.append((f"on {device}", f"{pool.dtype}, {keeps}: {pool.engine}"))
@@ -190,19 +202,23 @@ def cp(
     context: typer.Context,
     source: Installed,
     target: Annotated[str, typer.Argument(metavar="DST", help="The second name, or /datasets/[NAME].")],
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace what has that name now.")] = False,
     json: Json = False,
 ) -> None:
     """Give a model a second name, which copies no data; or make a local file a data set."""
     shell = shell_of(context)
-    if target.startswith(DATASETS):
-        from ..training import send_dataset
+    try:
+        if target.startswith(DATASETS):
+            from ..training import send_dataset
 
-        client = shell.started()
-        name = send_dataset(client, source, target.removeprefix(DATASETS))
-        info = client.call(table.Stat(DATASETS + name))
-        shell.emit(info, json, f"{info.path}: {quantity.size(info.size)}")
-        return
-    info = shell.client().call(table.Link(full_name(source), full_name(target)))
+            client = shell.started()
+            name = send_dataset(client, source, target.removeprefix(DATASETS), replace=force)
+            info = client.call(table.Stat(DATASETS + name))
+            shell.emit(info, json, f"{info.path}: {quantity.size(info.size)}")
+            return
+        info = shell.client().call(table.Link(full_name(source), full_name(target), force))
+    except errors.AlreadyExists as problem:
+        raise errors.AlreadyExists(problem.message, hint="--force replaces it") from None
     shell.emit(info, json, f"{source} is also {_name(info)}")
 
 

@@ -7,9 +7,10 @@ from typing import Annotated
 import msgspec
 import typer
 from llmasos.syscalls import errors, table
+from llmasos.syscalls.bounds import refused
 from llmasos.syscalls.types import Quota, QuotaInfo
 
-from . import quantity
+from . import guide, quantity
 from .argument import Json, examples
 from .shell import shell_of
 from .table import Column, Table
@@ -56,18 +57,22 @@ def _changed(quota: Quota | None, words: list[str]) -> Quota | None:
     values = msgspec.structs.asdict(quota or Quota())
     for word in words:
         name, equals, value = word.partition("=")
-        if not equals or name not in values:
+        if not equals:
             raise errors.InvalidArgument(
-                f"{word}: expected a limit as name=value", hint="see `llsh quota -h`"
+                f"{word}: expected a limit as NAME=VALUE", hint="see `llsh quota -h`"
             )
+        if name not in Quota.__struct_fields__:
+            near = guide.did_you_mean(name, Quota.__struct_fields__)
+            known = f"one of {', '.join(Quota.__struct_fields__)}"
+            raise errors.InvalidArgument(f"no limit {name!r}", hint=near or known)
         if value:
             values[name] = value
         else:
-            values.pop(name)
+            values.pop(name, None)
     try:
         return msgspec.convert(values, Quota, strict=False)
     except msgspec.ValidationError as problem:
-        raise errors.InvalidArgument(f"quota: {problem}") from None
+        raise errors.InvalidArgument(" ".join(refused(problem, Quota))) from None
 
 
 def _cells(node: QuotaInfo) -> list[str]:

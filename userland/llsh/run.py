@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
+import msgspec
 import typer
 from llmasos.syscalls import types as t
 
 from . import completion
-from .answer import DEFAULT_TOKENS, Answer, Settings, timings
-from .argument import Class, Json, Nice, examples
+from .answer import DEFAULT_TOKENS, Answer, AnswerInfo, Settings, timings
+from .argument import Class, Json, Nice, examples, text_of
 from .conversation import opened
 from .shell import shell_of
 
@@ -40,6 +42,9 @@ TopP = Annotated[
 Seed = Annotated[
     int | None, typer.Option("--seed", min=0, help="The same seed, the same answer.", show_default=False)
 ]
+
+_OPTIONS = {"json": "--schema", "regex": "--regex", "choice": "--choice"}
+"""The options of generate's `structured_outputs`."""
 
 MaxTime = Annotated[
     float | None,
@@ -82,10 +87,13 @@ def run(
             "--schema", metavar="FILE", exists=True, help="The answer is JSON that matches this JSON schema."
         ),
     ] = None,
-    regex: Annotated[str, typer.Option("--regex", help="The answer matches this.", show_default=False)] = "",
+    regex: Annotated[
+        str | None, typer.Option("--regex", help="The answer matches this.", show_default=False)
+    ] = None,
     choice: Annotated[
-        str, typer.Option("--choice", metavar="A,B,…", help="The answer is one of these.", show_default=False)
-    ] = "",
+        str | None,
+        typer.Option("--choice", metavar="A,B,…", help="The answer is one of these.", show_default=False),
+    ] = None,
     nice: Nice = 0,
     sched_class: Class = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Timings at the end, on stderr.")] = False,
@@ -95,6 +103,7 @@ def run(
 
     Starts the daemon and pulls the model if need be. The prompt goes through the model's chat template if
     it has one. Text on stdin is added after the prompt. Without a prompt on a terminal it is a chat.
+    Fails when the answer was cut before it is what --schema, --regex or --choice asked for.
     """
     shell = shell_of(context)
     wanted = _structured(schema, regex, choice)
@@ -116,25 +125,58 @@ def run(
         shell.terminal.document(info)
     if verbose:
         shell.terminal.say(timings(info))
-    if info.finish is t.Finish.LENGTH and shell.terminal.is_tty:
-        shell.terminal.say(f"(stopped after {info.generated_tokens} tokens; --max-tokens allows more)")
-    if info.finish is t.Finish.DEADLINE and shell.terminal.is_tty:
-        shell.terminal.say(f"(stopped after {max_time:g} s; --max-time allows more)")
+    where, more = _cut(info, settings)
+    if where and wanted and not _is_whole(wanted, info.text):
+        (asked,) = (_OPTIONS[name] for name in wanted)
+        shell.terminal.fail(f"the answer was cut {where}, before it was what {asked} asks for", more)
+        raise typer.Exit(1)
+    if where and shell.terminal.is_tty:
+        shell.terminal.say(f"(stopped {where}; {more})")
     if info.finish is t.Finish.KILLED:
         shell.terminal.fail(f"process {info.pid} was killed")
         raise typer.Exit(1)
     return None
 
 
-def _structured(schema: Path | None, regex: str, choice: str) -> dict[str, Any] | None:
+def _structured(schema: Path | None, regex: str | None, choice: str | None) -> dict[str, Any] | None:
     """What the options ask for, as generate's `structured_outputs`."""
     given: dict[str, Any] = {}
     if schema is not None:
-        given["json"] = schema.read_text()
-    if regex:
+        given["json"] = text_of(schema)
+    if regex is not None:
         given["regex"] = regex
-    if choice:
+    if choice is not None:
         given["choice"] = [one.strip() for one in choice.split(",") if one.strip()]
     if len(given) > 1:
         raise typer.BadParameter("only one of --schema, --regex and --choice")
+    for name, value in given.items():
+        if not value:
+            raise typer.BadParameter(f"{_OPTIONS[name]} is empty")
     return given or None
+
+
+def _cut(info: AnswerInfo, settings: Settings) -> tuple[str, str]:
+    """Where a limit ended an answer, and what allows more; "" twice if none did."""
+    if info.finish is t.Finish.DEADLINE:
+        return f"after {settings.max_time:g} s", "--max-time allows more"
+    if info.finish is t.Finish.LENGTH:
+        full = info.generated_tokens < settings.max_tokens
+        return (
+            f"after {info.generated_tokens} tokens",
+            "the model's context is full" if full else "--max-tokens allows more",
+        )
+    return "", ""
+
+
+def _is_whole(wanted: dict[str, Any], text: str) -> bool:
+    """Whether an answer that a limit ended is what was asked for all the same."""
+    try:
+        match wanted:
+            case {"choice": choices}:
+                return text in choices
+            case {"regex": regex}:
+                return re.fullmatch(regex, text) is not None
+        msgspec.json.decode(text)
+    except (msgspec.DecodeError, re.error):
+        return False
+    return True

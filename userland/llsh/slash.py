@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Annotated, Any
 
 import msgspec
 from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
+from llmasos.syscalls.bounds import refused
 
 from . import guide
 from .answer import Settings
 from .conversation import Conversation
 from .terminal import Terminal
-
-T = TypeVar("T")
 
 HELP = '''\
   """            begin and end a message of many lines
@@ -99,38 +98,34 @@ class Slash:
             case "system":
                 self._talk.system = value
             case "verbose":
-                self.verbose = _checked(name, value or "true", bool)
+                self.verbose = _checked(name, value or "true")
             case "nice":
-                self._reclass(nice=_checked(name, value, int))
+                self._reclass(nice=_checked(name, value))
             case "class":
-                self._reclass(sched_class=_checked(name, value, t.SchedClass))
+                self._reclass(sched_class=_checked(name, value))
             case "max_tokens":
-                self.settings.max_tokens = max(1, _checked(name, value, int))
-            case "seed":
-                self.settings.seed = _checked(name, value, int) if value else None
-            case "temperature":
-                self.settings.temperature = _sampling(name, value) if value else None
+                self.settings.max_tokens = _checked(name, value)
             case _:
-                self.settings.top_p = _sampling(name, value) if value else None
+                setattr(self.settings, name, _checked(name, value) if value else None)
 
     def _reclass(self, nice: int | None = None, sched_class: t.SchedClass | None = None) -> None:
         self._talk.llm.client.call(table.SetPriority(self._talk.pid, nice, sched_class))
 
 
-def _sampling(name: str, text: str) -> float:
-    """A value that `infer` will take for the sampling option `name`."""
-    value = _checked(name, text, float)
-    try:
-        msgspec.convert({name: value}, t.Sampling)
-    except msgspec.ValidationError as problem:
-        raise errors.InvalidArgument(f"{name}: {str(problem).split(' - at')[0]}", field=name) from None
-    return value
+class _Values(t.Sampling, frozen=True):
+    """What /set takes, with its bounds."""
+
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] = 1
+    nice: int = 0
+    sched_class: t.SchedClass = t.SchedClass.INTERACTIVE
+    verbose: bool = False
 
 
-def _checked(name: str, text: str, kind: type[T]) -> T:
-    """`text` as a `kind`. Raises InvalidArgument."""
+def _checked(name: str, text: str) -> Any:
+    """The value of a setting. Raises InvalidArgument."""
     words = {"on": "true", "off": "false"}
+    field = "sched_class" if name == "class" else name
     try:
-        return msgspec.convert(words.get(text, text), kind, strict=False)
+        return getattr(msgspec.convert({field: words.get(text, text)}, _Values, strict=False), field)
     except msgspec.ValidationError as problem:
-        raise errors.InvalidArgument(f"{name}: {str(problem).lower()}", field=name) from None
+        raise errors.InvalidArgument(f"{name}: {refused(problem, _Values)[1]}", field=name) from None

@@ -110,13 +110,22 @@ def _resume(shell: Shell, name: str, device: str, json: bool) -> None:
         raise errors.Corrupt(f"snapshot {name} is damaged", hint=f"remove it: llsh rm /sessions/{name}")
     llm = LLM.from_pretrained(model, client=client)
     process = llm.restore(name, device=device, detached=True)
+    try:
+        pieces = process.resume()
+    except errors.InvalidArgument:
+        process.close()  # an error leaves nothing behind
+        raise errors.InvalidArgument(
+            f"in {name} no answer was under way", hint=f"`llsh restore {name}` brings its process back"
+        ) from None
     answer = Answer(shell.terminal, show=not json)
-    with process.resume() as pieces:
-        reply = answer.stream(pieces, "thinking")
+    try:
+        with pieces:
+            reply = answer.stream(pieces, "thinking")
+    finally:
+        if not json:
+            shell.terminal.say(f"(process {process.pid} stays until `llsh kill {process.pid}`)")
     if json:
         shell.terminal.document(answer.info(model, reply))
-    else:
-        shell.terminal.say(f"(process {process.pid} stays until `llsh kill {process.pid}`)")
 
 
 def _note(shell: Shell, why: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -149,27 +150,35 @@ def train(
     client = shell.started()
     from ..models import ensure_model
 
-    dataset = _sent(shell, client, data)
+    local = os.path.isfile(os.path.expanduser(data))
+    dataset = data if local else _there(client, data)
     base = ensure_model(client, model, progress=shell.terminal.err.isatty())
-    run = runs.start(
-        client,
-        base,
-        dataset,
-        name or os.path.splitext(dataset)[0],
-        recipe,
-        sched_class=sched_class or t.SchedClass.BATCH,
-        nice=nice,
-        device=device,
-        detached=detach,
-    )
-    if detach:
-        shell.emit({"pid": run.pid, "model": run.model}, json, str(run.pid))
-        shell.terminal.say(
-            f"(it makes {_short(run.model)}; `llsh train --follow {run.pid}` shows how it goes)"
+    dataset, sent = _sent(shell, client, data) if local else (dataset, False)
+    try:
+        run = runs.start(
+            client,
+            base,
+            dataset,
+            name or os.path.splitext(dataset)[0],
+            recipe,
+            sched_class=sched_class or t.SchedClass.BATCH,
+            nice=nice,
+            device=device,
+            detached=detach,
         )
-        return
-    shell.pid = run.pid
-    _show(shell, run, json)
+        if detach:
+            shell.emit({"pid": run.pid, "model": run.model}, json, str(run.pid))
+            shell.terminal.say(
+                f"(it makes {_short(run.model)}; `llsh train --follow {run.pid}` shows how it goes)"
+            )
+            return
+        shell.pid = run.pid
+        _show(shell, run, json)
+    except errors.InvalidArgument as problem:
+        if sent and problem.details.get("field") == "dataset":  # a refused file is of no use there
+            with contextlib.suppress(errors.LLMasOSError):
+                client.call(table.Unlink(f"/datasets/{dataset}"))
+        raise
 
 
 @app.command(
@@ -235,24 +244,33 @@ def _pair(text: str) -> tuple[str, str]:
     return name, value
 
 
-def _sent(shell: Shell, client: Client, data: str) -> str:
-    """The name of a data set: of a local file that is sent, or of one that is there."""
+def _there(client: Client, data: str) -> str:
+    """The name of a data set that the daemon has."""
+    name = data.removeprefix("/datasets/")
+    try:
+        client.call(table.Stat(f"/datasets/{name}"))
+    except (errors.NotFound, errors.InvalidArgument):
+        raise errors.NoSuchFile(
+            f"no file and no data set {data}", hint="see `llsh ls /datasets`", path=data
+        ) from None
+    return name
+
+
+def _sent(shell: Shell, client: Client, data: str) -> tuple[str, bool]:
+    """The name of the data set that a local file becomes, and whether it was not that already."""
     from ..training import bar_for, send_dataset
 
-    if not os.path.isfile(os.path.expanduser(data)):
-        name = data.removeprefix("/datasets/")
-        try:
-            client.call(table.Stat(f"/datasets/{name}"))
-        except (errors.NotFound, errors.InvalidArgument):
-            raise errors.NoSuchFile(
-                f"no file and no data set {data}", hint="see `llsh ls /datasets`", path=data
-            ) from None
-        return name
     bar = bar_for(data, shell.terminal.err.isatty())
-    if bar is None:
-        return send_dataset(client, data)
-    with bar:
-        return send_dataset(client, data, show=bar.sent)
+    sent = False
+
+    def show(done: int, size: int) -> None:
+        nonlocal sent
+        sent = True
+        if bar is not None:
+            bar.sent(done, size)
+
+    with bar or contextlib.nullcontext():
+        return send_dataset(client, data, show=show), sent
 
 
 def _show(shell: Shell, run: TrainingRun, json: bool) -> None:

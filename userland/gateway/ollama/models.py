@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json as jsonlib
 from collections.abc import AsyncIterator
 from importlib.metadata import version as installed_version
 from typing import Annotated, Any
@@ -15,7 +14,7 @@ from pydantic import Field, model_validator
 from starlette.responses import Response
 
 from ...llm import LLM
-from ...models import full_name, remote
+from ...models import encodes, full_name, remote
 from ..callers import Caller, authenticated
 from ..errors_doc import documented
 from ..http import attend, json
@@ -120,13 +119,11 @@ async def show(body: ShowRequest, caller: Annotated[Caller, Depends(authenticate
 
 
 def _capabilities(llm: LLM) -> list[str]:
-    """In Ollama's words; none of what only classifies. An adapter has its base's."""
-    base, _, _ = llm.model.partition("+")
-    config = jsonlib.loads(llm.client.read_file(f"/models/{base}/config.json"))
-    made_for = config.get("architectures") or ["ForCausalLM"]
-    if any(str(one).endswith(("ForCausalLM", "LMHeadModel")) for one in made_for):
+    """In Ollama's words; none of what only classifies."""
+    made_for = encodes(llm.client, llm.model)
+    if made_for is None:
         return ["completion", *(["tools"] if llm.tokenizer.template else [])]
-    return ["embedding"] if any(str(one).endswith(("Model", "ForMaskedLM")) for one in made_for) else []
+    return ["embedding"] if made_for is t.Encodes.EMBED else []
 
 
 class PullRequest(Named):
