@@ -1,6 +1,6 @@
 """llmasosd: in which order the daemon starts and stops.
 
-    supervisor   folders → lock → kernel → (kernel listens) → one worker per device → watch
+    supervisor   folders → lock → kernel and one worker per device → (kernel listens, workers attach) → watch
     kernel       configuration → model filesystem → tables → sockets → "ready" → loop
 
 Stops the other way round: SIGTERM or the shutdown call drains the kernel, which ends with code 0, then the

@@ -101,21 +101,20 @@ class Supervisor:
             self._stop_all()
 
     def _start_due(self) -> None:
-        """Starts what is due: the kernel first, the workers once it listens."""
+        """Starts what is due: kernel and workers together, who connect as soon as it listens."""
         now = time.monotonic()
-        if self._kernel.process is None and now >= self._kernel.due:
+        boots = self._kernel.process is None and now >= self._kernel.due
+        if boots:
             self._kernel.start(subprocess.PIPE, subprocess.PIPE)
-            assert self._kernel.process is not None
-            assert self._kernel.process.stdout is not None
-            line = self._kernel.process.stdout.readline().decode().strip()
-            if line:
-                self._served = True
-                _say(line)
-                notify("READY=1")
         if self._kernel.process is not None:
             for worker in self._workers:
                 if worker.process is None and now >= worker.due:
                     worker.start(subprocess.DEVNULL, None)
+            assert self._kernel.process.stdout is not None
+            if boots and (line := self._kernel.process.stdout.readline().decode().strip()):
+                self._served = True
+                _say(line)
+                notify("READY=1")
 
     def _wait(self) -> list[Child]:
         children = [c for c in (self._kernel, *self._workers) if c.process is not None]
