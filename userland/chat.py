@@ -1,30 +1,23 @@
 """Chat templates: messages become the text a model was trained on.
 
-A template is somebody else's program: it runs in jinja2's immutable sandbox, without attributes that
-change anything, with its products and its output bounded. What people write in messages must not become
-control tokens, however the template cuts, strips or joins it: before rendering, the first and last two
-characters of every special token are replaced in all strings of the messages by private characters; after
-rendering these mark the untrusted text, which is encoded as plain text (`Tokenizer.encode_parts`).
+What people write in messages must not become control tokens, however the template cuts, strips or joins it:
+before rendering (template.py), the first and last two characters of every special token are replaced in all
+strings of the messages by private characters; after rendering these mark the untrusted text, which is encoded
+as plain text (`Tokenizer.encode_parts`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import datetime
 import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-import jinja2
-import jinja2.exceptions
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 from llmasos.syscalls import errors
 
+from .template import run
 from .tokenizer import Part, Tokenizer
 from .tools import FORMATS, HERMES, Format, Tool, in_words
 
@@ -33,7 +26,6 @@ Message = Mapping[str, Any]
 # Bounds of a rendering, in characters.
 _OUTPUT_FACTOR = 4
 _OUTPUT_FLOOR = 64 * 1024
-_LONGEST_PRODUCT = 1024 * 1024
 
 _DEEPEST = 128
 """Levels of lists and objects in messages and tools."""
@@ -157,7 +149,7 @@ def render(
         **{name: tokenizer.token(name) for name in ("bos_token", "eos_token", "pad_token", "unk_token")},
     }
     limit = _OUTPUT_FACTOR * (shield.covered + len(tokenizer.template)) + _OUTPUT_FLOOR
-    return shield.uncover(_run(tokenizer.template, variables, limit))
+    return shield.uncover(run(tokenizer.template, variables, limit))
 
 
 def call_format(template: str) -> Format:
@@ -178,91 +170,9 @@ def _taught(template: str) -> Format | None:
         **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), ""),
     }
     try:
-        return form if form is not None and probe.name in _run(template, variables, _OUTPUT_FLOOR) else None
+        return form if form is not None and probe.name in run(template, variables, _OUTPUT_FLOOR) else None
     except errors.InvalidArgument:
         return None
-
-
-def _run(source: str, variables: dict[str, Any], limit: int) -> str:
-    chunks: list[str] = []
-    length = 0
-    try:
-        for chunk in _compiled(source).generate(variables):
-            length += len(chunk)
-            if length > limit:
-                raise errors.InvalidArgument(f"the chat template writes more than {limit} characters")
-            chunks.append(chunk)
-    except errors.LLMasOSError:
-        raise
-    except Exception as problem:  # whatever somebody else's program raises is about these messages
-        raise errors.InvalidArgument(
-            f"the chat template does not take these messages: {type(problem).__name__}: {problem}",
-            field="messages",
-        ) from None
-    return "".join(chunks)
-
-
-@functools.lru_cache(maxsize=16)
-def _compiled(source: str) -> jinja2.Template:
-    environment = _Sandbox(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    try:
-        return environment.from_string(source)
-    except jinja2.TemplateSyntaxError as problem:
-        raise errors.UnsupportedModel(f"the model's chat template is not valid: {problem}") from None
-
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox stops escapes; this also stops `"a" * 10**9`."""
-
-    intercepted_binops = frozenset({"*", "**"})
-
-    def call_binop(self, context: jinja2.runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" and not (_small(left) and _small(right)):
-            raise jinja2.exceptions.SecurityError("a power of big numbers in a chat template")
-        for many, times in ((left, right), (right, left)):
-            long = isinstance(many, (str, bytes, list, tuple)) and isinstance(times, int)
-            if long and len(many) * times > _LONGEST_PRODUCT:
-                raise jinja2.exceptions.SecurityError("too long a product in a chat template")
-        return super().call_binop(context, operator, left, right)
-
-
-def _small(value: Any) -> bool:
-    return isinstance(value, (int, float)) and abs(value) <= 1000
-
-
-class _Generation(jinja2.ext.Extension):
-    """`{% generation %}…{% endgeneration %}` marks the assistant's words for training: here only its body."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def _strftime_now(form: str) -> str:
-    return datetime.datetime.now().strftime(form)
 
 
 class _Shield:

@@ -46,6 +46,9 @@ _ALPHABET_SPACE = "\u0120"
 _KEEPERS = {"ByteLevel", "Digits", "Metaspace", "NFC", "Prepend", "Punctuation", "Replace", "Split"}
 _NFC_SHRINKS = 4
 
+MOST_GROWTH = 64
+"""So many times as long what a tokenizer replaces in a text may make it; that of a model is about 1."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -97,6 +100,8 @@ class Tokenizer:
     def __init__(self, files: Mapping[str, bytes]) -> None:
         text = files["tokenizer.json"].decode()
         self._plain = tokenizers.Tokenizer.from_str(text)
+        for part in (self._plain.normalizer, self._plain.decoder):
+            _check_growth([] if part is None else _steps(json.loads(part.__getstate__())))
         self._plain.encode_special_tokens = True  # their text is ordinary text here
         self._trusting = tokenizers.Tokenizer.from_str(text)
         for tokenizer in (self._plain, self._trusting):
@@ -464,14 +469,24 @@ def _checked(ids: list[int], most: int | None) -> list[int]:
 
 
 def _steps(step: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """A normaliser or pre-tokeniser in tokenizer.json, or those of which it consists."""
+    """A normaliser, pre-tokeniser or decoder in tokenizer.json, or those of which it consists."""
     if step is None:
         return
-    inner = step.get("normalizers", step.get("pretokenizers"))
+    inner = step.get("normalizers", step.get("pretokenizers", step.get("decoders")))
     if inner is None:
         yield step
     for one in inner or ():
         yield from _steps(one)
+
+
+def _check_growth(steps: Iterable[Mapping[str, Any]]) -> None:
+    """Raises UnsupportedModel for a tokenizer that makes much of a few characters, and then more of that."""
+    growth = 1.0
+    for step in steps:
+        if step["type"] == "Replace":
+            growth *= max(1.0, len(step["content"]) / max(1, len(step["pattern"].get("String", ""))))
+    if growth > MOST_GROWTH:
+        raise errors.UnsupportedModel(f"the model's tokenizer makes texts {growth:.0f} times as long")
 
 
 def _keeps(step: Mapping[str, Any]) -> bool:
@@ -490,6 +505,10 @@ def _encoded(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[toke
             if not isinstance(text, str):
                 why = f"a text is a str, not {type(text).__name__}"
         raise errors.InvalidArgument(why, field="prompt") from None
+    except BaseException as problem:
+        if type(problem).__name__ != "PanicException":  # Rust's, which is no Exception and cannot be imported
+            raise
+        raise errors.UnsupportedModel(f"the model's tokenizer fails on this text: {problem}") from None
 
 
 def _falls(stop: str) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 from llmasos.userland.client import Client
+from llmasos.userland.gateway import http as frame
 from llmasos.userland.gateway import record
 from llmasos.userland.gateway.access import ApiKeys, folder
 from llmasos.userland.gateway.http import LONG, MOST_BODY, aside
@@ -160,3 +162,18 @@ def test_long_texts_are_worked_on_beside_the_event_loop() -> None:
 
     assert not asyncio.run(beside(LONG))
     assert asyncio.run(beside(LONG + 1))
+
+
+def test_after_a_short_text_that_took_long_all_are_worked_on_beside_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(frame, "_wary_until", 0.0)
+
+    async def beside() -> list[bool]:
+        record.begin(record.Record("id", "POST", "/"))
+        here = threading.get_ident()
+        first = await aside(threading.get_ident) != here
+        await aside(lambda: time.sleep(2 * frame.LATE_S))
+        return [first, await aside(threading.get_ident) != here]
+
+    assert asyncio.run(beside()) == [False, True]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from llmasos.syscalls import errors
+from llmasos.userland import template
 from llmasos.userland.chat import encode_chat, render
 from llmasos.userland.tokenizer import Tokenizer
 
@@ -90,9 +91,33 @@ def test_helpers_are_those_of_transformers(make: Callable[[str], Tokenizer]) -> 
         "{{ messages.append(1) }}",
         "{{ 1 / 0 }}",
         "{{ undefined_thing.field }}",
+        "{{ 'a'.ljust(3000000000) }}",
+        "{{ 'a' | center(3000000000) }}",
+        "{{ '%02000000000d' | format(1) }}",
+        "{{ '%(a)02000000000d' % {'a': 1} }}",
+        "{{ '%0*d' % (2000000000, 1) }}",
+        "{{ '{:>2000000000}'.format(1) }}",
+        "{{ '{:>{}}'.format(1, '2000000000') }}",
+        "{% set n = namespace(x='ab') %}{% for _ in range(40) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{% set n = namespace(x='ab') %}{% for _ in range(40) %}{% set n.x = n.x + n.x %}{% endfor %}",
+        "{% set n = namespace(x=10) %}{% for _ in range(60) %}{% set n.x = n.x * n.x %}{% endfor %}",
+        "{% set n = namespace(x=[1]) %}{% for _ in range(60) %}{% set n.x = [n.x, n.x] %}{% endfor %}",
+        "{% set n = namespace(x=[]) %}{% set n.x = [n, n] %}{{ n.x }}",
+        "{% set n = namespace(x='a' * 50000) %}{% set y = [n.x] * 1000 %}{{ y | join(n.x) | length }}",
+        "{% set x = 'a' * 50000 %}{{ x.replace('a', x) | length }}{{ x | replace('a', x) | length }}",
+        "{% set x = 'a' * 50000 %}{{ x.join(['b'] * 50000) | length }}",
+        "{% set x = 'a\n' * 30000 %}{{ x | indent(90000) | length }}",
+        "{% set x %}{% for _ in range(99999) %}{{ 'a' * 50000 }}{% endfor %}{% endset %}",
+        "{{ range(99999) | map('string') | map('indent', 99999) | join | length }}",
+        "{{ lipsum(n=10**6) }}",
+        "{% macro f(n) %}{{ f(n - 1) if n }}{{ f(n - 1) if n }}{% endmacro %}{{ f(60) }}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     ],
 )
-def test_a_bad_template_fails_its_caller_only(make: Callable[[str], Tokenizer], source: str) -> None:
+def test_a_bad_template_fails_its_caller_only(
+    make: Callable[[str], Tokenizer], monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    monkeypatch.setattr(template, "LONGEST_S", 0.1)
     with pytest.raises(errors.InvalidArgument, match="chat template"):
         encode_chat(make(source), "Hi")
 

@@ -17,7 +17,7 @@ from llmasos.syscalls import types as t
 from llmasos.userland.client import Client
 from llmasos.userland.completion import Answer
 from llmasos.userland.tokenizer import Detokenizer, Part, StopStrings, Tokenizer
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 ENGLISH = st.text(
     st.sampled_from("abcdefghijklmnopqrstuvwxyz <>|/_") | st.characters(exclude_categories=["Cs"])
@@ -49,6 +49,24 @@ def unigram(bytes_model: dict[str, bytes]) -> Tokenizer:
     return Tokenizer(
         {**bytes_model, "tokenizer.json": made.to_str().encode(), "tokenizer_config.json": config}
     )
+
+
+@pytest.mark.parametrize("part", ["normalizer", "decoder"])
+def test_a_tokenizer_that_makes_much_of_little_is_refused(bytes_model: dict[str, bytes], part: str) -> None:
+    made = tokenizers.Tokenizer.from_str(bytes_model["tokenizer.json"].decode())
+    kinds: Any = {"normalizer": normalizers, "decoder": decoders}[part]
+    setattr(made, part, kinds.Sequence([kinds.Replace("a", "a" * 9)] * 2))
+    with pytest.raises(errors.UnsupportedModel, match="81 times"):
+        Tokenizer({**bytes_model, "tokenizer.json": made.to_str().encode()})
+
+
+def test_a_tokenizer_that_gives_up_is_an_error_of_the_model(bytes_model: dict[str, bytes]) -> None:
+    made = tokenizers.Tokenizer.from_str(bytes_model["tokenizer.json"].decode())
+    made.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex("(x+x+)+y"), "isolated")
+    tokenizer = Tokenizer({**bytes_model, "tokenizer.json": made.to_str().encode()})
+    assert tokenizer.encode("xy")
+    with pytest.raises(errors.UnsupportedModel, match="fails on this text"):
+        tokenizer.encode("x" * 40)
 
 
 @given(text=SPICY)

@@ -32,6 +32,11 @@ KEEP_ALIVE_S = 15.0
 LONG = 16 << 10
 """Bytes of a body that is worth a thread of its own: its text takes some 20 ms to become tokens."""
 
+LATE_S = 0.1
+WARY_S = 60.0
+"""When a short text has kept the event loop for LATE_S, nothing is worked on there for so long: some model's
+template or tokenizer is not what it should be."""
+
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 _LOCAL_HOST = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\]|testserver)(:\d+)?\Z")
 
@@ -49,10 +54,18 @@ def new_id(prefix: str) -> str:
 async def aside(work: Callable[[], R], *, more: bool = False) -> R:
     """What comes of the texts of this request. Those of long ones, or if there are `more` than it brought,
     are worked on beside the event loop, for other callers are waiting."""
-    request = current()
-    if not more and request is not None and request.received <= LONG:
+    global _wary_until
+    request, begun = current(), time.monotonic()
+    if more or request is None or request.received > LONG or begun < _wary_until:
+        return await asyncio.to_thread(work)
+    try:
         return work()
-    return await asyncio.to_thread(work)
+    finally:
+        if (now := time.monotonic()) - begun > LATE_S:
+            _wary_until = now + WARY_S
+
+
+_wary_until = 0.0
 
 
 class HungUp(Exception):
