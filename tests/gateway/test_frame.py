@@ -110,6 +110,17 @@ def test_without_keys_only_this_machine_comes_in(open_gateway: Gateway) -> None:
         assert http.get("/v1/models", headers={"origin": f"http://{host}"}).status_code == 200
 
 
+def test_who_comes_without_a_key_changes_no_models(open_gateway: Gateway, home: Path) -> None:
+    """Neither the gateway nor the kernel lets him: he is a label of an administrator."""
+    with open_gateway.http() as http:
+        copy = http.post("/api/copy", json={"source": "tiny", "destination": "stolen"})
+        body = {"model": "stolen", "source": f"file:{home}"}
+        pull = http.post("/v1/models/pull", json=body)
+        train = http.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": "file-x"})
+        assert {copy.status_code, pull.status_code, train.status_code} == {403}
+        assert http.get("/v1/models/stolen").status_code == 404
+
+
 def test_quotas_are_told_and_kept(gateway: Gateway, kernel: Client) -> None:
     kernel.call(table.SetQuota("dora", t.Quota(queue=1, tokens_out=60)))
     key = ApiKeys(folder()).make("dora", "dora", t.TENANT_RIGHTS)

@@ -166,10 +166,8 @@ class Callers:
         return await self.session("", t.TENANT_RIGHTS)
 
     def _open(self, tenant: str, rights: t.Rights) -> Caller:
-        if tenant:
-            client = Client(self._address, tenant=tenant, rights=rights)
-        else:
-            client = Client(self._address, label=LABEL)
+        label = "" if tenant else LABEL
+        client = Client(self._address, label=label, tenant=tenant or None, rights=rights)
         return Caller(client, self._tokenizers, rights=frozenset(rights), login=(tenant, rights))
 
     def close(self) -> None:
