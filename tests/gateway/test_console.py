@@ -80,6 +80,8 @@ def test_the_stream_shows_what_comes_and_goes(gateway: Gateway, http: httpx.Clie
         assert first["caller"] == {"tenant": "alice", "rights": ["infer", "process", "see"]}
         assert first["devices"]["null"]["state"] in ("ready", "busy")
         assert first["models"]["tiny"]["context_length"] == 512
+        assert "encodes" not in first["models"]["tiny"]
+        assert first["models"]["encoder"]["encodes"] == "embed"
         other = str(bob.post("/v1/processes", json={"model": "tiny"}).json()["pid"])
         pid = str(http.post("/v1/processes", json={"model": "tiny", "label": "mine"}).json()["pid"])
         seen = until(lambda state: pid in state["processes"])

@@ -125,6 +125,12 @@ def test_without_keys_nothing_is_asked_for(opened: Open, home: Path) -> None:
     next(gateways, None)
 
 
+def test_what_generates_no_text_is_not_offered_for_a_chat(opened: Open) -> None:
+    page = opened()
+    expect(page.locator("#chat-model option[value='tiny']")).to_be_attached()
+    expect(page.locator("#chat-model option[value='encoder']")).not_to_be_attached()
+
+
 def test_names_are_text_whatever_is_in_them(opened: Open, pid: int) -> None:
     page = opened()
     expect(row(page, pid)).to_contain_text("<img src=x onerror=boom()>")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import array
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 from llmasos.drivers.null import vector
+from llmasos.syscalls import errors
+from llmasos.userland.llm import LLM
 
 from .conftest import add_model
 
@@ -65,6 +68,29 @@ def test_a_model_that_generates_is_told_so(llsh) -> None:
     llsh("embed", "tiny", "w1")
     assert llsh.code == 1
     assert "generates text" in llsh.err
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["run", "encoder", "w1"], "`llsh embed`"),
+        (["chat", "scorer"], "/v1/classify"),
+        (["embed", "scorer", "w1"], "/v1/classify"),
+        (["merge", "tiny", "new"], "MODEL+NAME"),
+    ],
+)
+def test_what_a_model_does_not_do_is_refused_with_what_it_does(llsh, words, hint) -> None:
+    llsh(*words, stdin="w1\n")
+    assert llsh.code == 1
+    assert hint in llsh.err
+
+
+def test_an_encoder_does_not_chat(client) -> None:
+    llm = LLM.from_pretrained("scorer", client=client)
+    for ask in (lambda: llm.chat("w1"), lambda: asyncio.run(llm.achat("w1")), lambda: llm.embed("w1")):
+        with pytest.raises(errors.UnsupportedModel, match="text") as refused:
+            ask()
+        assert "encode()" in refused.value.hint
 
 
 def test_show_tells_what_a_model_is_for(llsh) -> None:
