@@ -49,6 +49,23 @@ def test_each_line_of_stdin_is_a_text(llsh) -> None:
     assert found[299]["embedding"] == right(299, 300)
 
 
+@pytest.mark.parametrize("tty", [False, True])
+def test_what_was_done_is_told_when_it_is_interrupted(llsh, monkeypatch, tty) -> None:
+    embed, calls = LLM.embed, []
+
+    def interrupted(self, texts, **options):
+        calls.append(len(texts))
+        if sum(calls) > 100:
+            raise KeyboardInterrupt
+        return embed(self, texts, **options)
+
+    monkeypatch.setattr(LLM, "embed", interrupted)
+    out = llsh("embed", "encoder", stdin="\n".join(f"w{n}" for n in range(300)), tty=tty)
+    assert llsh.code == 130
+    assert len(out.splitlines()) == sum(calls[:-1]) + tty > 60
+    assert ("texts" in llsh.err) == tty
+
+
 def test_a_person_sees_a_table(llsh) -> None:
     out = llsh("embed", "encoder", "w1 w2", tty=True)
     assert all(word in out for word in ("DIMENSIONS", "VECTOR", "w1 w2", f"{right(1, 2)[0]:+.4f}"))
