@@ -61,7 +61,7 @@ def spawn(kernel: Kernel, session: Session, request: Request, call: table.SpawnM
             return
         loaded = pool.loaded
         if error is None and loaded is not None and loaded.encodes:
-            error = _generates_nothing(process)
+            error = _generates_nothing(process, loaded.encodes)
         if error is not None or loaded is None:
             kernel.processes.discard(process)
             kernel.sessions.fail(request, error or errors.DeviceUnavailable("the device went away"))
@@ -88,9 +88,9 @@ def spawn(kernel: Kernel, session: Session, request: Request, call: table.SpawnM
     adapters.when_ready(kernel, pool, process.adapter, ready)
 
 
-def _generates_nothing(process: Process) -> errors.UnsupportedModel:
+def _generates_nothing(process: Process, encodes: t.Encodes) -> errors.UnsupportedModel:
     return errors.UnsupportedModel(
-        f"{process.model} is an encoder: it generates no text", hint="call encode, or `llsh embed`"
+        f"{process.model} is an encoder: it generates no text", hint=t.ENCODED_BY[encodes]
     )
 
 
@@ -243,7 +243,7 @@ def _begin(kernel: Kernel, process: Process, request: Request, call: table.Infer
     loaded = process.pool.loaded
     assert loaded is not None
     if loaded.encodes:
-        raise _generates_nothing(process)
+        raise _generates_nothing(process, loaded.encodes)
     tokens, before = t.unpack_tokens(call.tokens), len(process.tokens)
     if call.whole:
         before = _held(process, call, tokens)

@@ -5,6 +5,7 @@ Precedence: --set, then the file, then the defaults here. Unknown names are erro
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated
@@ -140,7 +141,10 @@ def load(path: Path, overrides: list[str]) -> Config:
             values.update(_override(name.strip(), value.strip()))
         return msgspec.convert(values, Config)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as problem:
-        raise InvalidArgument(f"configuration: {problem}", hint=f"see {path} and `llmasosd --help`") from None
+        names = [override.partition("=")[0].strip() for override in overrides]
+        told = [name for name in names if re.search(rf"`(\$\.)?{re.escape(name)}\b", str(problem))]
+        said = f"--set {told[0]}" if told else path
+        raise InvalidArgument(f"configuration: {problem}", hint=f"see {said} and `llmasosd --help`") from None
 
 
 def _override(name: str, value: str) -> dict[str, object]:

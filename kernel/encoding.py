@@ -186,7 +186,7 @@ def _admit(pool: Pool, encoding: Encoding, call: table.Encode) -> None:
     if loaded.encodes is not call.encodes:
         raise errors.UnsupportedModel(
             f"{pool.model} {_DOES[loaded.encodes]}; this takes a model that {_DOES[call.encodes]}",
-            hint="choose another model: llsh list",
+            hint=t.ENCODED_BY[loaded.encodes] if loaded.encodes else "choose another model: llsh list",
         )
     if (longest := max(call.lengths)) > loaded.context_length:
         raise errors.ContextOverflow(

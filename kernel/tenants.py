@@ -43,12 +43,14 @@ class Subject:
         """Whether this subject sees and commands what `owner` owns."""
         return self.admin or owner == self.path or owner.startswith(self.path + "/")
 
-    def narrowed(self, label: str) -> Subject:
-        """The sub-tenant `label` of this subject; it is nobody's administrator."""
+    def narrowed(self, label: str, rights: Rights | None = None) -> Subject:
+        """The sub-tenant `label` of this subject, with at most `rights`; it is nobody's administrator."""
         if not label:
             return self
-        rights = LABEL_RIGHTS if self.admin else LABEL_RIGHTS & self.rights
-        return Subject(f"{self.path}/{label}", self.uid, self.pid, False, rights, self.key)
+        held = LABEL_RIGHTS if self.admin else LABEL_RIGHTS & self.rights
+        if rights is not None:
+            held &= {Capability.CONNECT, *rights}
+        return Subject(f"{self.path}/{label}", self.uid, self.pid, False, held, self.key)
 
     def assumed(self, tenant: str, rights: Rights) -> Subject:
         """The tenant that an administrator's local session becomes. Raises PermissionDenied for others."""

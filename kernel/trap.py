@@ -268,9 +268,10 @@ def _hello(kernel: Kernel, session: Session, call: table.Hello) -> table.HelloRe
         kernel.audit.note("login", session.subject.path, key=session.subject.key)
     if call.tenant is not None:
         kernel.audit.note("become", session.subject.path, tenant=call.tenant)
-        session.subject = session.subject.assumed(call.tenant, call.rights)
+        rights = t.TENANT_RIGHTS if call.rights is None else call.rights
+        session.subject = session.subject.assumed(call.tenant, rights)
     session.greeted = True
-    session.subject = session.subject.narrowed(call.label)
+    session.subject = session.subject.narrowed(call.label, call.rights)
     if call.token:
         session.key = f"{session.subject.path}:{call.token}".encode()
         kernel.returned(session)

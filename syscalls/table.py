@@ -54,8 +54,9 @@ class HelloReply(t.Wire, frozen=True):
 class Hello(Call, frozen=True):
     """Opens a session. `label` narrows the session to a sub-tenant of the caller (`uid-name/label`).
 
-    An administrator's local session becomes that of another `tenant`, with at most these `rights`, as setuid
-    does: for servers that know from elsewhere whom they serve. Raises PermissionDenied for others.
+    An administrator's local session becomes that of another `tenant`, as setuid does: for servers that know
+    from elsewhere whom they serve. Raises PermissionDenied for others. The narrowed session holds at most
+    these `rights`; None: all that a label may hold, and of a tenant TENANT_RIGHTS.
 
     `token`, drawn by the client, says that it is the same client over another connection: what it started and
     what it was answered is still its own, also after the kernel was restarted. Empty: it never returns.
@@ -69,7 +70,7 @@ class Hello(Call, frozen=True):
     label: Annotated[str, Meta(max_length=64, pattern=r"^([a-z0-9][a-z0-9._-]*)?\Z")] = ""
     token: Annotated[str, Meta(pattern=r"^([0-9a-f]{32})?$")] = ""
     tenant: t.Tenant | None = None
-    rights: t.Rights = t.TENANT_RIGHTS
+    rights: t.Rights | None = None
 
 
 class WhoamiReply(t.Wire, frozen=True):

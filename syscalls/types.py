@@ -243,6 +243,14 @@ class Encodes(enum.StrEnum):
     TOKENS = "tokens"  # for each token a logit for each label
 
 
+ENCODED_BY = {
+    Encodes.EMBED: "it makes vectors: embed(), or `llsh embed`",
+    Encodes.CLASSIFY: "it scores texts: encode(), or /v1/classify of `llsh serve`",
+    Encodes.TOKENS: 'it labels tokens: encode(…, "tokens")',
+}
+"""What tells somebody who asked an encoder for something else how it is used."""
+
+
 class KeyInfo(Wire, frozen=True):
     """A public key that may come in over tcp, as whom, and with which rights."""
 

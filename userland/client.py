@@ -210,8 +210,9 @@ class Client:
     """A connection to the kernel. Thread-safe; reconnects by itself.
 
     `address` is a ZeroMQ endpoint, by default that of the user's daemon. `label` names a sub-tenant of the
-    caller, `tenant` on whose behalf an administrator speaks, with which `rights`. Raises DaemonUnreachable
-    when nothing answers within `timeout_s`, VersionMismatch when the kernel has another syscall table.
+    caller, `tenant` on whose behalf an administrator speaks; either holds at most `rights`. Raises
+    DaemonUnreachable when nothing answers within `timeout_s`, VersionMismatch when the kernel has another
+    syscall table.
 
     When the connection breaks or the kernel is restarted, calls under way go on when it is back, each done
     once; streams continue behind what was received. DaemonUnreachable when it is not back within `timeout_s`.
@@ -223,7 +224,7 @@ class Client:
         *,
         label: str = "",
         tenant: str | None = None,
-        rights: t.Rights = t.TENANT_RIGHTS,
+        rights: t.Rights | None = None,
         timeout_s: float = CONNECT_TIMEOUT_S,
     ) -> None:
         self.connection = Connection(address, label, timeout_s, tenant, rights)

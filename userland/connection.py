@@ -104,7 +104,7 @@ class Connection:
         label: str,
         timeout_s: float,
         tenant: str | None = None,
-        rights: t.Rights = t.TENANT_RIGHTS,
+        rights: t.Rights | None = None,
     ) -> None:
         self.address = address or addresses.socket_address()
         self._credentials = keys.credentials(self.address)

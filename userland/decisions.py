@@ -86,6 +86,8 @@ def docket(
 ) -> Docket:
     """All questions about all texts, for a model whose context holds `most`. Takes as long as it takes to
     tokenise them. Raises ContextOverflow, InvalidArgument."""
+    if not questions or not all(isinstance(question, Question) for question in questions):
+        raise errors.InvalidArgument("questions are a Question, or a list of some", field="questions")
     prompt = tokenizer.encode(ANSWER, start=False)
     wholes = [
         [tokenizer.encode(f"{ANSWER} {name}", start=False) for name in question.names]

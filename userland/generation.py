@@ -88,6 +88,12 @@ _ELSEWHERE = {
     "inputs": "prompt",
     "stop_sequences": "stop",
     "max_tokens": "max_new_tokens",
+    "regex": "structured_outputs={'regex': …}",
+    "choice": "structured_outputs={'choice': […]}",
+    "grammar": "structured_outputs={'grammar': …}",
+    "json_schema": "structured_outputs={'json': …}",
+    "schema": "structured_outputs={'json': …}",
+    "json": "structured_outputs={'json': …}",
 }
 _ONLY_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _ONLY_BEAMS = ("length_penalty", "early_stopping")

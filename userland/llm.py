@@ -28,7 +28,7 @@ from .decisions import ABOUT, Docket, Option, Question, decided, docket
 from .encoding import Texts, encoded, framed
 from .flow import Do, Flow, Run, adrive, drive, reap
 from .generation import Model, Options, Plan, check_names, plan
-from .models import ensure_model
+from .models import encodes, ensure_model
 from .process import Process
 from .scoring import Decision, Trial, check_choices, check_length, check_temperature, judged, scored, trial
 from .text_stream import TextStream
@@ -325,6 +325,7 @@ class LLM:
         trials = await asyncio.to_thread(self._trials, prompt, choices, against)
         return await adrive(self._async(), self._scoring(choices, trials, per_token, temperature))
 
+    @overload
     def decide(
         self,
         text: str,
@@ -332,12 +333,31 @@ class LLM:
         *,
         calibrate: bool = True,
         temperature: float = 1.0,
-    ) -> list[Decision]:
-        """Typed questions about a text, answered by the likelihoods of their options, without generating.
-        `calibrate`: against what they are for a text that says nothing. `temperature` as in `score`. Raises
-        ContextOverflow, InvalidArgument."""
-        return self.decide_all([text], questions, calibrate=calibrate, temperature=temperature)[0]
+    ) -> list[Decision]: ...
+    @overload
+    def decide(
+        self,
+        text: Prompts,
+        questions: Sequence[Question] | Question,
+        *,
+        calibrate: bool = True,
+        temperature: float = 1.0,
+    ) -> list[list[Decision]]: ...
+    def decide(
+        self,
+        text: str | Prompts,
+        questions: Sequence[Question] | Question,
+        *,
+        calibrate: bool = True,
+        temperature: float = 1.0,
+    ) -> list[Decision] | list[list[Decision]]:
+        """Typed questions about a text, answered by the likelihoods of their options, without generating; of
+        a list of texts a list. `calibrate`: against what they are for a text that says nothing. `temperature`
+        as in `score`. Raises ContextOverflow, InvalidArgument."""
+        made = self.decide_all(text, questions, calibrate=calibrate, temperature=temperature)
+        return made[0] if isinstance(text, str) else made
 
+    @overload
     async def adecide(
         self,
         text: str,
@@ -345,9 +365,27 @@ class LLM:
         *,
         calibrate: bool = True,
         temperature: float = 1.0,
-    ) -> list[Decision]:
+    ) -> list[Decision]: ...
+    @overload
+    async def adecide(
+        self,
+        text: Prompts,
+        questions: Sequence[Question] | Question,
+        *,
+        calibrate: bool = True,
+        temperature: float = 1.0,
+    ) -> list[list[Decision]]: ...
+    async def adecide(
+        self,
+        text: str | Prompts,
+        questions: Sequence[Question] | Question,
+        *,
+        calibrate: bool = True,
+        temperature: float = 1.0,
+    ) -> list[Decision] | list[list[Decision]]:
         """`decide` for asyncio; cancelling the task cancels it."""
-        return (await self.adecide_all([text], questions, calibrate=calibrate, temperature=temperature))[0]
+        made = await self.adecide_all(text, questions, calibrate=calibrate, temperature=temperature)
+        return made[0] if isinstance(text, str) else made
 
     def decide_all(
         self,
@@ -374,6 +412,7 @@ class LLM:
         flow = decided(self._spawn(label="decide"), asked, temperature=temperature)
         return await adrive(self._async(), flow)
 
+    @overload
     def classify(
         self,
         text: str,
@@ -382,15 +421,37 @@ class LLM:
         instructions: str = ABOUT,
         calibrate: bool = True,
         temperature: float = 1.0,
-    ) -> Decision:
-        """Which of `labels` fits a text (zero-shot classification): its `label`, and `probabilities` of all.
-        `labels` may map them to what they mean; `instructions` is a question that they answer.
+    ) -> Decision: ...
+    @overload
+    def classify(
+        self,
+        text: Prompts,
+        labels: Sequence[str] | Mapping[str, str],
+        *,
+        instructions: str = ABOUT,
+        calibrate: bool = True,
+        temperature: float = 1.0,
+    ) -> list[Decision]: ...
+    def classify(
+        self,
+        text: str | Prompts,
+        labels: Sequence[str] | Mapping[str, str],
+        *,
+        instructions: str = ABOUT,
+        calibrate: bool = True,
+        temperature: float = 1.0,
+    ) -> Decision | list[Decision]:
+        """Which of `labels` fits a text (zero-shot classification): its `label`, and `probabilities` of all;
+        of a list of texts a list. `labels` may map them to what they mean; `instructions` is a question that
+        they answer.
 
         llm.classify("What a film!", ["positive", "negative"], instructions="What is the sentiment?").label
         """
         question = _labelled(instructions, labels)
-        return self.decide(text, question, calibrate=calibrate, temperature=temperature)[0]
+        made = self.decide_all(text, question, calibrate=calibrate, temperature=temperature)
+        return made[0][0] if isinstance(text, str) else [one for (one,) in made]
 
+    @overload
     async def aclassify(
         self,
         text: str,
@@ -399,10 +460,30 @@ class LLM:
         instructions: str = ABOUT,
         calibrate: bool = True,
         temperature: float = 1.0,
-    ) -> Decision:
+    ) -> Decision: ...
+    @overload
+    async def aclassify(
+        self,
+        text: Prompts,
+        labels: Sequence[str] | Mapping[str, str],
+        *,
+        instructions: str = ABOUT,
+        calibrate: bool = True,
+        temperature: float = 1.0,
+    ) -> list[Decision]: ...
+    async def aclassify(
+        self,
+        text: str | Prompts,
+        labels: Sequence[str] | Mapping[str, str],
+        *,
+        instructions: str = ABOUT,
+        calibrate: bool = True,
+        temperature: float = 1.0,
+    ) -> Decision | list[Decision]:
         """`classify` for asyncio."""
         question = _labelled(instructions, labels)
-        return (await self.adecide(text, question, calibrate=calibrate, temperature=temperature))[0]
+        made = await self.adecide_all(text, question, calibrate=calibrate, temperature=temperature)
+        return made[0][0] if isinstance(text, str) else [one for (one,) in made]
 
     def _trials(
         self,
@@ -438,7 +519,7 @@ class LLM:
         self, texts: Sequence[str], questions: Sequence[Question] | Question, calibrate: bool
     ) -> Docket:
         asked = [questions] if isinstance(questions, Question) else questions
-        return docket(self.tokenizer, self.context_length, texts, asked, calibrate)
+        return docket(self.tokenizer, self.context_length, _listed(texts), asked, calibrate)
 
     def _behind(self, prompt: str | Sequence[Message]) -> Callable[[str], list[int]]:
         """Makes ids of the prompt with a text behind it, tokenised as one."""
@@ -569,6 +650,10 @@ class LLM:
         self, messages: str | Sequence[Message], tools: Sequence[Any] | None, choice: Any, options: Options
     ) -> tuple[list[int], Options, CallReader | None]:
         """The prompt, the options, and who reads calls of tools out of the answer."""
+        if not self.tokenizer.template and (made_for := encodes(self.client, self.model)):
+            raise errors.UnsupportedModel(
+                f"{self.model} is an encoder: it generates no text", hint=t.ENCODED_BY[made_for]
+            )
         toolbox = Toolbox.from_openai(tools, choice)
         told = toolbox.tools if toolbox is not None else ()
         tokens = encode_chat(self.tokenizer, messages, model=self.model, tools=told, most=self.context_length)
@@ -749,7 +834,10 @@ def _listed(texts: str | Sequence[str]) -> list[str]:
         raise errors.InvalidArgument(
             f"a text is a str, or several are a list, not {type(texts).__name__}", field="prompt"
         )
-    return list(texts)
+    listed = list(texts)
+    if wrong := next((type(one).__name__ for one in listed if not isinstance(one, str)), ""):
+        raise errors.InvalidArgument(f"a text is a str, also in a list, not {wrong}", field="prompt")
+    return listed
 
 
 def _labelled(instructions: str, labels: Sequence[str] | Mapping[str, str]) -> Question:

@@ -138,7 +138,7 @@ class Session:
     label: str = ""
     token: str = ""
     tenant: str | None = None
-    rights: t.Rights = t.TENANT_RIGHTS
+    rights: t.Rights | None = None
     phase: Phase = Phase.OFFLINE
     hello: table.HelloReply | None = None
     _ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))

@@ -33,7 +33,11 @@ def fetch(place: str, stage: Staging) -> Origin:
         )
     adapter = stage.store.resolve(place)
     if not adapter.base:
-        raise InvalidArgument(f"{adapter.name} is no adapter", hint="merge:BASE+ADAPTER", field="source")
+        raise InvalidArgument(
+            f"{adapter.name} is no adapter",
+            hint="what training made is one: `llsh list` shows MODEL+NAME",
+            field="source",
+        )
     base = stage.store.base_of(adapter)
     folder = stage.folder / "merged"
     folder.mkdir()

@@ -93,8 +93,8 @@ def test_it_stops_also_between_two_kernels(daemons):
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
-        (["--set", "kv_fraction=2"], 2, "kv_fraction"),
-        (["--set", "nonsense=1"], 2, "nonsense"),
+        (["--set", "kv_fraction=2"], 2, "see --set kv_fraction and"),
+        (["--set", "nonsense=1"], 2, "see --set nonsense and"),
         (["--nonsense"], 2, "usage"),
         (["--fsck"], 0, ""),
         (["--version"], 0, ""),

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llmasos.syscalls import types as t
 from llmasos.userland.gateway.access import ApiKeys, folder
+from llmasos.userland.gateway.console import page
 from llmasos.userland.gateway.console.feed import patch
 from llmasos.userland.gateway.console.page import FILES
 
@@ -80,6 +81,8 @@ def test_the_stream_shows_what_comes_and_goes(gateway: Gateway, http: httpx.Clie
         assert first["caller"] == {"tenant": "alice", "rights": ["infer", "process", "see"]}
         assert first["devices"]["null"]["state"] in ("ready", "busy")
         assert first["models"]["tiny"]["context_length"] == 512
+        assert "encodes" not in first["models"]["tiny"]
+        assert first["models"]["encoder"]["encodes"] == "embed"
         other = str(bob.post("/v1/processes", json={"model": "tiny"}).json()["pid"])
         pid = str(http.post("/v1/processes", json={"model": "tiny", "label": "mine"}).json()["pid"])
         seen = until(lambda state: pid in state["processes"])
@@ -151,6 +154,13 @@ def test_files_are_packed_and_not_sent_again(gateway: Gateway) -> None:
         assert httpx.get(f"{gateway.url}/console/{name}").status_code == 404
 
 
+def test_docs_say_what_is_missing(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "swagger", dict)
+    answer = httpx.get(f"{gateway.url}/docs")
+    assert answer.status_code == 404
+    assert "llmasos[gateway]" in answer.json()["error"]["message"]
+
+
 def test_the_page_is_small_and_needs_nobody_else() -> None:
     assert sum(len(file.plain) for file in FILES.values()) < MOST_BYTES
     for name, file in FILES.items():
@@ -169,4 +179,4 @@ def refers_to(text: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_no_file_is_missing(name: str) -> None:
-    assert set(refers_to(FILES[name].plain.decode())) <= set(FILES)
+    assert set(refers_to(FILES[name].plain.decode())) <= {*FILES, *page.SWAGGER}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -14,7 +16,7 @@ import openai
 import pytest
 from llmasos.syscalls import errors
 from llmasos.userland.client import Client
-from llmasos.userland.decisions import Option, Question
+from llmasos.userland.decisions import Option, Question, yes_or_no
 from llmasos.userland.llm import LLM
 
 from ..llsh.conftest import add_model
@@ -61,6 +63,37 @@ def test_probabilities_sum_to_one_and_are_calibrated(llm: LLM) -> None:
     assert found.label == found.options[found.probabilities.index(max(found.probabilities))]
     assert 0 <= found.confidence <= 1
     assert llm.classify("w1", ["w3", "w4"]).label in ("w3", "w4")
+
+
+def test_a_list_of_texts_gives_a_list(llm: LLM) -> None:
+    texts, labels, question = ["w1", "w2 w3"], ["w3", "w4"], Question("w7", (Option("w3"), Option("w4")))
+    alone = [llm.classify(text, labels).logprobs for text in texts]
+    assert [one.logprobs for one in llm.classify(texts, labels)] == alone
+    assert [one.logprobs for one in asyncio.run(llm.aclassify(tuple(texts), labels))] == alone
+    assert [[one.label] for (one,) in llm.decide(texts, question)] == [
+        [one.label for one in llm.decide(text, [question])] for text in texts
+    ]
+    assert len(asyncio.run(llm.adecide(texts, question))) == 2
+    assert llm.classify([], labels) == []
+
+
+@pytest.mark.parametrize("text", [None, 7, b"w1", ["w1", None], [["w1"]]])
+def test_what_is_no_text_is_refused(llm: LLM, text: Any) -> None:
+    for ask in (
+        lambda: llm.classify(text, ["w3", "w4"]),
+        lambda: llm.decide_all(text, yes_or_no("w7")),
+        lambda: llm.score(text, ["w3", "w4"]),
+        lambda: llm.generate(text),
+        lambda: llm.logprobs(text),
+    ):
+        with pytest.raises(errors.InvalidArgument):
+            ask()
+
+
+@pytest.mark.parametrize("questions", [[], "w7", ["w7"], None])
+def test_what_is_no_question_is_refused(llm: LLM, questions: Any) -> None:
+    with pytest.raises(errors.InvalidArgument):
+        llm.decide("w1", questions)
 
 
 @pytest.mark.parametrize("options", [(), ("w1",), ("w1", "w1"), ("w1", "")])

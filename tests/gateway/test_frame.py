@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from getpass import getuser
 from pathlib import Path
 
 import httpx
@@ -110,6 +112,42 @@ def test_without_keys_only_this_machine_comes_in(open_gateway: Gateway) -> None:
             assert http.get("/v1/models", headers=headers).status_code == 403
         host = open_gateway.url.removeprefix("http://")
         assert http.get("/v1/models", headers={"origin": f"http://{host}"}).status_code == 200
+
+
+def test_who_comes_without_a_key_changes_no_models(open_gateway: Gateway, home: Path) -> None:
+    """Neither the gateway nor the kernel lets him: he is a label of an administrator."""
+    with open_gateway.http() as http:
+        copy = http.post("/api/copy", json={"source": "tiny", "destination": "stolen"})
+        body = {"model": "stolen", "source": f"file:{home}"}
+        pull = http.post("/v1/models/pull", json=body)
+        train = http.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": "file-x"})
+        assert {copy.status_code, pull.status_code, train.status_code} == {403}
+        told = train.json()["error"]["message"]
+        assert "without a key" in told
+        assert f"llsh key api new NAME --as {getuser()} --right train" in told
+        assert http.get("/v1/models/stolen").status_code == 404
+
+
+def test_a_model_that_is_not_seen_is_named_with_the_ways_to_it(
+    gateway: Gateway, open_gateway: Gateway
+) -> None:
+    body = {"prompt": "w1", "max_tokens": 1}
+    told = {}
+    for one, model in itertools.product((gateway, open_gateway), ("tinny", "tiny+facts")):
+        with one.http() as http:
+            answer = http.post("/v1/completions", json={**body, "model": model})
+            assert answer.status_code == 404
+            told[one is gateway, model] = answer.json()["error"]["message"]
+    assert all("llsh list" in message for message in told.values())
+    assert [key for key, message in told.items() if "llsh pull" in message] == [
+        (True, "tinny"),
+        (False, "tinny"),
+    ]
+    mine = f"llsh key api new NAME --as {getuser()}"
+    assert [key for key, message in told.items() if mine in message] == [
+        (False, "tinny"),
+        (False, "tiny+facts"),
+    ]
 
 
 def test_quotas_are_told_and_kept(gateway: Gateway, kernel: Client) -> None:

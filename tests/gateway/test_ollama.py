@@ -220,12 +220,32 @@ def test_models_do_what_they_were_made_for(llama: ollama.Client) -> None:
         llama.embed("encoder", "w1", dimensions=10**6)
 
 
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        ("/api/generate", {"content-type": "application/x-www-form-urlencoded"}, 200),  # as curl -d sends it
+        ("/api/generate", {}, 200),
+        ("/api/generate", {"content-type": "text/plain"}, 400),
+        ("/v1/completions", {"content-type": "application/x-www-form-urlencoded"}, 400),
+    ],
+)
+def test_ollamas_own_examples_name_no_content_type(
+    gateway: Gateway, path: str, headers: dict[str, str], status: int
+) -> None:
+    body = b'{"model": "tiny", "prompt": "w1", "stream": false}'
+    with gateway.http() as http:
+        assert http.post(path, content=body, headers=headers).status_code == status
+        for by in ({"origin": "null"}, {"origin": gateway.url}, {"sec-fetch-site": "cross-site"}):
+            assert http.post(path, content=body, headers={**headers, **by}).status_code == 400
+
+
 def test_an_empty_request_loads_the_model(llama: ollama.Client) -> None:
     assert llama.generate("plain").done_reason == "load"
     assert llama.chat("plain").done_reason == "load"
     assert "plain:latest" in {model.model for model in llama.ps().models}
-    with pytest.raises(ollama.ResponseError, match="keep_alive"):
-        llama.generate("plain", keep_alive=0)
+    for nothing in (0, "0s"):
+        assert llama.generate("plain", keep_alive=nothing).done_reason == "unload"
+    assert llama.generate("plain", "w1", options={"num_predict": 1}, keep_alive=0).done_reason == "length"
 
 
 @pytest.mark.parametrize(

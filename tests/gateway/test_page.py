@@ -125,6 +125,28 @@ def test_without_keys_nothing_is_asked_for(opened: Open, home: Path) -> None:
     next(gateways, None)
 
 
+def test_what_generates_no_text_is_not_offered_for_a_chat(opened: Open) -> None:
+    page = opened()
+    expect(page.locator("#chat-model option[value='tiny']")).to_be_attached()
+    expect(page.locator("#chat-model option[value='encoder']")).not_to_be_attached()
+
+
+def test_the_routes_are_shown_without_the_internet(browser: Browser, gateway: Gateway) -> None:
+    pytest.importorskip("fastapi_offline")
+    with browser.new_context() as context:
+        page = context.new_page()
+        asked, problems = [], []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda problem: problems.append(str(problem)))
+        page.on("console", lambda said: problems.append(said.text) if said.type == "error" else None)
+        page.goto(f"{gateway.url}/docs")
+        route = page.locator(".opblock", has_text="/v1/chat/completions").first
+        route.click(timeout=PATIENCE_MS)
+        expect(route).to_contain_text("structured_outputs", timeout=PATIENCE_MS)
+        assert all(url.startswith((gateway.url, "data:", "blob:")) for url in asked)
+    assert not problems
+
+
 def test_names_are_text_whatever_is_in_them(opened: Open, pid: int) -> None:
     page = opened()
     expect(row(page, pid)).to_contain_text("<img src=x onerror=boom()>")

@@ -57,6 +57,20 @@ def test_a_label_never_has_more_than_its_parent() -> None:
     assert root.narrowed("a").holds(Capability.MODELS)
     assert MALLORY.narrowed("a").rights == MALLORY.rights
     assert not MALLORY.narrowed("a").holds(Capability.INFER)
+    assert MALLORY.narrowed("a", (*Capability,)).rights == MALLORY.rights
+
+
+def test_a_label_holds_no_more_than_it_asked_for(world: World) -> None:
+    world.attach()
+    root = Subject("root", 0, 1, True)
+    hello = table.Hello(table.VERSION, table.table_hash(), label="http", rights=(Capability.SEE,))
+    world.send(hello, b"\0h", subject=root)
+    world.turn()
+    sees = world.send(table.Ls("/models"), b"\0h", subject=root)
+    links = world.send(table.Link("m", "n"), b"\0h", subject=root)
+    world.turn()
+    assert world.result(sees, b"\0h").body["entries"]
+    assert world.error(links, b"\0h") is errors.PermissionDenied
 
 
 def test_an_administrator_speaks_on_behalf_of_a_tenant_and_nobody_else_does(world: World) -> None:

@@ -467,6 +467,34 @@ def test_what_files_refuse_is_no_bug(llsh, tmp_path, monkeypatch, words, says):
     assert ("LLMASOS_HOME" in llsh.err) == ("/proc/" in says)
 
 
+@pytest.mark.parametrize(
+    ("words", "rights"),
+    [
+        ([], ["see", "infer", "process"]),
+        (["--right", "train", "--right", "see"], ["see", "infer", "process", "train"]),
+        (["--only", "--right", "audit"], ["audit"]),
+    ],
+)
+def test_a_right_of_a_key_adds_to_the_usual_ones(llsh, tmp_path, monkeypatch, words, rights):
+    monkeypatch.setenv("LLMASOS_HOME", str(tmp_path))
+    llsh("key", "api", "new", "lab", "--as", "bob", *words)
+    assert llsh.json("key", "api", "list")[0]["rights"] == rights
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--right", "admin"], "'admin' is not one of see, infer, process, train"),
+        (["--right", "connect"], "'connect' is not one of"),
+        (["--only"], "--only needs a --right"),
+    ],
+)
+def test_a_right_that_no_key_has_is_wrong_usage(llsh, words, told):
+    llsh("key", "api", "new", "lab", "--as", "bob", *words)
+    assert llsh.code == 2
+    assert told in llsh.err
+
+
 def test_quotas_are_set_shown_and_taken_away(llsh):
     assert llsh("quota", "somebody", "weight=3", "processes=2").splitlines()[-1].split()[:2] == [
         "somebody",

@@ -42,6 +42,22 @@ def test_help_and_usage_need_no_daemon(tmp_path):
     assert run("--version").stdout.startswith("llsh 0.")
 
 
+def test_who_reads_no_further_is_told_as_sigpipe_does(home):
+    reader, writer = os.pipe()
+    os.close(reader)
+    words = [*LLSH, "cat", "/models/tiny/tokenizer.json"]
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, timeout=30)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+@pytest.mark.parametrize("line", ["ps | head", "list > models.txt"])
+def test_pipes_are_the_outer_shells(home, line):
+    done = run("-c", line)
+    assert done.returncode == 2
+    assert "outer shell" in done.stderr
+
+
 def test_help_imports_nothing_heavy():
     code = (
         "import sys, io\n"

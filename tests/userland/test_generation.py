@@ -123,6 +123,8 @@ def test_unknown_names_are_type_errors_with_a_suggestion() -> None:
         TypeError, match=r"generate\(\) has no option 'max_tokens'; did you mean 'max_new_tokens'"
     ):
         check_names({"max_tokens": 3}, "generate")
+    with pytest.raises(TypeError, match=r"structured_outputs=\{'json'"):
+        check_names({"json_schema": {}}, "chat")
     with pytest.raises(TypeError, match=r"no option 'zzz'$"):
         check_names({"zzz": 3}, "generate")
 

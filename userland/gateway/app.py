@@ -110,7 +110,7 @@ def build(address: str | None, keys: ApiKeys | None) -> FastAPI:
         description=DESCRIPTION,
         version=version("llmasos"),
         lifespan=lifespan,
-        docs_url="/docs",
+        docs_url=None,  # console/page.py has one that needs nobody else
         redoc_url=None,
     )
     app.state.metrics = metrics.GatewayMetrics()

@@ -76,13 +76,23 @@ class Caller:
     def tenant(self) -> str:
         return self.client.hello.subject
 
+    @property
+    def user(self) -> str:
+        """Whose key would be more than this caller: the tenant's own, without one the gateway's user's."""
+        return self.login[0] or self.tenant.removesuffix(f"/{LABEL}")
+
+    @property
+    def has_key(self) -> bool:
+        return bool(self.login[0])
+
     def needs(self, *rights: t.Capability) -> None:
         """Raises PermissionDenied without one of them. For what the gateway keeps itself: the kernel looks
         after the rest."""
         if self.rights.isdisjoint(rights):
+            who = "the key lacks" if self.has_key else "who comes without a key does not have"
             raise errors.PermissionDenied(
-                f"the key lacks the right {' or '.join(rights)}",
-                hint=f"llsh key api new NAME --right {rights[0]}",
+                f"{who} the right {' or '.join(rights)}",
+                hint=f"llsh key api new NAME --as {self.user} --right {rights[0]}",
             )
 
     async def llm(self, name: str) -> LLM:
@@ -96,8 +106,7 @@ class Caller:
             found = await self.aio.call(table.Stat(f"/models/{full}"))
         except (errors.NotFound, errors.InvalidRequest):
             raise errors.NoSuchModel(
-                f"The model {name!r} does not exist or you do not have access to it.",
-                hint=f"`llsh ls` lists what is there; `llsh pull {name}` brings one in",
+                f"The model {name!r} does not exist or you do not have access to it.", hint=self._way_to(name)
             ) from None
         asked_at = time.monotonic()
         if known is not None and known.digest == found.digest:
@@ -110,6 +119,14 @@ class Caller:
             llm = LLM(self.client, full, tokenizer, context_length=length)
         self.models[full] = Known(found.digest, llm, asked_at)
         return llm
+
+    def _way_to(self, name: str) -> str:
+        ways = ["`llsh list` shows what is there"]
+        if "+" not in name:  # adapters are made here
+            ways.append(f"`llsh pull {name}` brings one in")
+        if not self.has_key:
+            ways.append(f"what {self.user} trained a key sees: `llsh key api new NAME --as {self.user}`")
+        return "; ".join(ways)
 
 
 class Callers:
@@ -132,7 +149,7 @@ class Callers:
             if entry is None:
                 raise Unauthorized(
                     "Incorrect API key provided." if key else "You didn't provide an API key.",
-                    hint="send `Authorization: Bearer KEY`; `llsh key api new NAME` makes one",
+                    hint="send `Authorization: Bearer KEY`; `llsh key api new NAME --as TENANT` makes one",
                 )
             tenant, rights = entry.tenant, entry.rights
         return await self.session(tenant, rights)
@@ -166,10 +183,8 @@ class Callers:
         return await self.session("", t.TENANT_RIGHTS)
 
     def _open(self, tenant: str, rights: t.Rights) -> Caller:
-        if tenant:
-            client = Client(self._address, tenant=tenant, rights=rights)
-        else:
-            client = Client(self._address, label=LABEL)
+        label = "" if tenant else LABEL
+        client = Client(self._address, label=label, tenant=tenant or None, rights=rights)
         return Caller(client, self._tokenizers, rights=frozenset(rights), login=(tenant, rights))
 
     def close(self) -> None:

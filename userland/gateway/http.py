@@ -217,6 +217,9 @@ class Frame:
                 body = problems.body(problem, scope["path"], request_id, anthropic=anthropic)
                 await json(body, problem.status)(scope, receive, framed)
                 return
+            if _is_curl(scope["path"], headers):
+                kept = [(name, value) for name, value in scope["headers"] if name != b"content-type"]
+                scope["headers"] = [*kept, (b"content-type", b"application/json")]
             limit = scope["app"].state.body_limit(scope["path"])
             await self._app(scope, _bounded(receive, limit, told), framed)
         finally:
@@ -240,6 +243,16 @@ class Frame:
         if not length.isdecimal():
             return _bad(400, "content-length is not a number")
         return None
+
+
+def _is_curl(path: str, headers: Mapping[str, str]) -> bool:
+    """Whether a body of Ollama's API, whose own examples leave the content type to curl, is JSON anyway.
+    A page of another site could send such a body without asking first. Its browser says so: every POST that
+    crosses sites has an Origin, whatever the page does about it, and what is no browser holds nobody's rights
+    but its own."""
+    sent = headers.get("content-type", "").partition(";")[0].strip().lower()
+    by_browser = "origin" in headers or "sec-fetch-site" in headers
+    return path.startswith("/api/") and not by_browser and sent in ("", "application/x-www-form-urlencoded")
 
 
 def _bad(status: int, message: str, type_: str = "invalid_request_error") -> problems.Problem:

@@ -207,7 +207,7 @@ async def metrics(request: Request, caller: Annotated[Caller, Depends(authentica
     if callers.keys is not None and t.Capability.AUDIT not in caller.rights:
         raise errors.PermissionDenied(
             "metrics of all tenants need the right audit",
-            hint="llsh key api new scraper --as prometheus --right see --right audit",
+            hint="llsh key api new scraper --as prometheus --only --right see --right audit",
         )
     kernel = await callers.own() if callers.keys is None else caller
     return Response(await request.app.state.metrics.text(kernel), media_type=CONTENT_TYPE_LATEST)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 import typer
 
 from .argument import Class, Json, Model, Nice, examples
-from .embed import Texts, batches, reader
+from .embed import Texts, reader, tell
 from .shell import shell_of
 from .table import Column, Table
 
@@ -18,7 +19,7 @@ app = typer.Typer()
     epilog=examples(
         'llsh classify smollm2 --labels positive,negative "What a film!"',
         "llsh classify smollm2 --labels sports,business,science < headlines.txt",
-        'llsh classify smollm2 --labels yes,no --ask "Is this spam?" --json < mail.txt | jq .label',
+        'llsh classify smollm2 --labels low,high --ask "How urgent is it?" < mail.txt | jq .label',
     )
 )
 def classify(
@@ -43,15 +44,13 @@ def classify(
     if len(names) < 2:
         raise typer.BadParameter("at least two --labels, separated by commas")
     llm = reader(shell, model, text, sched_class, nice)
-    told = json or not shell.terminal.is_tty
     table = Table([Column("LABEL"), Column("PROBABILITY", right=True), Column("TEXT", least=20)])
     question = Question(ask or ABOUT, tuple(Option(name) for name in names))
-    for texts in batches(shell, text):
+
+    def made(texts: list[str]) -> Iterator[tuple[dict[str, object], tuple[str, ...]]]:
         for one, (found,) in zip(texts, llm.decide_all(texts, question), strict=True):
             chances = dict(zip(found.options, found.probabilities, strict=True))
-            if told:
-                shell.terminal.document({"text": one, "label": found.label, "probabilities": chances})
-            else:
-                table.add(found.label, f"{chances[found.label]:.3f}", one)
-    if not told:
-        shell.terminal.table(table)
+            row = (found.label, f"{chances[found.label]:.3f}", one)
+            yield {"text": one, "label": found.label, "probabilities": chances}, row
+
+    tell(shell, text, made, table, json)

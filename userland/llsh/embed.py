@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
-BATCH = 256
-"""Lines of stdin that are read before what they come to is printed."""
+BATCH = 32
+"""Texts that are worked on at once: what they come to is printed before the next ones are."""
 
 SHOWN = 6
 """Numbers of a vector that a person is shown."""
@@ -58,17 +58,15 @@ def embed(
     """
     shell = shell_of(context)
     llm = reader(shell, model, text, sched_class, nice)
-    told = json or not shell.terminal.is_tty
     table = Table([Column("DIMENSIONS", right=True), Column("VECTOR", least=20), Column("TEXT", least=12)])
-    for texts in batches(shell, text):
+
+    def made(texts: list[str]) -> Iterator[tuple[dict[str, object], tuple[str, ...]]]:
         for one, vector in zip(texts, llm.embed(texts, truncate=truncate).tolist(), strict=True):
-            if told:
-                shell.terminal.document({"text": one, "embedding": vector})
-            else:
-                more = " …" if len(vector) > SHOWN else ""
-                table.add(str(len(vector)), " ".join(f"{x:+.4f}" for x in vector[:SHOWN]) + more, one)
-    if not told:
-        shell.terminal.table(table)
+            more = " …" if len(vector) > SHOWN else ""
+            shown = " ".join(f"{x:+.4f}" for x in vector[:SHOWN]) + more
+            yield {"text": one, "embedding": vector}, (str(len(vector)), shown, one)
+
+    tell(shell, text, made, table, json)
 
 
 def reader(
@@ -88,8 +86,31 @@ def reader(
     )
 
 
-def batches(shell: Shell, texts: list[str] | None) -> Iterator[list[str]]:
-    """Texts of the command line, or the lines of stdin."""
+def tell(
+    shell: Shell,
+    texts: list[str] | None,
+    made: Callable[[list[str]], Iterable[tuple[dict[str, object], tuple[str, ...]]]],
+    table: Table,
+    json: bool,
+) -> None:
+    """Tells what is `made` of the texts of the command line, or the lines of stdin, each as a document and as
+    a row of `table`. Documents come as they are made, the table at the end, also where that is an interrupt;
+    meanwhile a person sees how far it is."""
+    terminal = shell.terminal
     lines = iter(texts) if texts else (line.rstrip("\r\n") for line in shell.stdin)
-    while batch := list(itertools.islice(lines, BATCH)):
-        yield batch
+    documents = json or not terminal.is_tty
+    done = 0
+    with terminal.spinner("reading", beside=not (documents and terminal.is_tty)) as spinner:
+        try:
+            while batch := list(itertools.islice(lines, BATCH)):
+                for document, row in made(batch):
+                    if documents:
+                        terminal.document(document)
+                    else:
+                        table.add(*row)
+                done += len(batch)
+                spinner.say(f"{done} texts")
+        finally:
+            spinner.stop()
+            if table.rows:
+                terminal.table(table)

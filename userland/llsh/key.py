@@ -34,10 +34,34 @@ api = argument.group(
 group.add_typer(api, name="api")
 
 Tenant = Annotated[str, typer.Option("--as", metavar="TENANT", help="Whose processes its own will be.")]
+GRANTED = [right for right in Capability if right not in (Capability.CONNECT, Capability.ADMIN)]
+"""What a key may be given: to connect is everybody's who has one, to administer nobody's."""
+
+
+def _right(text: str) -> Capability:
+    if text not in GRANTED:
+        raise typer.BadParameter(f"{text!r} is not one of {', '.join(GRANTED)}")
+    return Capability(text)
+
+
 Rights = Annotated[
     list[Capability] | None,
-    typer.Option("--right", help="Can be repeated. Without it: see, infer, process."),
+    typer.Option(
+        "--right",
+        metavar="RIGHT",
+        parser=_right,
+        autocompletion=lambda: [str(right) for right in GRANTED],
+        help=f"Another right besides {', '.join(TENANT_RIGHTS)}: "
+        f"{', '.join(right for right in GRANTED if right not in TENANT_RIGHTS)}. Can be repeated.",
+    ),
 ]
+Only = Annotated[bool, typer.Option("--only", help="No rights but those of --right.")]
+
+
+def _rights(right: list[Capability] | None, only: bool) -> tuple[Capability, ...]:
+    if only and not right:
+        raise typer.BadParameter("--only needs a --right")
+    return tuple(dict.fromkeys([*(() if only else TENANT_RIGHTS), *(right or ())]))
 
 
 @group.command(epilog=examples("llsh key new"))
@@ -80,19 +104,22 @@ def list_(context: typer.Context, json: Json = False) -> None:
 
 
 @group.command(
-    epilog=examples("llsh key authorize KEY --as alice", "llsh key authorize FILE --as bob --right see")
+    epilog=examples(
+        "llsh key authorize KEY --as alice", "llsh key authorize FILE --as bob --only --right see"
+    )
 )
 def authorize(
     context: typer.Context,
     key: Annotated[str, typer.Argument(help="A public key, or a file that holds one.")],
     tenant: Tenant,
     right: Rights = None,
+    only: Only = False,
     json: Json = False,
 ) -> None:
     """Let a key in over tcp."""
     shell = shell_of(context)
     public = text_of(Path(key)).strip() if len(key) != 64 and Path(key).is_file() else key
-    entry = KeyInfo(tenant, public, tuple(right)) if right else KeyInfo(tenant, public)
+    entry = KeyInfo(tenant, public, _rights(right, only))
     _print(shell, shell.client().call(table.AuthorizeKey(entry)), json)
 
 
@@ -127,12 +154,13 @@ def api_new(
     name: Annotated[str, typer.Argument(help="What you call it.")],
     tenant: Tenant,
     right: Rights = None,
+    only: Only = False,
     json: Json = False,
 ) -> None:
     """Make an API key and print it, once: only its hash is kept."""
     from ..gateway import access
 
-    key = access.ApiKeys(access.folder()).make(name, tenant, tuple(right) if right else TENANT_RIGHTS)
+    key = access.ApiKeys(access.folder()).make(name, tenant, _rights(right, only))
     shell_of(context).emit({"name": name, "tenant": tenant, "key": key}, json, key)
 
 

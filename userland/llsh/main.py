@@ -1,7 +1,7 @@
 """`llsh`: the entry point, the tree of commands, and how a command ends.
 
-One place makes exit codes of outcomes: 0 done, 1 failed, 2 wrong usage, 130 interrupted. Nothing heavier
-than Typer is imported before a command needs it.
+One place makes exit codes of outcomes: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 141 nobody reads on.
+Nothing heavier than Typer is imported before a command needs it.
 """
 
 from __future__ import annotations
@@ -42,10 +42,13 @@ from .shell import Shell, shell_of
 if TYPE_CHECKING:
     from typer.core import TyperCommand
 
-FAILED, USAGE, INTERRUPTED = 1, 2, 130
+FAILED, USAGE, INTERRUPTED, UNREAD = 1, 2, 130, 141
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _SHUT = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS}
+
+_OUTER = {"|", ">", ">>", "<", "2>"}
+"""Words that mean something in the shell around this one. Here they can be a prompt's."""
 
 _PURPOSE = """\
 The shell of LLMasOS: language models as processes.
@@ -176,9 +179,10 @@ def dispatch(words: list[str], shell: Shell) -> int:
         return USAGE
     except typer.TyperException as problem:
         context = getattr(problem, "ctx", None)
-        terminal.fail(
-            problem.format_message().removeprefix("Invalid value: "), _usage(context) if context else ""
-        )
+        hint = _usage(context) if context else ""
+        if _OUTER.intersection(words):
+            hint = "pipes and redirections are the outer shell's: llsh COMMAND … | …"
+        terminal.fail(problem.format_message().removeprefix("Invalid value: "), hint)
         return USAGE
     except errors.LLMasOSError as problem:
         terminal.fail_with(problem)
@@ -188,6 +192,10 @@ def dispatch(words: list[str], shell: Shell) -> int:
     except (typer.Abort, EOFError):
         return FAILED
     except BrokenPipeError:
+        raise
+    except SystemExit as left:
+        if isinstance(left.__context__, BrokenPipeError):  # what Typer makes of it
+            raise left.__context__ from None
         raise
     except Exception as problem:
         if isinstance(problem, OSError) and (told := _of_files(problem)):
@@ -244,7 +252,7 @@ def main() -> int:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except BrokenPipeError:
-        code = FAILED
+        code = UNREAD  # as of what SIGPIPE ends, which Python ignores
         sys.stdout = Path("/dev/null").open("w")  # noqa: SIM115  the interpreter flushes it at its end
     finally:
         shell.close()

@@ -26,12 +26,6 @@ SESSIONS = "/sessions/"
 DATASETS = "/datasets/"
 TEMPLATE = "chat_template.jinja"
 
-_USES = {
-    t.Encodes.EMBED: "it makes vectors: llsh embed",
-    t.Encodes.CLASSIFY: "it scores texts: LLM.encode, or /v1/classify of `llsh serve`",
-    t.Encodes.TOKENS: "it labels tokens: LLM.encode",
-}
-
 
 def installed(shell: Shell, client: Client, model: str) -> str:
     """The name of `model` in the model filesystem, after pulling it if it is not there.
@@ -141,7 +135,7 @@ def show(
     lines = [("model", _name(info)), ("id", info.digest), ("size", quantity.size(info.size))]
     lines += [(key.replace("_", " "), _fact(key, value)) for key, value in facts.items() if value != ""]
     if made_for := encodes(client, name):
-        lines.append(("encoder", _USES[made_for]))
+        lines.append(("encoder", t.ENCODED_BY[made_for]))
     else:
         has_template = any(file.path.endswith(f"/{TEMPLATE}") for file in files)
         use = "yes, see --template" if has_template else "none: use it with --raw text"

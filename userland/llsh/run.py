@@ -65,7 +65,7 @@ MaxTime = Annotated[
         "llsh run smollm2 --temperature 0.8 --seed 7 Tell me a joke",
         'llsh run gpt2 --raw "Once upon a time"',
         "llsh run smollm2 --json Hi | jq -r .text",
-        'llsh run smollm2 --choice yes,no "Is the sea salty?"',
+        'llsh run smollm2 --regex "[0-9]{4}" "In which year did the Second World War end?"',
         "llsh run smollm2                # no prompt on a terminal: a chat",
     )
 )
@@ -92,7 +92,12 @@ def run(
     ] = None,
     choice: Annotated[
         str | None,
-        typer.Option("--choice", metavar="A,B,…", help="The answer is one of these.", show_default=False),
+        typer.Option(
+            "--choice",
+            metavar="A,B,…",
+            help="The answer is one of these; `classify` weighs them instead.",
+            show_default=False,
+        ),
     ] = None,
     nice: Nice = 0,
     sched_class: Class = None,

@@ -101,9 +101,11 @@ class Terminal:
         self.fail(error.message, error.hint)
 
     @contextlib.contextmanager
-    def spinner(self, text: str) -> Iterator[Spinner]:
-        """Turns on stderr until the block ends or `stop` is called; silent where nobody looks."""
-        spinner = Spinner(self.err_console if self.is_tty and self.err.isatty() else None, text)
+    def spinner(self, text: str, *, beside: bool | None = None) -> Iterator[Spinner]:
+        """Turns on stderr until the block ends or `stop` is called; silent where nobody looks. `beside`: what
+        is written meanwhile leaves it room; without it that is so on a terminal."""
+        shown = (self.is_tty if beside is None else beside) and self.err.isatty()
+        spinner = Spinner(self.err_console if shown else None, text)
         try:
             yield spinner
         finally:
@@ -117,6 +119,11 @@ class Spinner:
         self._status = console.status(f"[dim]{text}[/dim]", spinner="dots") if console else None
         if self._status:
             self._status.start()
+
+    def say(self, text: str) -> None:
+        """Turns beside another text."""
+        if self._status:
+            self._status.update(f"[dim]{text}[/dim]")
 
     def stop(self) -> None:
         """Clears the line. Harmless when called twice."""

@@ -11,12 +11,13 @@ null are gone. An idle machine costs a line with the time.
     devices     by name
     pools       by device/model: KV memory, as in /v1/system
     quotas      by path
-    models      by name
+    models      by name; `encodes` if it generates no text
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator
 from importlib.metadata import version
@@ -28,6 +29,7 @@ from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 from starlette.responses import Response
 
+from ...models import encodes
 from ..callers import Caller, authenticated
 from ..errors_doc import documented
 from ..openai.models import short
@@ -71,6 +73,7 @@ class Watch:
         self._born: dict[int, float] = {}
         self._trains: dict[int, bool] = {}
         self._models: dict[str, Any] = {}
+        self._encodes: dict[str, t.Encodes | None] = {}  # by the model's digest
         self._looks = 0
 
     async def look(self) -> dict[str, Any]:
@@ -78,7 +81,8 @@ class Watch:
         picture, now = await Picture.of(self._caller), time.time()
         if self._looks % MODELS_EVERY == 0:
             entries = (await self._caller.aio.call(table.Ls("/models"))).entries
-            self._models = {short(one.path.removeprefix("/models/")): _model(one) for one in entries}
+            await asyncio.to_thread(self._look_into, entries)
+            self._models = {short(one.path.removeprefix("/models/")): self._model(one) for one in entries}
         self._looks += 1
         pids = {process.pid for process in picture.processes}
         self._born = {pid: born for pid, born in self._born.items() if pid in pids}
@@ -115,10 +119,20 @@ class Watch:
             known = self._trains[process.pid] = any(file.path.endswith("/metrics") for file in files)
         return known
 
+    def _look_into(self, entries: list[t.FileInfo]) -> None:
+        """What models are for, whose configuration was not read yet."""
+        known, self._encodes = self._encodes, {}
+        for one in entries:
+            if one.digest not in known:
+                with contextlib.suppress(errors.LLMasOSError, ValueError):  # it is damaged, or gone
+                    known[one.digest] = encodes(self._caller.client, one.path.removeprefix("/models/"))
+            self._encodes[one.digest] = known.get(one.digest)
 
-def _model(entry: t.FileInfo) -> dict[str, Any]:
-    details = {name: entry.details[name] for name in _DETAILS if name in entry.details}
-    return {"size": entry.size, "modified": int(entry.modified), **details}
+    def _model(self, entry: t.FileInfo) -> dict[str, Any]:
+        told = {name: entry.details[name] for name in _DETAILS if name in entry.details}
+        if made_for := self._encodes[entry.digest]:
+            told["encodes"] = made_for
+        return {"size": entry.size, "modified": int(entry.modified), **told}
 
 
 def _without_none(value: Any) -> Any:

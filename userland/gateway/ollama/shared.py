@@ -26,7 +26,9 @@ from ..options import Body, Placed
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 KeepAlive = Annotated[
     float | str | None,
-    Field(description="A model stays as long as there is memory for it; the kernel decides."),
+    Field(
+        description="Changes nothing: a model stays as long as there is memory for it, the kernel decides."
+    ),
 ]
 
 
@@ -182,20 +184,18 @@ def _failed(problem: errors.LLMasOSError) -> bytes:
 
 
 async def load(caller: Caller, llm: LLM, body: Asking, clock: Clock) -> dict[str, Any]:
-    """What an empty request asks for: that the model is resident. Raises NeverFits and the like."""
+    """What an empty request asks for: that the model is resident, or need not be any longer. Raises NeverFits
+    and the like."""
+    told = {"model": body.model, "created_at": now(), "done": True}
+    if body.keep_alive in (0, "0", "0s", "0m"):  # the kernel takes it out when its memory is needed
+        return {**told, "done_reason": "unload", **clock.told()}
     sched_class, nice = body.place()
-    if body.keep_alive in (0, "0", "0s", "0m"):
-        raise problems.NotSupported(
-            "Unsupported parameter: keep_alive 0 is not supported here",
-            hint="the kernel takes a model out when its memory is needed",
-            field="keep_alive",
-        )
     token = t.pack_tokens([0])  # taken in by a process that ends with that
     await caller.aio.call(
         table.Infer(model=llm.model, tokens=token, max_tokens=0, sched_class=sched_class, nice=nice)
     )
     clock.asked()
-    return {"model": body.model, "created_at": now(), "done": True, "done_reason": "load", **clock.told()}
+    return {**told, "done_reason": "load", **clock.told()}
 
 
 async def answer(

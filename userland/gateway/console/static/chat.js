@@ -32,7 +32,7 @@ export class Chat {
   }
 
   show(state) {
-    const names = Object.keys(state.models).sort();
+    const names = Object.keys(state.models).filter((name) => !state.models[name].encodes).sort();
     const select = byId("chat-model");
     keyed(select, names, (name) => new Option(name, name), () => {});
     if (this.models !== names.join()) {
