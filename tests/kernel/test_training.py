@@ -15,7 +15,7 @@ from llmasos.kernel.grants import FROZEN_S
 from llmasos.kernel.modelfs.names import parse_name
 from llmasos.kernel.programs import Program
 from llmasos.kernel.tenants import Subject
-from llmasos.kernel.training import MOST_DEATHS
+from llmasos.kernel.training import MOST_DEATHS, TURN_S
 from llmasos.syscalls import errors, table, training, wire
 from llmasos.syscalls import types as t
 from msgspec.structs import replace
@@ -403,6 +403,63 @@ def test_only_so_many_trainers_are_loaded_and_a_stronger_run_has_a_weaker_one_le
     world.trainer_dies(connection, trainer)
     connection, _ = world.attached()
     assert world.kernel.trainers[connection].pid == strong
+
+
+def over(world: Runs, program: Program) -> None:
+    """A program that was told to has ended."""
+    assert world.kernel.programs.to_stop == [program.number]
+    world.kernel.programs.to_stop.clear()
+    world.kernel.programs.over(program.number)
+    world.flush()
+
+
+@pytest.mark.parametrize(
+    ("weaker", "turn"), [(t.SchedClass.IDLE, 0.0), (t.SchedClass.BATCH, TURN_S)], ids=["weaker", "equal"]
+)
+def test_preparing_waits_for_no_weaker_run_and_for_equal_ones_by_turns(
+    tmp_path: Path, weaker: t.SchedClass, turn: float
+) -> None:
+    world = Runs(tmp_path, max_trainers=1)
+    world.model("tiny")
+    world.attach()
+    world.dataset()
+    first = world.train(sched_class=weaker, target="first")
+    preparer = world.program()
+    second = world.train(sched_class=t.SchedClass.BATCH, target="second")
+    if turn:
+        world.passes(turn - 1)
+        assert world.kernel.programs.to_stop == []
+        world.passes(1)
+    over(world, preparer)
+    assert world.reply(world.send(table.StatProcess(first)))["waiting_for"] == "its turn to be loaded"
+    if turn:
+        restarted = world.program()
+        world.passes(turn)
+        over(world, restarted)
+        preparer = world.program()  # the first one's: it has twice as long
+        world.passes(turn)
+        assert world.kernel.programs.to_stop == []
+        world.passes(turn)
+        over(world, preparer)
+    world.prepared(second)
+    run = world.kernel.runs[first].run
+    assert run is not None
+    assert run.deaths == 0
+    assert run.problem is None
+
+
+def test_a_stopped_run_is_not_prepared_until_it_goes_on(world: Runs) -> None:
+    world.dataset()
+    pid = world.train()
+    preparer = world.program()
+    world.reply(world.send(table.Kill(pid, t.Signal.STOP)))
+    over(world, preparer)
+    world.passes(60)
+    assert world.kernel.programs.to_start == []
+    assert world.reply(world.send(table.StatProcess(pid)))["state"] == "stopped"
+    world.reply(world.send(table.Kill(pid, t.Signal.CONT)))
+    world.prepared(pid)
+    world.attached()
 
 
 def test_contexts_and_training_are_not_mixed_up(world: Runs) -> None:
