@@ -40,6 +40,7 @@ class Run:
     exited: bool = False  # the trainer's process, but something that it said may not have been heard
     leaving: bool = False
     begun_at: float = 0.0  # its preparer
+    weighed_at: float = 0.0  # when it was looked what it keeps on the disk
     turns: int = 0  # that its preparer had, and did not get done
     stopping: bool = False
     tidied: bool = False

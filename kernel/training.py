@@ -53,6 +53,9 @@ MOST_DEATHS = 6
 """A run whose programs die so often in a row, without a checkpoint between, has failed. More often than
 `crash_limit`, for a machine that is short of memory kills trainers first, and hours of work hang on them."""
 
+WEIGH_S = 1.0
+"""Between two looks at what a run that is being prepared keeps on the disk."""
+
 MOST_COMMITS = 60
 """So often a result is tried to be committed, once in LONGEST_PAUSE_S."""
 
@@ -322,11 +325,14 @@ def _prepare(kernel: Kernel, process: Process, run: Run) -> None:
     def said(line: dict[str, Any]) -> None:
         with suppress(msgspec.ValidationError):
             following.tell(kernel, process, run, msgspec.convert(line, TrainEvent))
+        if kernel.now() - run.weighed_at >= WEIGH_S:
+            _weigh(kernel, process, run)
 
     def ended(outcome: dict[str, Any] | errors.LLMasOSError) -> None:
         left, run.leaving, run.program = run.leaving, False, None
         if runs.prepared(process.pid):
             run.deaths = run.turns = 0
+            _weigh(kernel, process, run)
         elif left:
             kernel.at(kernel.now(), lambda: None)  # there is room now
         elif isinstance(outcome, errors.LLMasOSError):
@@ -337,6 +343,17 @@ def _prepare(kernel: Kernel, process: Process, run: Run) -> None:
     run.program = kernel.programs.start(arguments, said, ended, abrupt=True)
     run.begun_at = kernel.now()
     kernel.at(run.begun_at + TURN_S * 2**run.turns, lambda: None)
+
+
+def _weigh(kernel: Kernel, process: Process, run: Run) -> None:
+    """Ends a run that has grown over what its owner may keep on the disk, or fills it before it trains."""
+    run.weighed_at = kernel.now()
+    try:
+        room_on_disk(kernel, process.owner, 0)
+        if not run.trains:
+            kernel.store.require_room()
+    except errors.LLMasOSError as problem:
+        _failed(kernel, process, run, problem)
 
 
 def _train(kernel: Kernel, process: Process, run: Run) -> None:
@@ -487,6 +504,7 @@ def heard(kernel: Kernel, process: Process, message: base.FromWorker) -> None:
         case base.Trained(event):
             if event.phase == "save":
                 run.deaths = 0
+                _weigh(kernel, process, run)
             if event.phase == "train":
                 steps, tokens = event.step - run.step, event.tokens - run.tokens
                 kernel.metrics.trained(process.pool.device_name, max(0, steps), max(0, tokens))

@@ -11,6 +11,7 @@ import msgspec
 import pytest
 from llmasos.drivers import base
 from llmasos.kernel.effects import KillWorker, ToWorker
+from llmasos.kernel.files import disk_used
 from llmasos.kernel.grants import FROZEN_S
 from llmasos.kernel.modelfs.names import parse_name
 from llmasos.kernel.programs import Program
@@ -361,6 +362,56 @@ def test_models_that_were_made_count_as_their_owners_disk(world: Runs) -> None:
     written = world.send(table.Write("/datasets/more", 0, b"x", True))
     world.flush()
     assert world.error(refused) is world.error(written) is errors.QuotaExceeded
+
+
+@pytest.mark.parametrize("trains", [False, True], ids=["prepares", "trains"])
+def test_a_run_that_grows_over_its_owners_disk_ends(world: Runs, trains: bool) -> None:
+    world.dataset()
+    alone = disk_used(world.kernel, "root")
+    world.send(table.SetQuota("root", t.Quota(disk_bytes=10_000)))
+    pid = world.train()
+    if trains:
+        world.prepared(pid)
+        connection, program = world.attached()
+    else:
+        program = world.program()
+    folder = world.store.runs.folder(pid)
+    before = disk_used(world.kernel, "root")
+    for size in (5_000, 10_000):
+        assert world.kernel.programs.to_stop == []
+        (folder / "data").mkdir(exist_ok=True)
+        (folder / "data" / "tokens.u32").write_bytes(bytes(size))
+        world.now += 2
+        if trains:
+            world.event(connection, 1, "save")
+        else:
+            world.kernel.programs.line(program.number, {"phase": "prepare", "step": 1, "steps": 2})
+        world.flush()
+        assert disk_used(world.kernel, "root") >= before + size
+    assert world.kernel.programs.to_stop == [program.number]
+    assert "QuotaExceeded" in world.reply(world.send(table.Wait(pid)))["reason"]
+    if trains:
+        world.trainer_dies(connection, program)
+    else:
+        world.kernel.programs.over(program.number)
+    world.flush()
+    assert disk_used(world.kernel, "root") == alone
+
+
+def test_a_data_set_counts_as_long_as_something_keeps_it(world: Runs) -> None:
+    world.dataset()
+    pid = world.train()
+    with_name = disk_used(world.kernel, "root")
+    world.reply(world.send(table.Unlink("/datasets/facts")))
+    in_run = disk_used(world.kernel, "root")
+    assert with_name - in_run < 100, "the run keeps it; its name has gone"
+    world.reply(world.send(table.Snapshot(pid, "half")))
+    preparer = world.program()
+    world.reply(world.send(table.Kill(pid)))
+    world.kernel.programs.over(preparer.number)
+    world.reply(world.send(table.Wait(pid)))
+    world.flush()
+    assert disk_used(world.kernel, "root") == world.store.sessions.usage() > in_run
 
 
 def test_what_is_ones_own_is_removed_and_what_is_everybodys_is_an_administrators(world: Runs) -> None:
