@@ -56,7 +56,7 @@ MEMORY = 8 << 30
 NICE = 10
 INTERVAL_S = 0.1
 _FLUSH = 1 << 16  # tokens
-_BATCH = 256  # rows of parquet
+_BATCH = 32  # rows of parquet
 _PR_SET_PDEATHSIG = 1
 
 KINDS = (("messages",), ("prompt", "completion"), ("text",))
@@ -175,11 +175,28 @@ def _parquet_rows(file: BinaryIO) -> Iterator[tuple[int, Row]]:
         table = pyarrow.parquet.ParquetFile(file)
         columns = [name for name in table.schema_arrow.names if name in COLUMNS]
         for batch in table.iter_batches(_BATCH, columns=columns):
-            for row in batch.to_pylist():
+            for place in range(batch.num_rows):
                 number += 1
-                yield number, row
+                cells = zip(batch.schema.names, batch.columns, strict=True)
+                yield number, {name: _cell(number, name, column.slice(place, 1)) for name, column in cells}
+    except MemoryError:  # pyarrow's own is one, too
+        raise MemoryError from None
     except (pyarrow.ArrowException, OSError) as problem:
         raise refusal(number + 1, f"not parquet: {str(problem)[:200]}") from None
+
+
+def _cell(number: int, name: str, cell: Any) -> Any:
+    """The value of a parquet column, here an array of one row. Raises InvalidArgument."""
+    if hasattr(cell, "dictionary_decode"):
+        cell = cell.dictionary_decode()  # it would be as long as all that the column has
+    if cell.nbytes > LONGEST_LINE:
+        raise refusal(number, f"{name}: longer than {LONGEST_LINE >> 20} MiB")
+    try:
+        return cell.to_pylist()[0]
+    except MemoryError:
+        raise
+    except Exception as problem:  # of text that is not UTF-8, of times that no calendar has, and what else
+        raise refusal(number, f"{name}: not {str(cell.type)[:80]}: {type(problem).__name__}") from None
 
 
 def _paragraphs(file: BinaryIO) -> Iterator[tuple[int, Row]]:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import resource
 import struct
 import subprocess
@@ -354,6 +355,43 @@ def test_a_bad_row_of_csv_is_refused_by_its_line(
     with pytest.raises(errors.InvalidArgument, match=why) as caught:
         prepare(tmp_path, bytes_model, "d.csv", data)
     assert caught.value.details["line"] == line
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "why"),
+    [
+        ([b"ok", b"\xff\xfe"], "string", "text: not string"),
+        ([b"ok", b"x" * (2 << 20)], "string", "text: longer than 1 MiB"),
+        ([0, 2**30], "date32", "text: not date32"),
+        ([0, 2**62], "timestamp[us]", "text: not timestamp"),
+        ([0, 2**62], "timestamp[ns]", "text: not timestamp"),
+        ([0, 0], "Mars/Olympus", "text: not timestamp"),
+    ],
+)
+def test_a_bad_cell_of_parquet_is_refused_by_its_row_and_column(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    values: list[Any],
+    kind: str,
+    why: str,
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(dataset, "LONGEST_LINE", 1 << 20)
+    if kind == "string":
+        data = pyarrow.array(values, pyarrow.binary())
+        cells = pyarrow.Array.from_buffers(pyarrow.string(), 2, data.buffers())
+        if len(values[1]) > 2:
+            cells = cells.dictionary_encode()
+    else:
+        cells = pyarrow.array(
+            values, pyarrow.timestamp("us", tz=kind) if "/" in kind else pyarrow.type_for_alias(kind)
+        )
+    parquet.write_table(pyarrow.table({"id": [1, 2], "text": cells}), tmp_path / "t.parquet")
+    path = tmp_path / "t.parquet"
+    with path.open("rb") as file, pytest.raises(errors.InvalidArgument, match=re.escape(why)) as caught:
+        list(dataset.rows(path, file))
+    assert caught.value.details["line"] == (1 if "/" in kind else 2)
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.txt", "d"])
