@@ -574,6 +574,20 @@ def test_a_run_is_saved_and_goes_on_as_a_process_of_its_own(world: Runs) -> None
     assert world.store.sessions.usage() == 0
 
 
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "another"])
+def test_a_saved_run_whose_base_is_gone_is_not_restored(world: Runs, again: bool) -> None:
+    world.dataset()
+    pid = world.train()
+    world.reply(world.send(table.Snapshot(pid, "half")))
+    world.reply(world.send(table.Kill(pid)))
+    world.reply(world.send(table.Unlink("/models/tiny")))
+    if again:
+        world.model("tiny", max_position_embeddings=32)
+    id_ = world.send(table.Restore("half"))
+    world.flush()
+    assert world.error(id_) is errors.NoSuchModel
+
+
 def test_a_trainer_that_does_not_stop_computing_is_killed(world: Runs) -> None:
     pid = world.spawn_now()
     world.dataset()
