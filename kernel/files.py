@@ -151,6 +151,9 @@ def room_on_disk(kernel: Kernel, owner: str, size: int) -> None:
 
 
 def disk_used(kernel: Kernel, path: str) -> int:
-    """Bytes on the disk of this owner and those below it: snapshots, data sets, and models that they made."""
+    """Bytes on the disk of this owner and those below it: snapshots, models that they made, data sets, and
+    what runs have in work. A run has its data set under a name of its own: files count once."""
     store = kernel.store
-    return store.sessions.used(path) + store.datasets.used(path) + store.used(path)
+    files = [*store.datasets.kept(path), *store.runs.kept(path)]
+    once = {(file.st_dev, file.st_ino): file.st_size for file in files}
+    return store.sessions.used(path) + store.used(path) + sum(once.values())

@@ -39,6 +39,9 @@ class Run:
     prepared: bool = False
     exited: bool = False  # the trainer's process, but something that it said may not have been heard
     leaving: bool = False
+    begun_at: float = 0.0  # its preparer
+    weighed_at: float = 0.0  # when it was looked what it keeps on the disk
+    turns: int = 0  # that its preparer had, and did not get done
     stopping: bool = False
     tidied: bool = False
     deaths: int = 0
@@ -63,6 +66,11 @@ class Run:
     def trains(self) -> bool:
         """Whether it has a trainer."""
         return self.program is not None and self.program.arguments[0] == TRAINER
+
+    @property
+    def prepares(self) -> bool:
+        """Whether its data set is being prepared."""
+        return self.program is not None and self.program.arguments[0] == PREPARER
 
     @property
     def waits(self) -> bool:

@@ -94,9 +94,6 @@ def restore(kernel: Kernel, session: Session, request: Request, call: table.Rest
     subject, files = session.subject, kernel.store.sessions
     found = files.load(subject.path, call.source)
     subject.require_priority(found.sched_class, found.nice)
-    if found.run is not None:
-        kernel.sessions.reply(request, training.bring_back(kernel, session, call, found, found.run))
-        return
     manifest = kernel.store.resolve(found.model, subject.may_command)
     if manifest.digest != found.digest:
         raise errors.NoSuchModel(
@@ -104,6 +101,9 @@ def restore(kernel: Kernel, session: Session, request: Request, call: table.Rest
             hint="give that model its name back; `llsh ls /models` shows digests",
             model=found.model,
         )
+    if found.run is not None:
+        kernel.sessions.reply(request, training.bring_back(kernel, session, call, found, found.run))
+        return
     kernel.processes.room_for(subject.path, 1)
     pool, adapter = residency.place(kernel, manifest, call.device, found.dtype)
     ticket = next(kernel.numbers)

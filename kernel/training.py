@@ -41,6 +41,10 @@ if TYPE_CHECKING:
 STOPPED_S = 30.0
 """A run that is stopped for so long gives up its memory."""
 
+TURN_S = 60.0
+"""So long a data set is prepared while others of its class wait; then they go first, and it begins anew with
+twice as long, so that it gets done."""
+
 PAUSE_S = 0.2
 LONGEST_PAUSE_S = 10.0
 """Between the death of a program and the next one, doubling."""
@@ -48,6 +52,9 @@ LONGEST_PAUSE_S = 10.0
 MOST_DEATHS = 6
 """A run whose programs die so often in a row, without a checkpoint between, has failed. More often than
 `crash_limit`, for a machine that is short of memory kills trainers first, and hours of work hang on them."""
+
+WEIGH_S = 1.0
+"""Between two looks at what a run that is being prepared keeps on the disk."""
 
 MOST_COMMITS = 60
 """So often a result is tried to be committed, once in LONGEST_PAUSE_S."""
@@ -250,14 +257,14 @@ def advance(kernel: Kernel) -> None:
         _load(kernel, process)
 
 
-def _standing(process: Process) -> tuple[int, int]:
-    """The smaller, the earlier a run gets a trainer."""
-    return CLASS_RANK[process.sched_class], process.pid
+def _standing(process: Process) -> tuple[int, int, int]:
+    """The smaller, the earlier a run gets what prepares it, or a trainer."""
+    return CLASS_RANK[process.sched_class], process.run.turns if process.run else 0, process.pid
 
 
 def _load(kernel: Kernel, process: Process) -> None:
-    """Starts what prepares a run, or its trainer, if there is room for one more, or has a weaker trainer make
-    room."""
+    """Starts what prepares a run, or its trainer, if there is room for one more, or has another one make
+    room: a weaker one, or one whose turn of being prepared is over."""
     run = process.run
     assert run is not None
     prepares = not (run.prepared or kernel.store.runs.prepared(process.pid))
@@ -266,15 +273,29 @@ def _load(kernel: Kernel, process: Process) -> None:
     if len(loaded) < kernel.config.max_trainers:
         (_prepare if prepares else _train)(kernel, process, run)
         return
+    if any(other.run and other.run.leaving for other in loaded):
+        return  # one at a time
     weakest = max(loaded, key=_standing)
     if weakest.run is not None and CLASS_RANK[weakest.sched_class] > CLASS_RANK[process.sched_class]:
         _leave(kernel, weakest.run)
+        return
+    for other in loaded:
+        if other.run and other.sched_class is process.sched_class and _had_its_turn(kernel, other.run):
+            other.run.turns += 1
+            _leave(kernel, other.run)
+            return
+
+
+def _had_its_turn(kernel: Kernel, run: Run) -> bool:
+    return run.prepares and kernel.now() - run.begun_at >= TURN_S * 2**run.turns
 
 
 def _watch_stop(kernel: Kernel, process: Process, run: Run) -> None:
-    """Has a run that is stopped for long give up its memory."""
+    """Has a run that is stopped compute nothing, and give up its memory when it is for long."""
     if not process.stopped:
         run.stopped_at = None
+    elif run.prepares:
+        _leave(kernel, run)
     elif run.stopped_at is None:
         run.stopped_at = kernel.now()
         kernel.at(kernel.now() + STOPPED_S, lambda: None)
@@ -283,7 +304,13 @@ def _watch_stop(kernel: Kernel, process: Process, run: Run) -> None:
 
 
 def _leave(kernel: Kernel, run: Run) -> None:
-    if run.ready and not run.leaving and run.connection is not None:
+    """Has a trainer end with a checkpoint, or a preparer, which will begin anew."""
+    if run.leaving:
+        return
+    if run.prepares and run.program is not None:
+        run.leaving = True
+        kernel.programs.stop(run.program)
+    elif run.ready and run.connection is not None:
         run.leaving = True
         kernel.effects.append(ToWorker(run.connection, base.Leave()))
 
@@ -298,17 +325,35 @@ def _prepare(kernel: Kernel, process: Process, run: Run) -> None:
     def said(line: dict[str, Any]) -> None:
         with suppress(msgspec.ValidationError):
             following.tell(kernel, process, run, msgspec.convert(line, TrainEvent))
+        if kernel.now() - run.weighed_at >= WEIGH_S:
+            _weigh(kernel, process, run)
 
     def ended(outcome: dict[str, Any] | errors.LLMasOSError) -> None:
-        run.program = None
-        if isinstance(outcome, errors.LLMasOSError):
+        left, run.leaving, run.program = run.leaving, False, None
+        if runs.prepared(process.pid):
+            run.deaths = run.turns = 0
+            _weigh(kernel, process, run)
+        elif left:
+            kernel.at(kernel.now(), lambda: None)  # there is room now
+        elif isinstance(outcome, errors.LLMasOSError):
             _failed(kernel, process, run, outcome)
-        elif runs.prepared(process.pid):
-            run.deaths = 0
         else:
             _failed(kernel, process, run, errors.DeviceFault("its data set is not there"))
 
-    run.program = kernel.programs.start(arguments, said, ended)
+    run.program = kernel.programs.start(arguments, said, ended, abrupt=True)
+    run.begun_at = kernel.now()
+    kernel.at(run.begun_at + TURN_S * 2**run.turns, lambda: None)
+
+
+def _weigh(kernel: Kernel, process: Process, run: Run) -> None:
+    """Ends a run that has grown over what its owner may keep on the disk, or fills it before it trains."""
+    run.weighed_at = kernel.now()
+    try:
+        room_on_disk(kernel, process.owner, 0)
+        if not run.trains:
+            kernel.store.require_room()
+    except errors.LLMasOSError as problem:
+        _failed(kernel, process, run, problem)
 
 
 def _train(kernel: Kernel, process: Process, run: Run) -> None:
@@ -459,6 +504,7 @@ def heard(kernel: Kernel, process: Process, message: base.FromWorker) -> None:
         case base.Trained(event):
             if event.phase == "save":
                 run.deaths = 0
+                _weigh(kernel, process, run)
             if event.phase == "train":
                 steps, tokens = event.step - run.step, event.tokens - run.tokens
                 kernel.metrics.trained(process.pool.device_name, max(0, steps), max(0, tokens))

@@ -22,6 +22,7 @@ import csv
 import ctypes
 import errno
 import hashlib
+import itertools
 import os
 import resource
 import shutil
@@ -45,11 +46,17 @@ from .tools import Tool
 LONGEST_LINE = 16 << 20
 """Bytes of a row, or of a paragraph of plain text."""
 
+MOST_EACH = 16
+"""Answers of a conversation of which each is found by encoding all that came before it."""
+
+_LEAD = 64  # characters of a message
+_MOST_AGAIN = 16  # times as much as a conversation is encoded to find its answers
+
 MEMORY = 8 << 30
 NICE = 10
 INTERVAL_S = 0.1
 _FLUSH = 1 << 16  # tokens
-_BATCH = 256  # rows of parquet
+_BATCH = 32  # rows of parquet
 _PR_SET_PDEATHSIG = 1
 
 KINDS = (("messages",), ("prompt", "completion"), ("text",))
@@ -58,6 +65,9 @@ COLUMNS = frozenset(name for kind in KINDS for name in kind)
 Row = dict[str, Any]
 Example = tuple[list[int], list[bool]]
 """Token ids, and which of them are learnt."""
+
+Span = tuple[list[int], bool]
+"""Token ids, and whether they are learnt."""
 
 
 def refusal(line: int, why: str, hint: str = "") -> errors.InvalidArgument:
@@ -165,11 +175,28 @@ def _parquet_rows(file: BinaryIO) -> Iterator[tuple[int, Row]]:
         table = pyarrow.parquet.ParquetFile(file)
         columns = [name for name in table.schema_arrow.names if name in COLUMNS]
         for batch in table.iter_batches(_BATCH, columns=columns):
-            for row in batch.to_pylist():
+            for place in range(batch.num_rows):
                 number += 1
-                yield number, row
+                cells = zip(batch.schema.names, batch.columns, strict=True)
+                yield number, {name: _cell(number, name, column.slice(place, 1)) for name, column in cells}
+    except MemoryError:  # pyarrow's own is one, too
+        raise MemoryError from None
     except (pyarrow.ArrowException, OSError) as problem:
         raise refusal(number + 1, f"not parquet: {str(problem)[:200]}") from None
+
+
+def _cell(number: int, name: str, cell: Any) -> Any:
+    """The value of a parquet column, here an array of one row. Raises InvalidArgument."""
+    if hasattr(cell, "dictionary_decode"):
+        cell = cell.dictionary_decode()  # it would be as long as all that the column has
+    if cell.nbytes > LONGEST_LINE:
+        raise refusal(number, f"{name}: longer than {LONGEST_LINE >> 20} MiB")
+    try:
+        return cell.to_pylist()[0]
+    except MemoryError:
+        raise
+    except Exception as problem:  # of text that is not UTF-8, of times that no calendar has, and what else
+        raise refusal(number, f"{name}: not {str(cell.type)[:80]}: {type(problem).__name__}") from None
 
 
 def _paragraphs(file: BinaryIO) -> Iterator[tuple[int, Row]]:
@@ -261,19 +288,64 @@ class Encoder:
             raise errors.InvalidArgument("tools are no list")
         told = [Tool.from_openai(tool) for tool in tools]
         ids = encode_chat(self._tokenizer, messages, tools=told, answer=False)
-        learnt = [False] * len(ids)
-        for place, message in enumerate(messages):
-            if message["role"] != "assistant" or self._all:
-                continue
-            asked = encode_chat(self._tokenizer, messages[:place], tools=told) if place else []
-            answered = encode_chat(self._tokenizer, messages[: place + 1], tools=told, answer=False)
-            if ids[: len(answered)] != answered or answered[: len(asked)] != asked:
-                raise errors.InvalidArgument(
-                    "the chat template does not tell where the assistant's answers are; "
-                    "set completion_only_loss to false"
-                )
-            learnt[len(asked) : len(answered)] = [True] * (len(answered) - len(asked))
-        return ids, [True] * len(ids) if self._all else learnt
+        if self._all:
+            return ids, [True] * len(ids)
+        places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        find = self._each if len(places) <= MOST_EACH else self._by_blocks
+        learnt: list[bool] = []
+        for part, counts in find(messages, told, places, ids):
+            if ids[len(learnt) : len(learnt) + len(part)] != part:
+                raise _untold()
+            learnt += [counts] * len(part)
+        return ids, learnt + [False] * (len(ids) - len(learnt))
+
+    def _each(
+        self, messages: list[Any], tools: list[Tool], places: list[int], ids: list[int]
+    ) -> Iterator[Span]:
+        """The answers at `places` of a conversation that is `ids`, and what is between them: each ends where
+        the conversation would end with it. All that came before is encoded again for each."""
+        done = 0
+        for place in places:
+            asked = encode_chat(self._tokenizer, messages[:place], tools=tools) if place else []
+            answered = encode_chat(self._tokenizer, messages[: place + 1], tools=tools, answer=False)
+            if ids[:done] != asked[:done] or ids[: len(answered)] != answered:
+                raise _untold()
+            yield asked[done:], False
+            yield _behind(asked, answered), True
+            done = len(answered)
+
+    def _by_blocks(
+        self, messages: list[Any], tools: list[Tool], places: list[int], ids: list[int]
+    ) -> Iterator[Span]:
+        """The same for many answers. What was said since the last answer and the next one are encoded behind
+        a short beginning, not behind all that came before. If the template writes them otherwise there, the
+        parts are not the conversation."""
+        first = places[0]
+        yield from self._each(messages, tools, places[:1], ids)
+        lead = [said | {"content": (said.get("content") or "")[:_LEAD]} for said in messages[: first + 1]]
+        known = encode_chat(self._tokenizer, lead, answer=False)
+        if len(known) * len(places) > _MOST_AGAIN * len(ids):
+            raise _untold()
+        for before, place in itertools.pairwise(places):
+            asked = encode_chat(self._tokenizer, lead + messages[before + 1 : place])
+            answered = encode_chat(self._tokenizer, lead + messages[before + 1 : place + 1], answer=False)
+            yield _behind(known, asked), False
+            yield _behind(asked, answered), True
+        rest = encode_chat(self._tokenizer, lead + messages[places[-1] + 1 :], answer=False)
+        yield _behind(known, rest), False
+
+
+def _behind(ids: list[int], more: list[int]) -> list[int]:
+    """What comes in `more` behind `ids`. Raises InvalidArgument if they are not its beginning."""
+    if more[: len(ids)] != ids:
+        raise _untold()
+    return more[len(ids) :]
+
+
+def _untold() -> errors.InvalidArgument:
+    return errors.InvalidArgument(
+        "the chat template does not tell where the assistant's answers are; set completion_only_loss to false"
+    )
 
 
 class Writer:

@@ -241,7 +241,9 @@ def _split(examples: Numbers, recipe: Recipe, rows: int) -> tuple[Numbers, Numbe
     kept = math.ceil(recipe.validation_split * len(training))
     if kept >= len(training):
         raise errors.InvalidArgument(
-            f"{len(training)} examples cannot be split", hint="give more data, or none to validate on"
+            f"validation_rows={recipe.validation_rows} and validation_split={recipe.validation_split:g} "
+            f"leave none of {len(examples)} rows to learn from",
+            hint="give more rows, or measure on fewer of them",
         )
     return training[kept:], np.concatenate([validation, training[:kept]])
 

@@ -24,6 +24,7 @@ from .. import host
 from ..base import LoadSpec, TrainSpec
 from ..checkpoint import read_json
 from ..families import describe
+from ..families.encoder import is_encoder
 from ..model_config import Config
 from ..native import pack
 from ..native.architecture import refusal
@@ -67,6 +68,11 @@ def build(spec: TrainSpec, device: torch.device, bf16: bool) -> Built:
         raise errors.Corrupt("the model has no config.json", hint="pull the model again")
     values = read_json(spec.files["config.json"], "config.json", dict[str, Any])
     config = Config(_changed(values, recipe))
+    if is_encoder(config):
+        raise errors.UnsupportedModel(
+            f"{config.get('model_type')} is an encoder: it cannot be trained here",
+            hint="train a model that generates text",
+        )
     code = code_of(config)
     survey = survey_of(code)
     length = survey.shape.context_length
@@ -167,7 +173,10 @@ def _mapped(spec: TrainSpec, code: Code, config: Config, attention: str) -> Any:
 
 def _adapted(causal: Any, recipe: Recipe, kind: str) -> PeftModel:
     lora = recipe.lora
-    named = [name for name, module in causal.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    named, head = [], causal.get_output_embeddings()
+    for name, module in causal.named_modules():
+        if module is not head and isinstance(module, (nn.Linear, Conv1D)):
+            named.append(name)
     targets: list[str] | str | None = lora.target_modules or None
     if lora.target_modules == [ALL_LINEAR]:
         targets = ALL_LINEAR
@@ -175,7 +184,8 @@ def _adapted(causal: Any, recipe: Recipe, kind: str) -> PeftModel:
         if not any(name == target or name.endswith(f".{target}") for name in named):
             known = sorted({name.rpartition(".")[2] for name in named})
             raise errors.InvalidArgument(
-                f"the model has no matrix called {target!r}", hint=f"it has {', '.join(known)}"[:400]
+                f"no matrix that lora adds to is called {target!r}",
+                hint=f"it adds to {', '.join(known)}"[:400],
             )
     config = LoraConfig(
         task_type="CAUSAL_LM",

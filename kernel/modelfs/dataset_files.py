@@ -111,10 +111,9 @@ class DatasetFiles:
         """ "sha256:…" of its content, as it was written. Raises NoSuchFile."""
         return _digest(self.path(owner, name))
 
-    def used(self, path: str) -> int:
-        """Bytes of the data sets of an owner and those below it, unfinished ones too."""
-        files = (file for folder in self._owners.below(path) for file in folder.iterdir())
-        return sum(file.lstat().st_size for file in files)
+    def kept(self, path: str) -> list[os.stat_result]:
+        """Files of an owner and those below it, unfinished ones too."""
+        return [file.lstat() for folder in self._owners.below(path) for file in folder.iterdir()]
 
     def check(self) -> list[str]:
         """Problems found, one a line: all data are read and hashed."""

@@ -32,6 +32,11 @@ def checked(name: str, noun: str) -> str:
     return name
 
 
+def is_at(owner: str, path: str) -> bool:
+    """Whether an owner is the one of that path, or below it."""
+    return owner == path or owner.startswith(path + "/")
+
+
 class Owners:
     """The owners' folders below one folder, which is made (0700) if it is missing. `root` is the path that
     people see, `noun` what lies there."""
@@ -61,8 +66,7 @@ class Owners:
     def below(self, path: str) -> Iterator[Path]:
         """The folders of an owner and of those below it."""
         for folder in self.folder.glob("of-*"):
-            owner = unquote(folder.name.removeprefix("of-"))
-            if owner == path or owner.startswith(path + "/"):
+            if is_at(unquote(folder.name.removeprefix("of-")), path):
                 yield folder
 
     def names(self, owner: str) -> list[str]:

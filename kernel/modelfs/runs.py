@@ -25,6 +25,7 @@ from msgspec import Struct
 
 from .durable import sync_folder, write_file
 from .manifest import MAX_MANIFEST, Lineage, Manifest
+from .owners import is_at
 
 METRICS = "metrics.jsonl"
 DATA = "data"
@@ -112,12 +113,16 @@ class Runs:
             return 0, b""
 
     def size(self, pid: int) -> int:
-        """Bytes of a run, without the data set."""
-        total = 0
-        for path in self.folder(pid).rglob("*"):
-            with suppress(FileNotFoundError):
-                total += path.lstat().st_size if path.parent.name != _DATASET else 0
-        return total
+        """Bytes of a run. The data set counts: it stays as long as the run does."""
+        return sum(file.st_size for file in _files(self.folder(pid)))
+
+    def kept(self, path: str) -> list[os.stat_result]:
+        """Files of the runs of an owner and those below it."""
+        found = []
+        for folder in self._folder.iterdir():
+            with suppress(Corrupt):
+                found += _files(folder) if is_at(run_of(folder).owner, path) else []
+        return found
 
     def data(self, pid: int) -> Path:
         """Where the prepared data set is."""
@@ -181,6 +186,16 @@ def _copy(source: Path, target: Path) -> None:
         shutil.rmtree(target, ignore_errors=True)
         why = problem.strerror if isinstance(problem, OSError) and problem.strerror else str(problem)
         raise StorageFailed(f"a run cannot be saved: {why}", hint="see `llsh df`") from None
+
+
+def _files(folder: Path) -> list[os.stat_result]:
+    """The files below a folder, of which any may vanish meanwhile."""
+    found = []
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                found.append(os.lstat(os.path.join(parent, name)))
+    return found
 
 
 def run_of(folder: Path) -> Run:

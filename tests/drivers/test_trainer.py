@@ -461,7 +461,7 @@ def test_the_last_rows_are_kept_to_measure_on(tmp_path: Path) -> None:
     assert sorted(tokens.tolist() for tokens in found) == sorted(tokens[:-1] for tokens, _ in rows[23:])
     both = Batches(folder, msgspec.structs.replace(recipe, validation_rows=7, validation_split=0.5), VOCAB)
     assert len(both.validation()) == 7 + 12
-    with pytest.raises(errors.InvalidArgument, match="cannot be split"):
+    with pytest.raises(errors.InvalidArgument, match=r"validation_rows=30 .* none of 30 rows"):
         Batches(folder, msgspec.structs.replace(recipe, validation_rows=30), VOCAB)
 
 
@@ -469,7 +469,7 @@ def test_data_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     folder = write_data(tmp_path / "data", [([1, 2, 96], [0, 1, 1])])
     with pytest.raises(errors.InvalidArgument, match="has token 96, the model knows 96"):
         Batches(folder, Recipe(), 96)
-    with pytest.raises(errors.InvalidArgument, match="cannot be split"):
+    with pytest.raises(errors.InvalidArgument, match=r"validation_split=0\.5 leave none of 1 rows"):
         Batches(folder, Recipe(validation_split=0.5), VOCAB)
     nothing = write_data(tmp_path / "nothing", [([1, 2, 3] * 5, [1] + [0] * 14)])
     with pytest.raises(errors.InvalidArgument, match="no example has a token to learn"):
@@ -701,6 +701,11 @@ def test_a_damaged_checkpoint_is_passed_over(
         (Recipe(max_length=512), errors.InvalidArgument, "context has 256 tokens"),
         (Recipe(max_length=64, lora=Lora(target_modules=["nowhere"])), errors.InvalidArgument, "nowhere"),
         (Recipe(max_length=64, lora=Lora(target_modules=["norm"])), errors.InvalidArgument, "norm"),
+        (
+            Recipe(max_length=64, lora=Lora(target_modules=["q_proj", "lm_head"])),
+            errors.InvalidArgument,
+            "lm_head",
+        ),
         (Recipe(max_length=64, dtype="float8"), errors.UnsupportedModel, "float8"),
         (Recipe(max_length=64, config='{"num_hidden_layers": 1}'), errors.InvalidArgument, "pre-training"),
         (pretraining('{"model_type": "gpt2"}'), errors.InvalidArgument, "model_type"),
@@ -722,6 +727,14 @@ def test_recipes_that_do_not_fit_are_refused(
         Run(spec("llama-tied", recipe), Gate(), lambda _: None)
     assert found.value.hint
     assert not (tmp_path / "result").exists()
+
+
+def test_an_encoder_is_not_trained(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    files = {"config.json": file_of(tmp_path / "config.json")}
+    asked = base.TrainSpec("x", "cpu", files, "", Recipe(), str(tmp_path), str(tmp_path))
+    with pytest.raises(errors.UnsupportedModel, match="bert is an encoder: it cannot be trained"):
+        Run(asked, Gate(), lambda _: None)
 
 
 def test_pretraining_begins_from_the_config(spec: Callable[..., base.TrainSpec], tmp_path: Path) -> None:

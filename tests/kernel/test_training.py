@@ -11,11 +11,12 @@ import msgspec
 import pytest
 from llmasos.drivers import base
 from llmasos.kernel.effects import KillWorker, ToWorker
+from llmasos.kernel.files import disk_used
 from llmasos.kernel.grants import FROZEN_S
 from llmasos.kernel.modelfs.names import parse_name
 from llmasos.kernel.programs import Program
 from llmasos.kernel.tenants import Subject
-from llmasos.kernel.training import MOST_DEATHS
+from llmasos.kernel.training import MOST_DEATHS, TURN_S
 from llmasos.syscalls import errors, table, training, wire
 from llmasos.syscalls import types as t
 from msgspec.structs import replace
@@ -363,6 +364,56 @@ def test_models_that_were_made_count_as_their_owners_disk(world: Runs) -> None:
     assert world.error(refused) is world.error(written) is errors.QuotaExceeded
 
 
+@pytest.mark.parametrize("trains", [False, True], ids=["prepares", "trains"])
+def test_a_run_that_grows_over_its_owners_disk_ends(world: Runs, trains: bool) -> None:
+    world.dataset()
+    alone = disk_used(world.kernel, "root")
+    world.send(table.SetQuota("root", t.Quota(disk_bytes=10_000)))
+    pid = world.train()
+    if trains:
+        world.prepared(pid)
+        connection, program = world.attached()
+    else:
+        program = world.program()
+    folder = world.store.runs.folder(pid)
+    before = disk_used(world.kernel, "root")
+    for size in (5_000, 10_000):
+        assert world.kernel.programs.to_stop == []
+        (folder / "data").mkdir(exist_ok=True)
+        (folder / "data" / "tokens.u32").write_bytes(bytes(size))
+        world.now += 2
+        if trains:
+            world.event(connection, 1, "save")
+        else:
+            world.kernel.programs.line(program.number, {"phase": "prepare", "step": 1, "steps": 2})
+        world.flush()
+        assert disk_used(world.kernel, "root") >= before + size
+    assert world.kernel.programs.to_stop == [program.number]
+    assert "QuotaExceeded" in world.reply(world.send(table.Wait(pid)))["reason"]
+    if trains:
+        world.trainer_dies(connection, program)
+    else:
+        world.kernel.programs.over(program.number)
+    world.flush()
+    assert disk_used(world.kernel, "root") == alone
+
+
+def test_a_data_set_counts_as_long_as_something_keeps_it(world: Runs) -> None:
+    world.dataset()
+    pid = world.train()
+    with_name = disk_used(world.kernel, "root")
+    world.reply(world.send(table.Unlink("/datasets/facts")))
+    in_run = disk_used(world.kernel, "root")
+    assert with_name - in_run < 100, "the run keeps it; its name has gone"
+    world.reply(world.send(table.Snapshot(pid, "half")))
+    preparer = world.program()
+    world.reply(world.send(table.Kill(pid)))
+    world.kernel.programs.over(preparer.number)
+    world.reply(world.send(table.Wait(pid)))
+    world.flush()
+    assert disk_used(world.kernel, "root") == world.store.sessions.usage() > in_run
+
+
 def test_what_is_ones_own_is_removed_and_what_is_everybodys_is_an_administrators(world: Runs) -> None:
     world.dataset(session=b"\0b", subject=BOB)
     refused = world.send(table.Unlink("/models/tiny"), b"\0b", subject=BOB)
@@ -403,6 +454,63 @@ def test_only_so_many_trainers_are_loaded_and_a_stronger_run_has_a_weaker_one_le
     world.trainer_dies(connection, trainer)
     connection, _ = world.attached()
     assert world.kernel.trainers[connection].pid == strong
+
+
+def over(world: Runs, program: Program) -> None:
+    """A program that was told to has ended."""
+    assert world.kernel.programs.to_stop == [program.number]
+    world.kernel.programs.to_stop.clear()
+    world.kernel.programs.over(program.number)
+    world.flush()
+
+
+@pytest.mark.parametrize(
+    ("weaker", "turn"), [(t.SchedClass.IDLE, 0.0), (t.SchedClass.BATCH, TURN_S)], ids=["weaker", "equal"]
+)
+def test_preparing_waits_for_no_weaker_run_and_for_equal_ones_by_turns(
+    tmp_path: Path, weaker: t.SchedClass, turn: float
+) -> None:
+    world = Runs(tmp_path, max_trainers=1)
+    world.model("tiny")
+    world.attach()
+    world.dataset()
+    first = world.train(sched_class=weaker, target="first")
+    preparer = world.program()
+    second = world.train(sched_class=t.SchedClass.BATCH, target="second")
+    if turn:
+        world.passes(turn - 1)
+        assert world.kernel.programs.to_stop == []
+        world.passes(1)
+    over(world, preparer)
+    assert world.reply(world.send(table.StatProcess(first)))["waiting_for"] == "its turn to be loaded"
+    if turn:
+        restarted = world.program()
+        world.passes(turn)
+        over(world, restarted)
+        preparer = world.program()  # the first one's: it has twice as long
+        world.passes(turn)
+        assert world.kernel.programs.to_stop == []
+        world.passes(turn)
+        over(world, preparer)
+    world.prepared(second)
+    run = world.kernel.runs[first].run
+    assert run is not None
+    assert run.deaths == 0
+    assert run.problem is None
+
+
+def test_a_stopped_run_is_not_prepared_until_it_goes_on(world: Runs) -> None:
+    world.dataset()
+    pid = world.train()
+    preparer = world.program()
+    world.reply(world.send(table.Kill(pid, t.Signal.STOP)))
+    over(world, preparer)
+    world.passes(60)
+    assert world.kernel.programs.to_start == []
+    assert world.reply(world.send(table.StatProcess(pid)))["state"] == "stopped"
+    world.reply(world.send(table.Kill(pid, t.Signal.CONT)))
+    world.prepared(pid)
+    world.attached()
 
 
 def test_contexts_and_training_are_not_mixed_up(world: Runs) -> None:
@@ -464,6 +572,20 @@ def test_a_run_is_saved_and_goes_on_as_a_process_of_its_own(world: Runs) -> None
     assert second.target == f"tiny:latest+facts-{again['pid']}"
     world.reply(world.send(table.Discard("half")))
     assert world.store.sessions.usage() == 0
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["gone", "another"])
+def test_a_saved_run_whose_base_is_gone_is_not_restored(world: Runs, again: bool) -> None:
+    world.dataset()
+    pid = world.train()
+    world.reply(world.send(table.Snapshot(pid, "half")))
+    world.reply(world.send(table.Kill(pid)))
+    world.reply(world.send(table.Unlink("/models/tiny")))
+    if again:
+        world.model("tiny", max_position_embeddings=32)
+    id_ = world.send(table.Restore("half"))
+    world.flush()
+    assert world.error(id_) is errors.NoSuchModel
 
 
 def test_a_trainer_that_does_not_stop_computing_is_killed(world: Runs) -> None:

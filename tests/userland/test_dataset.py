@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import resource
 import struct
 import subprocess
@@ -127,6 +128,69 @@ def test_calls_of_tools_are_learnt_and_results_are_not(tmp_path: Path, bytes_mod
     assert tokens == encode_chat(tokenizer, talk, tools=[Tool("clock")], answer=False)
     said = tokenizer.decode([token for token, counts in zip(tokens, learnt, strict=True) if counts])
     assert said == '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>\nNoon.\n'
+
+
+DEFAULT_SYSTEM = """{% for m in messages %}{% if loop.first and m.role != 'system' %}<|im_start|>system
+Be good.<|im_end|>
+{% endif %}<|im_start|>{{ m.role }}
+{{ m.content | trim }}{% for c in m.tool_calls or [] %}
+{{ c.function | tojson }}{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+BY_TURNS = """{% for m in messages %}
+{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('by turns') }}{% endif %}
+{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}<|im_end|>{% endif %}
+{% endfor %}"""
+NUMBERED = """{% for m in messages %}<|im_start|>{{ loop.index }} {{ m.content }}<|im_end|>{% endfor %}"""
+
+
+@pytest.mark.parametrize("template", ["", DEFAULT_SYSTEM, BY_TURNS, NUMBERED])
+@settings(deadline=None, max_examples=20)
+@given(
+    texts=st.lists(st.tuples(st.lists(TEXTS, min_size=1, max_size=3), SPICY | TEXTS), min_size=2, max_size=9)
+)
+def test_answers_of_long_conversations_are_found_as_those_of_short_ones(
+    tmp_path_factory: pytest.TempPathFactory,
+    bytes_model: dict[str, bytes],
+    template: str,
+    texts: list[tuple[list[str], str]],
+) -> None:
+    talk = [says("system", "s")] if template == DEFAULT_SYSTEM and len(texts) % 2 else []
+    for said, answer in texts:
+        talk += [says("user", said[0])]
+        if template in ("", DEFAULT_SYSTEM):
+            call = {"type": "function", "function": {"name": "clock", "arguments": "{}"}}
+            talk += [{"role": "assistant", "content": None, "tool_calls": [call]}] * (len(said) > 1)
+            talk += [says("tool", text) for text in said[1:]]
+        talk += [says("assistant", answer)]
+    files = bytes_model | ({"chat_template.jinja": template.encode()} if template else {})
+    row = {"messages": [*talk, says("user", "bye")]}
+    found = []
+    for most in (100, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dataset, "MOST_EACH", most)
+            if template == NUMBERED and most == 1:
+                with pytest.raises(errors.InvalidArgument, match="does not tell where"):
+                    prepare(tmp_path_factory.mktemp("d"), files, "d.jsonl", lines(row))
+                return
+            found.append(prepare(tmp_path_factory.mktemp("d"), files, "d.jsonl", lines(row))[1])
+    assert found[0] == found[1]
+
+
+def test_the_work_of_a_conversation_is_as_long_as_it_is(
+    tmp_path: Path, bytes_model: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded = []
+
+    def counted(*arguments: Any, **options: Any) -> list[int]:
+        encoded.append(encode_chat(*arguments, **options))
+        return encoded[-1]
+
+    monkeypatch.setattr(dataset, "encode_chat", counted)
+    talk = [says("system", "s" * 1000)] + [says("user", "question"), says("assistant", "answer")] * 300
+    _, [(tokens, learnt)] = prepare(tmp_path, bytes_model, "d.jsonl", lines({"messages": talk}))
+    assert sum(learnt) == 300 * (len(ids("answer\n", bytes_model)) + 1)
+    assert sum(map(len, encoded)) < 20 * len(tokens)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +355,43 @@ def test_a_bad_row_of_csv_is_refused_by_its_line(
     with pytest.raises(errors.InvalidArgument, match=why) as caught:
         prepare(tmp_path, bytes_model, "d.csv", data)
     assert caught.value.details["line"] == line
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "why"),
+    [
+        ([b"ok", b"\xff\xfe"], "string", "text: not string"),
+        ([b"ok", b"x" * (2 << 20)], "string", "text: longer than 1 MiB"),
+        ([0, 2**30], "date32", "text: not date32"),
+        ([0, 2**62], "timestamp[us]", "text: not timestamp"),
+        ([0, 2**62], "timestamp[ns]", "text: not timestamp"),
+        ([0, 0], "Mars/Olympus", "text: not timestamp"),
+    ],
+)
+def test_a_bad_cell_of_parquet_is_refused_by_its_row_and_column(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    values: list[Any],
+    kind: str,
+    why: str,
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(dataset, "LONGEST_LINE", 1 << 20)
+    if kind == "string":
+        data = pyarrow.array(values, pyarrow.binary())
+        cells = pyarrow.Array.from_buffers(pyarrow.string(), 2, data.buffers())
+        if len(values[1]) > 2:
+            cells = cells.dictionary_encode()
+    else:
+        cells = pyarrow.array(
+            values, pyarrow.timestamp("us", tz=kind) if "/" in kind else pyarrow.type_for_alias(kind)
+        )
+    parquet.write_table(pyarrow.table({"id": [1, 2], "text": cells}), tmp_path / "t.parquet")
+    path = tmp_path / "t.parquet"
+    with path.open("rb") as file, pytest.raises(errors.InvalidArgument, match=re.escape(why)) as caught:
+        list(dataset.rows(path, file))
+    assert caught.value.details["line"] == (1 if "/" in kind else 2)
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.csv", "d.txt", "d"])
