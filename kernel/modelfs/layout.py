@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llmasos.drivers.base import check_sizes
 from llmasos.syscalls.errors import Corrupt, RefusedFile, UnsupportedModel
 from msgspec import Struct
 
@@ -234,7 +235,7 @@ def check_config(data: bytes) -> dict[str, Any]:
     if config.get("quantization_config"):
         raise UnsupportedModel("weights quantised for transformers", hint="try the full model or a GGUF file")
     _check_architecture(config)
-    check_dimensions(config)
+    check_sizes(config)
     return config
 
 
@@ -254,17 +255,6 @@ def _check_architecture(config: Mapping[str, Any]) -> None:
             hint=f"known: {', '.join(ARCHITECTURES)}, decoders (…ForCausalLM) that transformers knows, and "
             f"encoders: {', '.join(ENCODERS)}",
         )
-
-
-def check_dimensions(config: Mapping[str, Any]) -> None:
-    """Raises Corrupt when a size in config.json is no sane number."""
-    for key, value in config.items():
-        if key.startswith(("n_", "num_")) or key.endswith(("_size", "_dim", "_embeddings")):
-            each = value if isinstance(value, list) else [value]  # some models give a size for each layer
-            sane = all(v is None or (isinstance(v, (int, float)) and 0 <= v < 2**31) for v in each)
-            if key == "tie_word_embeddings" or sane:
-                continue
-            raise Corrupt(f"config.json: {key} is {str(value)[:40]}", file="config.json")
 
 
 def check_template(template: str) -> bytes:
@@ -316,6 +306,7 @@ def assemble(texts: Mapping[str, bytes], weights: Mapping[str, Path]) -> Assembl
     else:
         parse_json("generation_config.json", texts["generation_config.json"])
     sizes = [(entry["type"], math.prod(entry["shape"])) for entry in index.values()]
+    check_sizes(config, len(sizes), sum(size for _, size in sizes))
     return Assembled(
         texts=done,
         architecture=config["model_type"],

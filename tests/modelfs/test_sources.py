@@ -114,6 +114,11 @@ def test_code_is_refused_by_name(store: ModelFS, bring: Bring, folder: Path) -> 
         ({"num_hidden_layers": -1}, Corrupt),
         ({"vocab_size": "many"}, Corrupt),
         ({"max_position_embeddings": None}, Corrupt),
+        ({"num_hidden_layers": 10**9}, Corrupt),
+        ({"num_hidden_layers": 3}, Corrupt),  # of two tensors
+        ({"vocab_size": 10_000}, Corrupt),  # of 8288 values
+        ({"text_config": {"hidden_size": 10**9}}, Corrupt),
+        ({"max_position_embeddings": 10**9}, Corrupt),
     ],
 )
 def test_configs_that_nothing_computes(

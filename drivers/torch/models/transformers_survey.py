@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ...base import LONGEST_CONTEXT, MOST_LAYERS
 from ..config import Config, Shape
 
 _NAME = "llmasos"  # what our attention is called in transformers' registries
@@ -34,9 +35,7 @@ _CODE_KEYS |= {"transformers_weights", "fusion_config", "kernel_config", "distri
 _HARMLESS = {"dropout", "position_ids", "sliding_window", "is_causal", "use_cache", "training"}
 _HARMLESS |= {"output_attentions", "output_hidden_states", "output_router_logits", "logits_to_keep"}
 # config.json is a stranger's: what it may cost before the weights bear it out.
-_MOST_LAYERS = 512
-_MOST_EXPERTS = 4096
-_LONGEST_CONTEXT = 1 << 24
+_MOST_EXPERTS = 1 << 16  # of all layers: some code has a module for each
 _LARGEST_BUFFERS = 1 << 28  # values in tables that are computed, not loaded
 _SURVEYED_ROWS = 4096  # longer than what sparse attention leaves dense
 _ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -314,7 +313,7 @@ def _context_length(kind: str, theirs: Any) -> int:
         if rope.get("rope_type") in _GROWING_ROTARY:
             lengths.append(rope.get("original_max_position_embeddings"))
             lengths.append(getattr(theirs, "original_max_position_embeddings", None))
-    known = [length for length in lengths if isinstance(length, int) and 0 < length <= _LONGEST_CONTEXT]
+    known = [length for length in lengths if isinstance(length, int) and 0 < length <= LONGEST_CONTEXT]
     if not known:
         raise refused(kind, "its config does not say how long a context may be")
     return min(known)
@@ -335,10 +334,10 @@ def survey_of(code: Code) -> Survey:
     """Runs the model on the meta device. Raises UnsupportedModel."""
     theirs, kind = code.config, code.kind
     layers = getattr(theirs, "num_hidden_layers", None)
-    if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
+    if not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
         raise refused(kind, f"its config says {str(layers)[:20]} layers")
     for name, value in theirs.to_dict().items():
-        if "expert" in name and isinstance(value, int) and value > _MOST_EXPERTS:
+        if "experts" in name and isinstance(value, int) and value * layers > _MOST_EXPERTS:
             raise refused(kind, f"its config says {name} = {value}")
     surveyor = _Surveyor(kind, code.context_length)
     masks = _transformers(kind).masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
