@@ -220,7 +220,7 @@ def read_json(file: File, name: str, kind: type[_T]) -> _T:
     """A file as what it has to be, verified. Raises Corrupt."""
     try:
         return msgspec.json.decode(bytes(mapped(file, name)), type=kind)
-    except msgspec.DecodeError as problem:
+    except (msgspec.DecodeError, RecursionError) as problem:
         raise errors.Corrupt(f"{name}: {problem}", hint="pull the model again") from None
 
 
