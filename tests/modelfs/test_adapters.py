@@ -218,6 +218,11 @@ REFUSALS: dict[str, tuple[type[LLMasOSError], str, Callable[[Path], object]]] = 
         "I32",
         lambda f: edited(f, **{f"{Q}.lora_A.weight": np.ones((4, 32), np.int32)}),
     ),
+    "nothing": (
+        UnsupportedModel,
+        r"\[0, 32\]",
+        lambda f: edited(f, **{f"{Q}.lora_A.weight": np.ones((0, 32), np.float32)}),
+    ),
     "a cut file": (
         Corrupt,
         "the file at",
