@@ -510,6 +510,14 @@ def test_a_merge_that_does_not_fit_takes_nothing(
     assert list(store.tmp.glob("import-*")) == []
 
 
+def test_a_merge_replaces_nothing(store: ModelFS, bring: Bring, adapter: Path) -> None:
+    before = bring(adapter, "tiny+x"), store.resolve("tiny")
+    with pytest.raises(AlreadyExists, match="tiny"):
+        bring("merge:tiny+x", "tiny")
+    assert (store.resolve("tiny+x"), store.resolve("tiny")) == before
+    assert bring("merge:tiny+x", "merged") == bring("merge:tiny+x", "merged")
+
+
 def test_a_merge_that_dies_is_said(
     store: ModelFS, bring: Bring, adapter: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
