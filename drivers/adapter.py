@@ -98,7 +98,7 @@ def _check_size(name: str, lora: Lora) -> None:
         a, b = float(np.linalg.norm(lora.a)), float(np.linalg.norm(lora.b))
     if not max(a, b, a * b) < _LARGEST:
         raise errors.Corrupt(
-            f"A and B of {name[:128]!r} are too large to be computed: norms of {a:.0e} and {b:.0e}",
+            f"the adapter's A and B of {name[:128]!r} are too large to compute: norms of {a:.0e} and {b:.0e}",
             hint="its training diverged, or the file is damaged",
             module=name[:128],
         )

@@ -48,7 +48,7 @@ def check_sizes(config: Mapping[str, Any], tensors: int = MOST_LAYERS, values: i
             each = value if isinstance(value, list) else [value]  # some models give a size for each layer
             if not all(v is None or (isinstance(v, int | float) and 0 <= v <= most) for v in each):
                 raise errors.Corrupt(
-                    f"config.json: {key} is {str(value)[:40]}, which this model cannot have (at most {most})",
+                    f"config.json: {key} is {repr(value)[:40]}; this model can have {most} at most",
                     hint="the file is damaged, or was made to do harm",
                     file="config.json",
                     option=key[:64],
