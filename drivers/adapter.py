@@ -25,6 +25,10 @@ WEIGHTS = "adapter_model.safetensors"
 MOST_RANK = 256
 """Of one module."""
 
+_LARGEST = 1e18
+"""Of an adapter's halves, and of their product: no training comes near, and what is far above leaves the
+range of float32 once inputs are multiplied with it."""
+
 _MOST_CONFIG = 1 << 20  # bytes
 _MOST_HEADER = 1 << 22
 _PREFIX = "base_model.model."
@@ -81,8 +85,23 @@ def read(files: dict[str, File], decoder: Decoder) -> dict[str, Lora]:
                 hint="it was made for another model, or is damaged",
                 module=name,
             )
-        found[name] = Lora(a, b * np.float32(scaling.of(decoder.prefix + name, rank)))
+        with np.errstate(over="ignore"):  # what comes of it is refused
+            found[name] = Lora(a, b * np.float32(scaling.of(decoder.prefix + name, rank)))
+        _check_size(name, found[name])
     return found
+
+
+def _check_size(name: str, lora: Lora) -> None:
+    """Raises Corrupt when what is added may be no finite number. No value of a product is larger than its
+    factors' norms multiplied."""
+    with np.errstate(over="ignore"):
+        a, b = float(np.linalg.norm(lora.a)), float(np.linalg.norm(lora.b))
+    if not max(a, b, a * b) < _LARGEST:
+        raise errors.Corrupt(
+            f"the adapter's A and B of {name[:128]!r} are too large to compute: norms of {a:.0e} and {b:.0e}",
+            hint="its training diverged, or the file is damaged",
+            module=name[:128],
+        )
 
 
 def _sizes(decoder: Decoder) -> dict[str, tuple[int, int]]:
@@ -107,7 +126,9 @@ class _Scaling:
             raise errors.Corrupt(f"{CONFIG} names no peft_type", hint="pull the adapter again")
         self._rank, self._alpha = config.get("r", 8), config.get("lora_alpha", 8)
         self._ranks, self._alphas = _patterns(config, "rank_pattern"), _patterns(config, "alpha_pattern")
-        self._root = config.get("use_rslora", False) is True
+        self._root = config.get("use_rslora")
+        if not isinstance(self._root, bool | None):
+            raise _refused("use_rslora", self._root)
 
     def rank(self, module: str) -> int:
         rank = _matching(self._ranks, module, self._rank)
@@ -117,7 +138,7 @@ class _Scaling:
 
     def of(self, module: str, rank: int) -> float:
         alpha = _matching(self._alphas, module, self._alpha)
-        if not isinstance(alpha, (int, float)) or not abs(alpha) < 1e6:
+        if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not abs(alpha) < 1e6:
             raise _refused("lora_alpha", alpha)
         return float(alpha) / (math.sqrt(rank) if self._root else rank)
 
@@ -162,7 +183,8 @@ def _tensors(file: File, sizes: dict[str, tuple[int, int]], prefix: str) -> dict
     for name, tensor in stored:
         match = _NAME.fullmatch(name)
         module = match[1].removeprefix(prefix) if match else ""
-        if match is None or module not in sizes or tensor["dtype"] not in PLAIN or len(tensor["shape"]) != 2:
+        plain = tensor["dtype"] in PLAIN and len(tensor["shape"]) == 2 and min(tensor["shape"]) > 0
+        if match is None or module not in sizes or not plain:
             raise errors.UnsupportedModel(
                 f"the adapter's tensor {name[:128]!r} ({tensor['dtype']}, {tensor['shape']}) is not computed",
                 hint="plain LoRA of the layers' matrices is served: merge the adapter with peft",

@@ -10,9 +10,9 @@ A sequence's KV lives in blocks of BLOCK_TOKENS positions; position p of a seque
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 from llmasos.syscalls import errors, training
@@ -20,6 +20,39 @@ from llmasos.syscalls import types as t
 from msgspec import Struct
 
 BLOCK_TOKENS = t.BLOCK_TOKENS
+
+MOST_LAYERS = 512
+LONGEST_CONTEXT = 1 << 24
+_LAYERS = {"n_layer", "n_layers", "num_layers", "num_hidden_layers", "decoder_layers"}
+_CONTEXTS = {"n_ctx", "n_positions"}
+
+
+def check_sizes(config: Mapping[str, Any], tensors: int = MOST_LAYERS, values: int = 2**31) -> None:
+    """Raises Corrupt for a size in config.json, a stranger's file, that no model of so many `tensors` with so
+    many `values` in all can have. Called before anything is built from a config, so that what is built is
+    bounded by files that are really there."""
+    maps: list[Mapping[str, Any]] = [config]
+    while maps:
+        for key, value in maps.pop().items():
+            if isinstance(value, dict):
+                maps.append(value)
+                continue
+            if key in _LAYERS:
+                most = min(tensors, MOST_LAYERS)
+            elif key in _CONTEXTS or key.endswith("_position_embeddings"):
+                most = LONGEST_CONTEXT
+            elif key.startswith(("n_", "num_", "d_")) or key.endswith(("_size", "_dim")) or key == "dim":
+                most = values
+            else:
+                continue
+            each = value if isinstance(value, list) else [value]  # some models give a size for each layer
+            if not all(v is None or (isinstance(v, int | float) and 0 <= v <= most) for v in each):
+                raise errors.Corrupt(
+                    f"config.json: {key} is {repr(value)[:40]}; this model can have {most} at most",
+                    hint="the file is damaged, or was made to do harm",
+                    file="config.json",
+                    option=key[:64],
+                )
 
 
 class Description(Struct, frozen=True):

@@ -22,7 +22,7 @@ from llmasos.syscalls import errors
 from msgspec import Struct
 from numpy.typing import NDArray
 
-from .base import File
+from .base import File, check_sizes
 
 # Bytes of a value.
 PLAIN = {"F32": 4, "F16": 2, "BF16": 2}
@@ -111,6 +111,7 @@ class Checkpoint:
                 raise errors.Corrupt(f"the model has no {needed}", hint="pull the model again")
         self.config = read_json(files["config.json"], "config.json", dict[str, Any])
         self._entries = read_json(files["tensors.json"], "tensors.json", _Index).tensors
+        check_sizes(self.config, len(self._entries), self.numel)
         self._maps: dict[str, mmap.mmap] = {}
         for entry in self._entries.values():
             if entry.file not in self._maps:
@@ -219,7 +220,7 @@ def read_json(file: File, name: str, kind: type[_T]) -> _T:
     """A file as what it has to be, verified. Raises Corrupt."""
     try:
         return msgspec.json.decode(bytes(mapped(file, name)), type=kind)
-    except msgspec.DecodeError as problem:
+    except (msgspec.DecodeError, RecursionError) as problem:
         raise errors.Corrupt(f"{name}: {problem}", hint="pull the model again") from None
 
 

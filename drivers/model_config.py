@@ -1,4 +1,5 @@
 """Typed reading of a model's config.json: what a family asks for is checked and named when it is wrong.
+Whoever wants more of a value than to compare it takes it from the getter of its type.
 
 Both styles of transformers are read: 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`).
 """
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmasos.syscalls import errors
+
+_LARGEST = 1e300  # of a number
 
 # Hugging Face's names of activations -> ours.
 _ACTIVATIONS = {
@@ -49,18 +52,37 @@ class Config:
         value = self._values.get(name)
         return default if value is None else value
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
+    def integer(self, name: str, default: int | None = None, least: int = 1) -> int:
+        """A whole number of at least `least`. Sizes are bounded by the model's files before (check_sizes)."""
         value = self.get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 2**31:
-            raise _refused(name, value, "a positive whole number")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
+            raise _refused(name, value, f"a whole number from {least} on")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
+        """A finite number."""
         value = self.get(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= _LARGEST:
             raise _refused(name, value, "a number")
         return float(value)
+
+    def epsilon(self, name: str, default: float) -> float:
+        """What a norm adds to a variance."""
+        value = self.number(name, default)
+        self.check(0 <= value < 1, name, "a number from 0 to 1")
+        return value
+
+    def text(self, name: str, default: str = "") -> str:
+        value = self.get(name, default)
+        if not isinstance(value, str):
+            raise _refused(name, value, "a name")
+        return value
+
+    def texts(self, name: str) -> list[str]:
+        value = self.get(name, [])
+        if not isinstance(value, list) or not all(isinstance(one, str) for one in value):
+            raise _refused(name, value, "a list of names")
+        return value
 
     def flag(self, name: str, default: bool) -> bool:
         value = self.get(name, default)
@@ -70,7 +92,7 @@ class Config:
 
     def activation(self, name: str, default: str) -> str:
         """silu, gelu (exact), gelu_tanh or relu."""
-        value = self.get(name, default)
+        value = self.text(name, default)
         if value not in _ACTIVATIONS:
             raise _refused(name, value, f"one of {', '.join(_ACTIVATIONS)}")
         return _ACTIVATIONS[value]
@@ -99,7 +121,7 @@ class Config:
         if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
             raise _refused("rope_parameters", "one map a layer type", "one map for all layers")
         merged = {"rope_theta": self.number("rope_theta", default_theta), **given}
-        merged.setdefault("rope_type", given.get("type", "default"))
+        merged.setdefault("rope_type", given.get("type") or "default")
         for name in ("original_max_position_embeddings", "partial_rotary_factor"):
             if self.get(name) is not None:
                 merged[name] = self.get(name)

@@ -37,10 +37,10 @@ class Rotation(NamedTuple):
 def rotation(config: Config, head_size: int) -> Rotation:
     """`config` is `Config.rope()`'s. Raises UnsupportedModel."""
     config.refuse_unless(partial_rotary_factor=1.0)
-    kind = config.get("rope_type")
+    kind = config.text("rope_type")
     if kind not in _RULES or head_size % 2:
         raise errors.UnsupportedModel(
-            f"config option 'rope_type' is {str(kind)[:32]!r} with heads of {head_size}",
+            f"config option 'rope_type' is {kind[:32]!r} with heads of {head_size}",
             hint=f"even heads and one of {', '.join(_RULES)}",
             option="rope_type",
         )

@@ -54,11 +54,8 @@ def spawn(kernel: Kernel, session: Session, request: Request, call: table.SpawnM
     """Answers when the model is resident, so that what cannot be loaded fails here and not later."""
     process = _new_process(kernel, session, call, call.model, call.detached)
     pool = process.pool
-    cancelled = False
 
     def ready(error: errors.LLMasOSError | None) -> None:
-        if cancelled:
-            return
         loaded = pool.loaded
         if error is None and loaded is not None and loaded.encodes:
             error = _generates_nothing(process, loaded.encodes)
@@ -79,8 +76,7 @@ def spawn(kernel: Kernel, session: Session, request: Request, call: table.SpawnM
         )
 
     def cancel() -> None:
-        nonlocal cancelled
-        cancelled = True
+        adapters.forgo(pool, process.adapter, ready)
         kernel.processes.discard(process)
         kernel.sessions.fail(request, errors.Unavailable("cancelled"))
 

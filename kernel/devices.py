@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -215,8 +215,9 @@ class Device:
     transfer: Transfer = field(default_factory=Transfer)
     ahead_at: float = math.inf
     alarm: Callable[[], None] = lambda: None  # calls off the timer that waits for it
-    begun: float = 0.0  # when the first of the flights began
+    begun: float = 0.0  # when the first of the flights began, or the load
     watched: bool = False
+    hangs: Counter[str] = field(default_factory=Counter)  # loads that hung, by the model's digest
     granted: Process | None = None  # who trains now, or is about to stop
     worked: float | None = None  # when a step ended last
     step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=64))

@@ -271,7 +271,7 @@ class Kernel:
                     self.fail(part.process, died)
         if loading:
             loading.deaths += 1
-            if loading.deaths >= self.config.crash_limit:
+            if max(loading.deaths, device.hangs[loading.digest]) >= self.config.crash_limit:
                 residency.give_up(
                     self, device, loading, errors.DeviceFault(f"the driver died loading {loading.model}")
                 )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from llmasos.drivers import base
 from llmasos.syscalls import errors
 
-from . import adapters
+from . import adapters, watchdog
 from .devices import Device, Pool
 from .effects import ToWorker
 from .memory import Memory
@@ -39,7 +39,8 @@ def place(
 
 
 def pool_for(kernel: Kernel, manifest: Manifest, device_name: str, dtype: str) -> Pool:
-    """The pool for a model that is no adapter, resident, loading, or new. Raises NoSuchDevice."""
+    """The pool for a model that is no adapter, resident, loading, or new. Raises NoSuchDevice, DeviceFault
+    when its loads have hung there."""
     device = device_for(kernel, device_name)
     files = kernel.store.driver_files(manifest)
     for pool in device.pools:
@@ -51,6 +52,11 @@ def pool_for(kernel: Kernel, manifest: Manifest, device_name: str, dtype: str) -
             if pool.owner and not manifest.owner:  # from now on by the name that everybody sees
                 pool.model, pool.digest, pool.owner = manifest.name, manifest.digest, ""
             return pool
+    if (hangs := device.hangs[manifest.digest]) >= kernel.config.crash_limit:
+        raise errors.DeviceFault(
+            f"loading {manifest.name} has hung {device.name} {hangs} times",
+            hint="see `llsh dmesg`; the daemon tries again when it has been started again",
+        )
     pool = Pool(
         next(kernel.numbers),
         manifest.name,
@@ -108,6 +114,7 @@ def load(kernel: Kernel, device: Device, pool: Pool) -> None:
         str(kernel.store.derived),
     )
     kernel.effects.append(ToWorker(device.worker, base.Load(spec)))
+    watchdog.loading(kernel, device, pool)
 
 
 def adopt(kernel: Kernel, device: Device, residents: list[base.Resident]) -> None:

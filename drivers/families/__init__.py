@@ -22,17 +22,17 @@ _FAMILIES: dict[str, ModuleType] = {
 
 def describe(config: Config) -> Decoder:
     """Raises UnsupportedModel for architectures and options that are not described here."""
-    kind = config.get("model_type")
+    kind = config.text("model_type")
     if kind not in _FAMILIES:
         raise errors.UnsupportedModel(
-            f"architecture {str(kind)[:64]!r} is not computed",
+            f"architecture {kind[:64]!r} is not computed",
             hint=f"supported: {', '.join(_FAMILIES)}",
-            architecture=str(kind)[:64],
+            architecture=kind[:64],
         )
-    for name in config.get("architectures", []):
-        if not str(name).endswith(("ForCausalLM", "LMHeadModel")):
+    for name in config.texts("architectures"):
+        if not name.endswith(("ForCausalLM", "LMHeadModel")):
             raise errors.UnsupportedModel(
-                f"{str(name)[:64]!r} does not generate text", hint="pull its ForCausalLM variant"
+                f"{name[:64]!r} does not generate text", hint="pull its ForCausalLM variant"
             )
     described: Decoder = _FAMILIES[kind].describe(config)
     return described

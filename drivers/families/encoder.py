@@ -79,9 +79,8 @@ class Encoder:
 
 
 def is_encoder(config: Config) -> bool:
-    return config.get("model_type") in FAMILIES and not str(_class_name(config)).endswith(
-        ("ForCausalLM", "LMHeadModel")
-    )
+    generates = _class_name(config).endswith(("ForCausalLM", "LMHeadModel"))
+    return config.text("model_type") in FAMILIES and not generates
 
 
 def describe(config: Config, files: Mapping[str, File], checkpoint: Checkpoint) -> Encoder:
@@ -90,15 +89,15 @@ def describe(config: Config, files: Mapping[str, File], checkpoint: Checkpoint) 
     config.refuse_unless(is_decoder=False, add_cross_attention=False, quantization_config=None)
     config.refuse_unless(position_embedding_type="absolute", embedding_size=None, sinusoidal_pos_embds=False)
     checkpoint.rename(_renamed)
-    family, encodes = config.get("model_type"), _task(config)
+    family, encodes = config.text("model_type"), _task(config)
     distil = family == "distilbert"
     hidden = config.integer("dim" if distil else "hidden_size")
     heads = config.integer("n_heads" if distil else "num_attention_heads")
     config.check(hidden % heads == 0, "num_attention_heads", "a divisor of the hidden size")
     # RoBERTa's positions begin behind the one of padding.
-    offset = int(config.get("pad_token_id", 1)) + 1 if family not in ("bert", "distilbert") else 0
+    offset = config.integer("pad_token_id", 1, least=-1) + 1 if family not in ("bert", "distilbert") else 0
     positions = config.integer("max_position_embeddings")
-    config.check(0 <= offset < positions, "pad_token_id", "a position")
+    config.check(offset < positions, "pad_token_id", "a position")
     poolings, normalised = _pooling(files) if encodes is Encodes.EMBED else ((), False)
     encoder = Encoder(
         encodes=encodes,
@@ -107,7 +106,7 @@ def describe(config: Config, files: Mapping[str, File], checkpoint: Checkpoint) 
         hidden=hidden,
         inner=config.integer("hidden_dim" if distil else "intermediate_size"),
         activation=config.activation("activation" if distil else "hidden_act", "gelu"),
-        epsilon=1e-12 if distil else config.number("layer_norm_eps", 1e-12),
+        epsilon=1e-12 if distil else config.epsilon("layer_norm_eps", 1e-12),
         vocab_size=config.integer("vocab_size"),
         positions=positions,
         offset=offset,
@@ -123,8 +122,7 @@ def describe(config: Config, files: Mapping[str, File], checkpoint: Checkpoint) 
 
 
 def _class_name(config: Config) -> str:
-    names = config.get("architectures", [])
-    return str(names[0]) if isinstance(names, list) and names else "Model"
+    return next(iter(config.texts("architectures")), "Model")
 
 
 def _task(config: Config) -> Encodes:
@@ -183,13 +181,13 @@ def _poolings_of(files: Mapping[str, File], path: str) -> tuple[str, ...]:
     name = f"{path}.config.json"  # as the importer calls what lies in a folder
     if name not in files:
         raise errors.Corrupt(f"the model has no {path[:64]}/config.json", hint="pull the model again")
-    said = read_json(files[name], name, dict[str, Any])
+    said = Config(read_json(files[name], name, dict[str, Any]))
     new = said.get("pooling_mode")
-    modes = [new] if isinstance(new, str) else list(new or [])
-    for key, value in said.items():
+    modes = [new] if isinstance(new, str) else said.texts("pooling_mode")
+    for key, value in said.values.items():
         if key.startswith("pooling_mode_") and value is True:
             modes.append(key.removeprefix("pooling_mode_").removesuffix("_token").removesuffix("_tokens"))
-    poolings = tuple(str(mode) for mode in modes)
+    poolings = tuple(modes)
     if not poolings or not set(poolings) <= set(POOLINGS):
         raise errors.UnsupportedModel(
             f"pooling by {', '.join(poolings)[:64] or 'nothing'} is not computed",

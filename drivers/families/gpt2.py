@@ -33,7 +33,7 @@ def describe(config: Config) -> Decoder:
         hidden=hidden,
         inner=inner,
         norm="layer",
-        epsilon=config.number("layer_norm_epsilon", 1e-5),
+        epsilon=config.epsilon("layer_norm_epsilon", 1e-5),
         activation=config.activation("activation_function", "gelu_new"),
         gated=False,
         rotation=None,

@@ -51,7 +51,7 @@ def _head_dim(config: Config, heads: int) -> int:
 def describe(config: Config) -> Decoder:
     """Raises UnsupportedModel."""
     _refuse_variants(config)
-    kind, shape = config.get("model_type"), shape_of(config)
+    kind, shape = config.text("model_type"), shape_of(config)
     rotated = _rotated(config, shape.layers)
     windows = _windows(config, rotated)
     tied = config.flag("tie_word_embeddings", kind == "smollm3")
@@ -61,7 +61,7 @@ def describe(config: Config) -> Decoder:
         hidden=config.integer("hidden_size"),
         inner=config.integer("intermediate_size"),
         norm="rms",
-        epsilon=config.number("rms_norm_eps", 1e-6),
+        epsilon=config.epsilon("rms_norm_eps", 1e-6),
         activation=config.activation("hidden_act", "silu"),
         gated=True,
         rotation=rotation(config.rope(_THETA.get(kind, 10_000.0)), shape.head_dim),
@@ -150,7 +150,7 @@ def _refuse_variants(config: Config) -> None:
         num_local_experts=None,
         add_cross_attention=False,
     )
-    for kind in config.get("layer_types", []):
+    for kind in config.texts("layer_types"):
         known = kind in ("full_attention", "sliding_attention")
         config.check(known, "layer_types", "full_attention and sliding_attention")
 

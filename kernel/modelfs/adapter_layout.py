@@ -112,7 +112,8 @@ def check_fits(config: bytes, weights: Path, shapes: Mapping[str, list[int]]) ->
 def _half(name: str, tensor: Tensor) -> tuple[str, str]:
     """The module that a tensor is added to, and which half ("A", "B") it is. Raises UnsupportedModel."""
     match = _TENSOR.fullmatch(name)
-    if match is None or len(tensor.shape) != 2 or tensor.dtype not in layout.FLOATS:
+    plain = len(tensor.shape) == 2 and min(tensor.shape) > 0 and tensor.dtype in layout.FLOATS
+    if match is None or not plain:
         raise UnsupportedModel(
             f"the adapter's tensor {name[:128]!r} ({tensor.dtype} {tensor.shape}) is not computed",
             hint="plain LoRA of the layers' matrices is",

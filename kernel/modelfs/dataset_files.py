@@ -20,7 +20,7 @@ from llmasos.syscalls.errors import InvalidArgument, QueueFull, QuotaExceeded, S
 from llmasos.syscalls.types import FileInfo, FileKind
 
 from . import owners
-from .durable import sync_folder
+from .durable import remove, sync_folder
 from .manifest import hash_file
 from .names import is_part
 
@@ -253,4 +253,5 @@ def _digest(data: Path) -> str:
 def _drop_unnamed(data: Path) -> None:
     """Removes data that no other name of the owner stands for. Raises OSError."""
     if all(_data(path) != data for path in data.parent.iterdir()):
-        data.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            remove(data)

@@ -17,11 +17,12 @@ from typing import Any
 
 import msgspec
 from gguf import LlamaFileType
+from llmasos.drivers.base import check_sizes
 from llmasos.syscalls.errors import Corrupt, UnsupportedModel
 
 from . import gguf_header, gguf_tokenizer
 from .gguf_header import Header, Tensor, Value
-from .layout import Assembled, check_dimensions, check_template, check_tokenizer, most_of
+from .layout import Assembled, check_template, check_tokenizer, most_of
 
 # Types that the `gguf` package turns back into numbers.
 _TYPES = {"F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"}
@@ -81,7 +82,7 @@ def assemble(path: Path, name: str) -> Assembled:
             hint=f"known: {', '.join(_CLASSES)}",
         )
     config = _config(_Pairs(header.pairs, architecture), header.tensors, path)
-    check_dimensions(config)
+    check_sizes(config, len(header.tensors), sum(math.prod(one.shape) for one in header.tensors.values()))
     context_length = int(config.get("max_position_embeddings", config.get("n_positions", 0)))
     tokenizer = gguf_tokenizer.build(header.pairs, architecture, context_length)
     check_tokenizer(tokenizer.tokenizer_json)
@@ -226,7 +227,7 @@ def _llama3_scaling(found: list[float], theta: float, head_dim: int) -> dict[str
     low, high, original = 1.0, 4.0, 8192
     factor = max(found, default=1.0)
     expected = []
-    for i in range(0, head_dim, 2):
+    for i in range(0, head_dim, 2) if head_dim <= 2 * len(found) else ():
         turns = original / (2 * math.pi * theta ** (i / head_dim))
         smooth = min(max((turns - low) / (high - low), 0.0), 1.0)
         expected.append(1 / ((1 - smooth) / factor + smooth) if factor > 0 else 0.0)

@@ -59,7 +59,7 @@ SOURCES: tuple[tuple[str, Callable[[str, Staging], Origin]], ...] = (
 
 def pull(store: ModelFS, model: ModelName, source: str, progress: Progress, owner: str = "") -> Manifest:
     """Imports `model` from `source`, or from the first of the catalogue's sources that delivers. What has an
-    `owner` replaces nothing.
+    `owner` replaces nothing, nor does what is merged.
 
     Raises InvalidArgument, NoSuchModel (an adapter's base is not there), AlreadyExists, PullFailed,
     RefusedFile, UnsupportedModel, Corrupt, OSError.
@@ -161,7 +161,7 @@ def _finish(stage: Staging, model: ModelName, origin: Origin, license_: str, own
             owner=owner,
             lineage=origin.lineage,
         ),
-        replace=not owner,
+        replace=not owner and not origin.source.startswith("merge:"),
     )
 
 

@@ -12,10 +12,13 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+import msgspec
+from llmasos.drivers.base import check_sizes
+from llmasos.syscalls import types as t
 from llmasos.syscalls.errors import Corrupt, RefusedFile, UnsupportedModel
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from . import safetensors_index
 
@@ -59,10 +62,11 @@ PICKLES = (
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+GENERATION = "generation_config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 TEXTS = (
     CONFIG,
-    "generation_config.json",
+    GENERATION,
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
@@ -207,11 +211,11 @@ def license_of_card(card: str) -> str:
 
 
 def parse_json(name: str, data: bytes) -> dict[str, Any]:
-    """A JSON object. Raises Corrupt."""
+    """A JSON object, whose texts are Unicode and whose numbers are finite. Raises Corrupt."""
     try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        raise Corrupt(f"{name} is no JSON", file=name) from None
+        found = msgspec.json.decode(data)
+    except (msgspec.DecodeError, RecursionError) as problem:
+        raise Corrupt(f"{name} is no JSON: {problem}", file=name) from None
     if not isinstance(found, dict):
         raise Corrupt(f"{name} holds no JSON object", file=name)
     return found
@@ -234,7 +238,7 @@ def check_config(data: bytes) -> dict[str, Any]:
     if config.get("quantization_config"):
         raise UnsupportedModel("weights quantised for transformers", hint="try the full model or a GGUF file")
     _check_architecture(config)
-    check_dimensions(config)
+    check_sizes(config)
     return config
 
 
@@ -256,15 +260,32 @@ def _check_architecture(config: Mapping[str, Any]) -> None:
         )
 
 
-def check_dimensions(config: Mapping[str, Any]) -> None:
-    """Raises Corrupt when a size in config.json is no sane number."""
-    for key, value in config.items():
-        if key.startswith(("n_", "num_")) or key.endswith(("_size", "_dim", "_embeddings")):
-            each = value if isinstance(value, list) else [value]  # some models give a size for each layer
-            sane = all(v is None or (isinstance(v, (int, float)) and 0 <= v < 2**31) for v in each)
-            if key == "tie_word_embeddings" or sane:
-                continue
-            raise Corrupt(f"config.json: {key} is {str(value)[:40]}", file="config.json")
+class _Habits(Struct):
+    """What is read of generation_config.json and is no t.Sampling."""
+
+    do_sample: bool = False
+    max_new_tokens: Annotated[int, Meta(ge=0)] = 0
+    max_length: Annotated[int, Meta(ge=0)] = 0
+    num_beams: Annotated[int, Meta(ge=1, le=16)] = 1
+    length_penalty: Annotated[float, Meta(ge=-10, le=10)] = 1.0
+    early_stopping: bool | Literal["never"] = False
+
+
+_UNREAD = {"seed", "stop_token_ids", "logprobs", "prompt_logprobs", "grammar"}  # there
+
+
+def check_generation(file: str, said: Mapping[str, Any]) -> None:
+    """Raises Corrupt for a value with which no request could be made, as transformers refuses it then."""
+    given = {name: value for name, value in said.items() if value is not None}
+    sampling = {n: given[n] for n in t.Sampling.__struct_fields__ if n in given and n not in _UNREAD}
+    ends = given.get("eos_token_id", [])
+    sampling["stop_token_ids"] = ends if isinstance(ends, list) else [ends]
+    try:
+        msgspec.convert(given, _Habits)
+        msgspec.convert(sampling, t.Sampling)
+    except msgspec.ValidationError as problem:
+        what = str(problem).replace("stop_token_ids", "eos_token_id").replace("$.", "")
+        raise Corrupt(f"{file}: {what}", hint="correct the field, or leave it out", file=file) from None
 
 
 def check_template(template: str) -> bytes:
@@ -310,12 +331,15 @@ def assemble(texts: Mapping[str, bytes], weights: Mapping[str, Path]) -> Assembl
     done = {name: data for name, data in texts.items() if name in (*TEXTS, "LICENSE") or is_pooling(name)}
     done["tensors.json"] = _json({"tensors": index})
     done |= _tokenizer_files(texts, config)
-    if "generation_config.json" not in texts:
-        names = ("bos_token_id", "eos_token_id", "pad_token_id")
-        done["generation_config.json"] = _json({n: config[n] for n in names if config.get(n) is not None})
+    if GENERATION in texts:
+        check_generation(GENERATION, parse_json(GENERATION, texts[GENERATION]))
     else:
-        parse_json("generation_config.json", texts["generation_config.json"])
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        said = {name: config[name] for name in names if config.get(name) is not None}
+        check_generation(CONFIG, said)
+        done[GENERATION] = _json(said)
     sizes = [(entry["type"], math.prod(entry["shape"])) for entry in index.values()]
+    check_sizes(config, len(sizes), sum(size for _, size in sizes))
     return Assembled(
         texts=done,
         architecture=config["model_type"],
@@ -328,7 +352,10 @@ def assemble(texts: Mapping[str, bytes], weights: Mapping[str, Path]) -> Assembl
 
 def _context_length(config: Mapping[str, Any], texts: Mapping[str, bytes]) -> int:
     """Tokens of a context, or of what an encoder reads at once. Raises Corrupt."""
-    length = config.get("max_position_embeddings") or config.get("n_positions") or config.get("n_ctx")
+    names = ("max_position_embeddings", "n_positions", "n_ctx")
+    length = next((config[name] for name in names if config.get(name)), 0)
+    if not isinstance(length, int) or isinstance(length, bool):
+        raise Corrupt(f"config.json: a context of {str(length)[:40]}", file="config.json")
     if config["model_type"] in ENCODERS:
         padding = config.get("pad_token_id")
         if length and config["model_type"] not in ("bert", "distilbert"):
@@ -336,9 +363,9 @@ def _context_length(config: Mapping[str, Any], texts: Mapping[str, bytes]) -> in
         name = "sentence_bert_config.json"  # has what the model was trained for
         most = parse_json(name, texts[name]).get("max_seq_length") if name in texts else None
         length = min(length, most) if length and isinstance(most, int) and most > 0 else length
-    if not length or length < 0:
+    if length <= 0:
         raise Corrupt("config.json does not say how long a context may be", file="config.json")
-    return int(length)
+    return length
 
 
 def _index(weights: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
@@ -387,11 +414,12 @@ def _tokenizer_files(texts: Mapping[str, bytes], config: Mapping[str, Any]) -> d
         content = bos.get("content") if isinstance(bos, dict) else bos
         complete["add_bos_token"] = tokenizer.encode("").tokens[:1] == [content]
     done = {}
-    template = texts.get("chat_template.jinja") or _template(complete.pop("chat_template", None))
-    if template:
-        done["chat_template.jinja"] = check_template(
-            template if isinstance(template, str) else template.decode()
-        )
+    try:
+        template = texts.get("chat_template.jinja", b"").decode()
+    except UnicodeDecodeError:
+        raise Corrupt("chat_template.jinja is no UTF-8", file="chat_template.jinja") from None
+    if template := template or _template(complete.pop("chat_template", None)):
+        done["chat_template.jinja"] = check_template(template)
     if complete != about or "tokenizer_config.json" not in texts:
         done["tokenizer_config.json"] = _json(complete)
     return done

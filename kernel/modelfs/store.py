@@ -49,7 +49,7 @@ from llmasos.syscalls.types import FileInfo, FileKind
 
 from . import catalogue
 from .dataset_files import DatasetFiles
-from .durable import sync_folder
+from .durable import remove, sync_folder
 from .manifest import MAX_MANIFEST, Manifest, ManifestFile, decoded, digest_of, hash_file
 from .names import ROOT, ModelName, ModelPath, did_you_mean, parse_name, parse_path
 from .owners import is_at
@@ -267,7 +267,7 @@ class ModelFS:
             for path in self.blobs.iterdir():
                 if path.name.replace("-", ":", 1) not in needed:
                     freed += path.lstat().st_size
-                    path.unlink()
+                    remove(path)
             freed += self._sweep_derived(needed)
         return freed
 
@@ -565,7 +565,7 @@ class ModelFS:
                 found = path.lstat()
                 unfinished = path.name.endswith(".tmp") and found.st_mtime < limit
                 if path.name[:DERIVED_PREFIX] not in kept or unfinished:
-                    path.unlink()
+                    remove(path)
                     freed += found.st_size
         return freed
 

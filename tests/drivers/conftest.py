@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 import transformers
 from llmasos.drivers import base, null
 from llmasos.drivers.launcher import Local
+from llmasos.drivers.model_config import Config
 from llmasos.drivers.native.executor import NativeDriver
 from llmasos.drivers.simulated import SimulatedDriver
 from llmasos.drivers.torch.executor import TorchDriver
@@ -71,6 +72,32 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "qwen3": lambda: transformers.Qwen3Config(**_SMALL, head_dim=24),
     "smollm3": lambda: transformers.SmolLM3Config(**_SMALL, no_rope_layer_interval=2),
 }
+
+
+NONSENSE: list[Any] = [
+    *([], [1], ["x"], [[1]], {}, {"a": 1}, {"a": {"b": 1}}, "", "x", "1", True, False),
+    *(-1, 0, 1, 0.5, -0.5, 1e-300, 1e300, 2**31, 2**64, 10**400),
+]
+"""What a stranger may write into any field of a JSON file."""
+
+
+def nonsense(values: dict[str, Any], names: Iterable[str]) -> Iterator[dict[str, Any]]:
+    """`values` with nonsense in each of the fields `names`."""
+    return (values | {name: value} for name in sorted(names) for value in NONSENSE)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The fields of a Config that were asked for so far."""
+    names: set[str] = set()
+    get = Config.get
+
+    def note(config: Config, name: str, default: Any = None) -> Any:
+        names.add(name)
+        return get(config, name, default)
+
+    monkeypatch.setattr(Config, "get", note)
+    return names
 
 
 def file_of(path: Path) -> base.File:

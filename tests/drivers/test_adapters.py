@@ -8,6 +8,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -26,7 +27,7 @@ from llmasos.drivers.torch.executor import TorchDriver
 from llmasos.syscalls import errors
 from safetensors.torch import load_file, save_file
 
-from .conftest import VOCAB, Kernel, Seq, Tiny, files_of, index_of, start
+from .conftest import NONSENSE, VOCAB, Kernel, Seq, Tiny, files_of, index_of, nonsense, start
 
 # peft asks transformers for it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -142,19 +143,25 @@ def test_merged_weights_say_the_same(
     plain.driver.close()
 
 
+def stored_in(dtype: torch.dtype, model: Tiny, folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a copy of `model` in `folder`, whose weights are in `dtype`."""
+    plain = {name: tensor.to(dtype) for name, tensor in load_file(model.folder / "model.safetensors").items()}
+    folder.mkdir()
+    (folder / "config.json").write_bytes((model.folder / "config.json").read_bytes())
+    save_file(plain, folder / "model.safetensors")
+    (folder / "tensors.json").write_text(json.dumps(index_of(folder / "model.safetensors")))
+    return plain
+
+
 @pytest.mark.parametrize("stored", ["F32", "F16", "BF16"])
 def test_merging_rounds_as_torch_does(
     stored: str, tiny: Callable[[str], Tiny], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny("llama")
     dtype = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[stored]
-    plain = {name: tensor.to(dtype) for name, tensor in load_file(model.folder / "model.safetensors").items()}
     folder, out = tmp_path / "base", tmp_path / "out"
-    folder.mkdir()
+    plain = stored_in(dtype, model, folder)
     out.mkdir()
-    (folder / "config.json").write_bytes((model.folder / "config.json").read_bytes())
-    save_file(plain, folder / "model.safetensors")
-    (folder / "tensors.json").write_text(json.dumps(index_of(folder / "model.safetensors")))
     adapter = make_adapter(model, tmp_path / "adapter", r=4, lora_alpha=4)
     monkeypatch.setattr(merge, "_AT_ONCE", 100)  # a row or two at a time
     steps: list[tuple[int, int]] = []
@@ -181,10 +188,11 @@ def test_a_merged_model_without_numbers_or_room_is_not_made(
 ) -> None:
     adapter = make_adapter(tiny("llama"), tmp_path / "adapter")
     tensors = load_file(adapter.folder / reader.WEIGHTS)
-    tensors[next(name for name in tensors if "lora_B" in name)].fill_(3e38)
+    tensors[next(name for name in tensors if "lora_B" in name)].fill_(1e7)
     save_file(tensors, adapter.folder / reader.WEIGHTS)
     (tmp_path / "out").mkdir()
-    spec = base.MergeSpec(tiny("llama").files, adapter.files, str(tmp_path / "out"), 1 << 30)
+    stored_in(torch.float16, tiny("llama"), tmp_path / "half")
+    spec = base.MergeSpec(files_of(tmp_path / "half"), adapter.files, str(tmp_path / "out"), 1 << 30)
     with pytest.raises(errors.UnsupportedModel, match="does not hold"):
         merge.merge(spec, lambda done, total: None)
     with pytest.raises(errors.StorageFailed, match="there is room for 7"):
@@ -317,6 +325,8 @@ def edited(adapter: Adapter, **change: Any) -> dict[str, base.File]:
         ("r", 0),
         ("r", "8"),
         ("lora_alpha", "much"),
+        ("lora_alpha", True),
+        ("use_rslora", "yes"),
         ("rank_pattern", {"(q+)+_proj": 3}),
         ("alpha_pattern", {"\\": 3}),
     ],
@@ -330,6 +340,20 @@ def test_options_that_are_not_computed_are_refused_by_name(
         read(model, files)
     assert caught.value.details["option"] == option
     assert caught.value.hint
+
+
+def test_nonsense_in_any_option_is_refused_or_does_not_matter(
+    tiny: Callable[[str], Tiny], tmp_path: Path
+) -> None:
+    model = tiny("llama")
+    adapter = make_adapter(model, tmp_path)
+    good = json.loads((tmp_path / reader.CONFIG).read_text())
+    more = {"r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "peft_type", "use_dora"}
+    bad = [*nonsense(good, {*good, *more}), *({**good, "alpha_pattern": {"q_proj": one}} for one in NONSENSE)]
+    for config in bad:
+        (tmp_path / reader.CONFIG).write_text(json.dumps(config))
+        with suppress(errors.ModelError):
+            assert read(model, adapter.files)
 
 
 def read(model: Tiny, files: dict[str, base.File]) -> dict[str, reader.Lora]:
@@ -354,6 +378,19 @@ HARM: dict[str, tuple[Callable[[Tensors], Any], type[errors.LLMasOSError], str]]
         lambda x: x.update({_Q.format("magnitude_vector"): torch.ones(64)}),
         errors.UnsupportedModel,
         "magnitude",
+    ),
+    "a product beyond numbers": (
+        lambda x: x.update(
+            {_Q.format("A"): torch.full((8, 64), 1e25), _Q.format("B"): torch.full((64, 8), 1e25)}
+        ),
+        errors.Corrupt,
+        "q_proj",
+    ),
+    "a scaling beyond numbers": (lambda x: x[_Q.format("B")].fill_(1e38), errors.Corrupt, "q_proj"),
+    "empty": (
+        lambda x: x.update({_Q.format("A"): torch.ones(0, 64), _Q.format("B"): torch.ones(64, 0)}),
+        errors.UnsupportedModel,
+        "q_proj",
     ),
     "of the head": (
         lambda x: x.update({"base_model.model.lm_head.lora_A.weight": torch.ones(8, 64)}),

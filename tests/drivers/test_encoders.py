@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from llmasos.drivers.torch.executor import TorchDriver
 from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
 
-from .conftest import files_of, index_of
+from .conftest import NONSENSE, files_of, index_of, nonsense
 
 VOCAB = 97
 _SMALL = {
@@ -214,3 +215,27 @@ def test_the_cpu_device_computes_encoders(tmp_path: Path) -> None:
     with pytest.raises(errors.DeviceFault):
         encoded(driver, TEXTS[:1], 48)
     driver.close()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_nonsense_in_any_field_is_refused_or_does_not_matter(
+    tmp_path: Path, family: str, asked: set[str]
+) -> None:
+    made(tmp_path, family)
+    driver, _ = load(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for bad in nonsense(config, set(asked)):
+        path.write_text(json.dumps(bad))
+        with suppress(errors.ModelError):
+            driver.load(base.LoadSpec(1, files_of(tmp_path), "", 0.1))
+    path.write_text(json.dumps(config))
+    for file, good in {
+        "1_Pooling.config.json": {"pooling_mode": "mean"},
+        "sentence_bert_config.json": {"max_seq_length": 9},
+    }.items():
+        pooling(tmp_path, {"pooling_mode": "mean"})
+        for bad in [*nonsense(good, good), *NONSENSE]:
+            (tmp_path / file).write_text(json.dumps(bad))
+            with suppress(errors.ModelError):
+                driver.load(base.LoadSpec(1, files_of(tmp_path), "", 0.1))

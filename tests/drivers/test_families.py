@@ -6,6 +6,8 @@ import copy
 import json
 import random
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import torch
 import transformers
 from llmasos.drivers import base
+from llmasos.drivers.native.executor import NativeDriver
 from llmasos.drivers.rope import rotation
 from llmasos.drivers.torch import rope
 from llmasos.drivers.torch.config import Config
@@ -20,7 +23,7 @@ from llmasos.drivers.torch.executor import TorchDriver
 from llmasos.syscalls import errors
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .conftest import Tiny, file_of
+from .conftest import Tiny, file_of, nonsense
 
 FAMILIES = ["gpt2", "llama", "llama-tied", "mistral", "qwen2", "qwen3", "smollm3"]
 VOCAB = 97
@@ -164,7 +167,7 @@ def test_rotary_parameters_without_frequencies_are_refused(change: dict[str, Any
     ("family", "change", "named"),
     [
         ("llama", {"model_type": "mamba"}, "mamba"),
-        ("llama", {"model_type": None}, "None"),
+        ("llama", {"model_type": None}, "architecture ''"),
         ("llama", {"architectures": ["LlamaForSequenceClassification"]}, "SequenceClassification"),
         ("llama", {"hidden_act": "relu6"}, "hidden_act"),
         ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type"),
@@ -175,6 +178,10 @@ def test_rotary_parameters_without_frequencies_are_refused(change: dict[str, Any
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads"),
         ("llama", {"max_position_embeddings": None}, "max_position_embeddings"),
         ("qwen2", {"layer_types": ["full_attention", "linear_attention", "full_attention"]}, "layer_types"),
+        ("llama", {"num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ("llama", {"model_type": "gpt_neox", "num_hidden_layers": 10**9}, "num_hidden_layers"),
+        ("llama", {"vocab_size": 10**9}, "vocab_size"),
+        ("gpt2", {"n_layer": 10**9}, "n_layer"),
         ("gpt2", {"n_head": 5}, "n_head"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
     ],
@@ -186,5 +193,50 @@ def test_what_is_not_computed_is_refused_by_name(
     config = {**json.loads((model.folder / "config.json").read_text()), **change}
     (tmp_path / "config.json").write_text(json.dumps(config))
     files = {**model.files, "config.json": file_of(tmp_path / "config.json")}
-    with pytest.raises(errors.UnsupportedModel, match=named):
+    with pytest.raises((errors.UnsupportedModel, errors.Corrupt), match=named):
         TorchDriver("cpu").load(base.LoadSpec(1, files, "float32", 0.05))
+
+
+def refused_or_loaded(
+    driver: base.Driver, files: dict[str, base.File], config: dict[str, Any], to: Any
+) -> bool:
+    """Whether a model is loaded with another config.json. What keeps it out has to be a ModelError."""
+    (to / "config.json").write_text(json.dumps(config))
+    try:
+        driver.load(base.LoadSpec(1, {**files, "config.json": file_of(to / "config.json")}, "float32", 0.01))
+    except errors.ModelError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_nonsense_in_any_field_is_refused_or_does_not_matter(
+    family: str, tiny: Callable[..., Any], asked: set[str], tmp_path: Path
+) -> None:
+    model, driver = tiny(family), NativeDriver(lambda level, text: None)
+    config = json.loads((model.folder / "config.json").read_text())
+    assert refused_or_loaded(driver, model.files, config, tmp_path)
+    loaded = [refused_or_loaded(driver, model.files, bad, tmp_path) for bad in nonsense(config, set(asked))]
+    assert any(loaded)
+    assert not all(loaded)
+    driver.close()
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
+def test_nonsense_in_rotary_parameters_is_refused_or_does_not_matter(kind: str, asked: set[str]) -> None:
+    good = {"rope_type": kind, **ROPES[kind]}
+    rotation(Config({"max_position_embeddings": 64, "rope_scaling": good}).rope(10_000.0), 16)
+    for bad in [*nonsense(good, {*asked, "type"}), *({**good, name: float("nan")} for name in set(asked))]:
+        config = Config({"max_position_embeddings": 64, "rope_scaling": bad})
+        with suppress(errors.UnsupportedModel):
+            assert np.isfinite(rotation(config.rope(10_000.0), 16).frequencies).all()
+
+
+def test_nonsense_for_transformers_code_is_refused_or_does_not_matter(
+    tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Whatever its classes make of it."""
+    config = json.loads((tiny("llama").folder / "config.json").read_text()) | {"model_type": "gemma"}
+    names = ("architectures", "head_dim", "hidden_act", "layer_types", "rope_parameters", "vocab_size")
+    for bad in nonsense(config, {*names, "max_position_embeddings", "num_hidden_layers", "rms_norm_eps"}):
+        refused_or_loaded(TorchDriver("cpu"), tiny("llama").files, bad, tmp_path)

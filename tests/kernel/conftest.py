@@ -67,6 +67,8 @@ class World:
         self.adapters: list[base.LoadAdapter | base.UnloadAdapter] = []
         self.fail_moves = False
         self.refuse_load: errors.LLMasOSError | None = None
+        self.holds_loads = False  # none is answered
+        self.loads: list[base.LoadSpec] = []
 
     def model(self, name: str, **config: object) -> None:
         data = json.dumps({"model_type": "null", "llmasos_null_blocks": 256, **config}).encode()
@@ -122,6 +124,8 @@ class World:
     def answer(self, worker: int, message: base.ToWorker) -> None:
         driver = self.drivers[worker]
         match message:
+            case base.Load(spec) if self.holds_loads:
+                self.loads.append(spec)
             case base.Load(spec) if self.refuse_load is not None:
                 failed = base.Failed(spec.handle, 0, errors.to_wire(self.refuse_load))
                 self.kernel.worker_message(worker, failed)

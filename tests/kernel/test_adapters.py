@@ -142,6 +142,14 @@ def test_somebody_elses_adapter_does_not_exist(world: World) -> None:
     assert not any("mine" in entry["path"] for entry in world.result(listed, b"\0b").body["entries"])
 
 
+def test_a_merge_replaces_nothing(world: World) -> None:
+    adapter(world, "a")
+    refused = world.send(table.Pull("tiny", "merge:tiny+a"))
+    world.turn()
+    assert world.error(refused) is errors.AlreadyExists
+    assert not world.kernel.programs.to_start
+
+
 @pytest.mark.parametrize(
     ("model", "source", "owned"),
     [

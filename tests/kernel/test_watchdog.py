@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
+from llmasos.drivers import base
 from llmasos.kernel import watchdog
 from llmasos.syscalls import errors, table
 
@@ -100,3 +101,62 @@ def test_the_first_step_of_a_model_may_take_its_time(world: World) -> None:
     assert not world.killed
     pass_time(world, 2)
     assert world.killed
+
+
+@pytest.fixture
+def loads(world: World) -> World:
+    """A device whose loads do not end, and what is to be loaded by its name."""
+    world.attach()
+    world.holds_loads = True
+    world.asked = world.send(table.SpawnModel(model="tiny"))  # type: ignore[attr-defined]
+    world.flush()
+    assert len(world.loads) == 1
+    return world
+
+
+def test_a_load_that_hangs_is_ended_and_hangs_no_third_worker(loads: World) -> None:
+    pass_time(loads, watchdog.LOAD_S - 1)
+    assert not loads.killed
+    for worker in (1, 2):
+        pass_time(loads, watchdog.LOAD_S + watchdog.GRACE_S + 1)
+        assert loads.signals == [signal.SIGABRT, signal.SIGKILL] * worker
+        loads.die(worker)
+        loads.attach(worker + 1)
+        loads.flush()
+    assert loads.error(loads.asked) is errors.DeviceFault  # type: ignore[attr-defined]
+    again = loads.send(infer([1], model="tiny", max_tokens=1))
+    loads.flush()
+    assert loads.error(again) is errors.DeviceFault
+    assert len(loads.loads) == 2
+    loads.model("other", llmasos_null_memory=1)
+    loads.holds_loads = False
+    assert loads.spawn_now("other")
+
+
+def test_a_load_may_take_as_long_as_a_slow_disk_does(loads: World) -> None:
+    (device,) = loads.kernel.devices.values()
+    pass_time(loads, 1)
+    loads.die()
+    (pool,) = device.pools
+    pool.files = {"config.json": base.File("/big", "sha256:0", int(watchdog.LOAD_BYTES_S * 5000))}
+    loads.attach(2)
+    loads.flush()
+    pass_time(loads, watchdog.LOAD_S + 4999)
+    assert not loads.killed
+    pass_time(loads, 2)
+    assert loads.killed == [102]
+
+
+def test_a_load_that_ended_is_not_watched_any_more(world: World) -> None:
+    world.attach()
+    world.spawn()
+    pass_time(world, 2 * watchdog.LOAD_S)
+    assert not world.killed
+
+
+def test_what_nobody_waits_for_any_more_is_not_loaded_again(loads: World) -> None:
+    loads.kernel.disconnected(b"\0a")
+    loads.die()
+    loads.attach(2)
+    loads.flush()
+    assert len(loads.loads) == 1

@@ -218,6 +218,11 @@ REFUSALS: dict[str, tuple[type[LLMasOSError], str, Callable[[Path], object]]] = 
         "I32",
         lambda f: edited(f, **{f"{Q}.lora_A.weight": np.ones((4, 32), np.int32)}),
     ),
+    "nothing": (
+        UnsupportedModel,
+        r"\[0, 32\]",
+        lambda f: edited(f, **{f"{Q}.lora_A.weight": np.ones((0, 32), np.float32)}),
+    ),
     "a cut file": (
         Corrupt,
         "the file at",
@@ -503,6 +508,14 @@ def test_a_merge_that_does_not_fit_takes_nothing(
     with pytest.raises(StorageFailed, match="there is room for 100000"):
         bring("merge:tiny+x", "merged")
     assert list(store.tmp.glob("import-*")) == []
+
+
+def test_a_merge_replaces_nothing(store: ModelFS, bring: Bring, adapter: Path) -> None:
+    before = bring(adapter, "tiny+x"), store.resolve("tiny")
+    with pytest.raises(AlreadyExists, match="tiny"):
+        bring("merge:tiny+x", "tiny")
+    assert (store.resolve("tiny+x"), store.resolve("tiny")) == before
+    assert bring("merge:tiny+x", "merged") == bring("merge:tiny+x", "merged")
 
 
 def test_a_merge_that_dies_is_said(

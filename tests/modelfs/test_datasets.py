@@ -7,13 +7,14 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from llmasos.kernel.modelfs import dataset_files
+from llmasos.kernel.modelfs import dataset_files, durable
 from llmasos.kernel.modelfs.dataset_files import DatasetFiles
 from llmasos.syscalls.errors import InvalidArgument, NoSuchFile, QueueFull, QuotaExceeded, StorageFailed
 
@@ -117,6 +118,29 @@ def test_who_has_a_link_to_the_data_keeps_them(files: DatasetFiles, tmp_path: Pa
     files.remove("a", "x")
     assert (tmp_path / "kept").read_bytes() == b"old"
     assert used(files, "a") == 0
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_nobody_waits_for_the_blocks_of_large_data(
+    large: bool, files: DatasetFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(durable, "LARGE", 4 if large else 5)
+    write(files, "x", b"data")
+    path, begun, gone = files.path("a", "x"), threading.Event(), threading.Event()
+    close, mine, held = os.close, threading.get_ident(), []
+
+    def slow(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").startswith(str(path)):
+            held.append(threading.get_ident() != mine)
+            begun.set()
+            assert not large or gone.wait(5)
+        close(fd)
+
+    monkeypatch.setattr(os, "close", slow)
+    files.remove("a", "x")  # would wait for ever
+    assert begun.wait(5)
+    assert (held, files.used("a"), path.exists()) == ([large], 0, False)
+    gone.set()
 
 
 def test_equal_data_are_there_once(files: DatasetFiles) -> None:

@@ -9,20 +9,28 @@ import shutil
 import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from llmasos.kernel.modelfs import source_pypi
+from llmasos.kernel.modelfs import layout, source_pypi
 from llmasos.kernel.modelfs.catalogue import Catalogue, Wheel
 from llmasos.kernel.modelfs.importer import _explain
 from llmasos.kernel.modelfs.store import Manifest, ModelFS
-from llmasos.syscalls.errors import Corrupt, InvalidArgument, PullFailed, RefusedFile, UnsupportedModel
+from llmasos.syscalls.errors import (
+    Corrupt,
+    InvalidArgument,
+    ModelError,
+    PullFailed,
+    RefusedFile,
+    UnsupportedModel,
+)
 from safetensors.numpy import save_file
 
-from .conftest import write_model
+from .conftest import CONFIG, write_model
 
 Bring = Callable[..., Manifest]
 Importer = Callable[..., tuple[int, list[dict[str, Any]]]]
@@ -114,6 +122,11 @@ def test_code_is_refused_by_name(store: ModelFS, bring: Bring, folder: Path) -> 
         ({"num_hidden_layers": -1}, Corrupt),
         ({"vocab_size": "many"}, Corrupt),
         ({"max_position_embeddings": None}, Corrupt),
+        ({"num_hidden_layers": 10**9}, Corrupt),
+        ({"num_hidden_layers": 3}, Corrupt),  # of two tensors
+        ({"vocab_size": 10_000}, Corrupt),  # of 8288 values
+        ({"text_config": {"hidden_size": 10**9}}, Corrupt),
+        ({"max_position_embeddings": 10**9}, Corrupt),
     ],
 )
 def test_configs_that_nothing_computes(
@@ -133,6 +146,71 @@ def test_broken_json(bring: Bring, folder: Path, name: str, content: bytes) -> N
     (folder / name).write_bytes(content)
     with pytest.raises(Corrupt, match=name):
         bring(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eos_token_id": "x"},
+        {"eos_token_id": [1, -1]},
+        {"temperature": "hot"},
+        {"temperature": -1},
+        {"top_p": 7},
+        {"top_k": [50]},
+        {"do_sample": "yes"},
+        {"num_beams": 0},
+        {"max_new_tokens": "many"},
+        {"max_length": [1]},
+    ],
+)
+def test_habits_that_fail_every_request_are_refused_by_name(
+    bring: Bring, folder: Path, change: dict[str, Any]
+) -> None:
+    (name,) = change
+    path = folder / "generation_config.json"
+    good = {"eos_token_id": [1, 0], "do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": None}
+    good |= {"max_length": 10**12, "pad_token_id": -1, "_from_model_config": True, "seed": "x"}
+    path.write_text(json.dumps(good | change))
+    with pytest.raises(Corrupt, match=rf"generation_config\.json.*{name}"):
+        bring(folder)
+    path.write_text(json.dumps(good))
+    bring(folder)
+    if name == "eos_token_id":  # of which the file is made that is not there
+        path.unlink()
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(Corrupt, match=rf"config\.json.*{name}"):
+            bring(folder)
+
+
+NONSENSE: list[Any] = [[], [1], ["x"], [[1]], {}, {"a": 1}, "", "x", "\ud800", True, False]
+NONSENSE += [-1, 0, 0.5, 1e300, 2**31, 2**64, 10**400, None, float("nan"), float("inf")]
+
+
+@pytest.mark.parametrize("encoder", [False, True])
+def test_nonsense_in_any_field_is_refused_or_does_not_matter(encoder: bool, folder: Path) -> None:
+    weights = {"model.safetensors": folder / "model.safetensors"}
+    tokenizer = {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "chat_template": "x"}
+    files: dict[str, dict[str, Any]] = {
+        "config.json": {**CONFIG, "architectures": ["X"], "n_ctx": 9, "pad_token_id": 0, "text_config": {}},
+        "tokenizer_config.json": tokenizer,
+        "generation_config.json": {"eos_token_id": 1, "temperature": 1.0, "num_beams": 1},
+        "sentence_bert_config.json": {"max_seq_length": 5},
+    }
+    files["config.json"] |= {"model_type": "roberta", "architectures": ["RobertaModel"]} if encoder else {}
+    texts = {name: json.dumps(body).encode() for name, body in files.items()}
+    texts["tokenizer.json"] = (folder / "tokenizer.json").read_bytes()
+    layout.assemble(texts, weights)
+    for name, body in files.items():
+        if not encoder and name == "sentence_bert_config.json":
+            continue
+        for field in body:
+            for value in NONSENSE:
+                bad = json.dumps({**body, field: value}).encode()
+                with suppress(ModelError):
+                    layout.assemble({**texts, name: bad}, weights)
+    with pytest.raises(Corrupt, match="chat_template"):
+        layout.assemble({**texts, "chat_template.jinja": b"\xff"}, weights)
 
 
 def test_a_folder_without_a_tokenizer_or_weights(bring: Bring, folder: Path) -> None:

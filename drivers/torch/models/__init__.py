@@ -71,18 +71,18 @@ class OwnFamily(Protocol):
 
 def is_ours(config: Config) -> bool:
     """Whether a family here computes the architecture, not transformers' code."""
-    return str(config.get("model_type")) in FAMILIES
+    return config.text("model_type") in FAMILIES
 
 
 def family_of(config: Config) -> Family:
     """The module that computes the config's architecture: a family of ours, or else transformers' own code.
     Raises UnsupportedModel."""
-    for name in config.get("architectures", []):
-        if not str(name).endswith(("ForCausalLM", "LMHeadModel")):
+    for name in config.texts("architectures"):
+        if not name.endswith(("ForCausalLM", "LMHeadModel")):
             raise errors.UnsupportedModel(
-                f"{str(name)[:64]!r} does not generate text", hint="pull its ForCausalLM variant"
+                f"{name[:64]!r} does not generate text", hint="pull its ForCausalLM variant"
             )
-    module = FAMILIES.get(str(config.get("model_type")), "transformers_code")
+    module = FAMILIES.get(config.text("model_type"), "transformers_code")
     return cast(Family, importlib.import_module(f".{module}", __name__))
 
 

@@ -22,6 +22,7 @@ from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ...base import LONGEST_CONTEXT, MOST_LAYERS
 from ..config import Config, Shape
 
 _NAME = "llmasos"  # what our attention is called in transformers' registries
@@ -34,9 +35,7 @@ _CODE_KEYS |= {"transformers_weights", "fusion_config", "kernel_config", "distri
 _HARMLESS = {"dropout", "position_ids", "sliding_window", "is_causal", "use_cache", "training"}
 _HARMLESS |= {"output_attentions", "output_hidden_states", "output_router_logits", "logits_to_keep"}
 # config.json is a stranger's: what it may cost before the weights bear it out.
-_MOST_LAYERS = 512
-_MOST_EXPERTS = 4096
-_LONGEST_CONTEXT = 1 << 24
+_MOST_EXPERTS = 1 << 16  # of all layers: some code has a module for each
 _LARGEST_BUFFERS = 1 << 28  # values in tables that are computed, not loaded
 _SURVEYED_ROWS = 4096  # longer than what sparse attention leaves dense
 _ATTENDING = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -252,7 +251,7 @@ class Survey:
 
 def code_of(config: Config) -> Code:
     """Raises UnsupportedModel."""
-    kind = str(config.get("model_type"))[:64]
+    kind = config.text("model_type")[:64]
     transformers = _transformers(kind)
     name = transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
     if not isinstance(name, str) or kind not in transformers.CONFIG_MAPPING:
@@ -268,25 +267,25 @@ def code_of(config: Config) -> Code:
     with explained(kind, "transformers does not take its config"):
         theirs = transformers.CONFIG_MAPPING[kind].from_dict(values)
         model_class = getattr(transformers, name)
-    if theirs.sub_configs or theirs.is_encoder_decoder:
-        raise refused(kind, "it is more than a decoder")
-    if model_class._is_stateful:
-        raise refused(kind, "it keeps a state between tokens that is no KV cache")
-    odd = {str(layer) for layer in getattr(theirs, "layer_types", None) or []} - _ATTENDING
-    if odd:
-        raise refused(kind, f"it has layers of type {', '.join(sorted(odd))}")
-    if not (model_class._can_set_attn_implementation() or model_class._supports_sdpa):
-        raise refused(kind, "it does not attend through transformers' attention interface")
-    if "position_ids" not in inspect.signature(model_class.forward).parameters:
-        raise refused(kind, "it cannot be told the positions of its tokens")
-    theirs.use_cache, theirs.return_dict, theirs.output_hidden_states = False, True, False
-    return Code(
-        kind=kind,
-        model_class=model_class,
-        config=theirs,
-        context_length=_context_length(kind, theirs),
-        intercepted=not model_class._can_set_attn_implementation() and model_class._supports_sdpa,
-    )
+        if theirs.sub_configs or theirs.is_encoder_decoder:
+            raise refused(kind, "it is more than a decoder")
+        if model_class._is_stateful:
+            raise refused(kind, "it keeps a state between tokens that is no KV cache")
+        odd = {str(layer) for layer in getattr(theirs, "layer_types", None) or []} - _ATTENDING
+        if odd:
+            raise refused(kind, f"it has layers of type {', '.join(sorted(odd))}")
+        if not (model_class._can_set_attn_implementation() or model_class._supports_sdpa):
+            raise refused(kind, "it does not attend through transformers' attention interface")
+        if "position_ids" not in inspect.signature(model_class.forward).parameters:
+            raise refused(kind, "it cannot be told the positions of its tokens")
+        theirs.use_cache, theirs.return_dict, theirs.output_hidden_states = False, True, False
+        return Code(
+            kind=kind,
+            model_class=model_class,
+            config=theirs,
+            context_length=_context_length(kind, theirs),
+            intercepted=not model_class._can_set_attn_implementation() and model_class._supports_sdpa,
+        )
 
 
 @contextmanager
@@ -314,7 +313,7 @@ def _context_length(kind: str, theirs: Any) -> int:
         if rope.get("rope_type") in _GROWING_ROTARY:
             lengths.append(rope.get("original_max_position_embeddings"))
             lengths.append(getattr(theirs, "original_max_position_embeddings", None))
-    known = [length for length in lengths if isinstance(length, int) and 0 < length <= _LONGEST_CONTEXT]
+    known = [length for length in lengths if isinstance(length, int) and 0 < length <= LONGEST_CONTEXT]
     if not known:
         raise refused(kind, "its config does not say how long a context may be")
     return min(known)
@@ -334,15 +333,15 @@ def freeze_rotary(model: nn.Module) -> None:
 def survey_of(code: Code) -> Survey:
     """Runs the model on the meta device. Raises UnsupportedModel."""
     theirs, kind = code.config, code.kind
-    layers = getattr(theirs, "num_hidden_layers", None)
-    if not isinstance(layers, int) or not 1 <= layers <= _MOST_LAYERS:
-        raise refused(kind, f"its config says {str(layers)[:20]} layers")
-    for name, value in theirs.to_dict().items():
-        if "expert" in name and isinstance(value, int) and value > _MOST_EXPERTS:
-            raise refused(kind, f"its config says {name} = {value}")
-    surveyor = _Surveyor(kind, code.context_length)
-    masks = _transformers(kind).masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
     with explained(kind, "its code cannot be surveyed"):
+        layers = getattr(theirs, "num_hidden_layers", None)
+        if not isinstance(layers, int) or not 1 <= layers <= MOST_LAYERS:
+            raise refused(kind, f"its config says {str(layers)[:20]} layers")
+        for name, value in theirs.to_dict().items():
+            if "experts" in name and isinstance(value, int) and value * layers > _MOST_EXPERTS:
+                raise refused(kind, f"its config says {name} = {value}")
+        surveyor = _Surveyor(kind, code.context_length)
+        masks = _transformers(kind).masking_utils.ALL_MASK_ATTENTION_FUNCTIONS
         with torch.device("meta"):
             model = code.model_class._from_config(
                 theirs, attn_implementation="sdpa" if code.intercepted else _SURVEYED, dtype=torch.float32
@@ -361,21 +360,21 @@ def survey_of(code: Code) -> Survey:
         finally:
             if code.intercepted:
                 del masks["sdpa"]
-    calls = surveyor.calls
-    if not calls:
-        raise refused(kind, "it does not attend through transformers' attention interface")
-    if len(calls) < layers:
-        raise refused(kind, f"{layers - len(calls)} of its {layers} layers do something else than attend")
-    if len({call.kv_heads for call in calls}) > 1:
-        raise refused(kind, "its layers differ in their number of key heads")
-    if sum(buffer.numel() for buffer in model.buffers()) > _LARGEST_BUFFERS:
-        raise refused(kind, "its tables take more memory than is sane")
-    shape = Shape(
-        layers=len(calls),
-        heads=max(call.heads for call in calls),
-        kv_heads=calls[0].kv_heads,
-        head_dim=max(max(call.key_dim, call.value_dim) for call in calls),
-        context_length=code.context_length,
-        vocab_size=theirs.vocab_size,
-    )
-    return Survey(shape, calls, sum(parameter.numel() for parameter in model.parameters()))
+        calls = surveyor.calls
+        if not calls:
+            raise refused(kind, "it does not attend through transformers' attention interface")
+        if len(calls) < layers:
+            raise refused(kind, f"{layers - len(calls)} of its {layers} layers do something else than attend")
+        if len({call.kv_heads for call in calls}) > 1:
+            raise refused(kind, "its layers differ in their number of key heads")
+        if sum(buffer.numel() for buffer in model.buffers()) > _LARGEST_BUFFERS:
+            raise refused(kind, "its tables take more memory than is sane")
+        shape = Shape(
+            layers=len(calls),
+            heads=max(call.heads for call in calls),
+            kv_heads=calls[0].kv_heads,
+            head_dim=max(max(call.key_dim, call.value_dim) for call in calls),
+            context_length=code.context_length,
+            vocab_size=theirs.vocab_size,
+        )
+        return Survey(shape, calls, sum(parameter.numel() for parameter in model.parameters()))
