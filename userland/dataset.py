@@ -32,6 +32,7 @@ import time
 import traceback
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -455,6 +456,8 @@ def limit_self(parent: int) -> bool:
         bound = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(kind, (bound, bound))
     os.nice(NICE)
+    with suppress(OSError, AttributeError):  # as trainers are: else those of stronger runs would wait for it
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     return parent in (0, os.getppid())

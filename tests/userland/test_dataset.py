@@ -471,6 +471,13 @@ def test_the_process_tells_how_far_it_is_and_what_it_made(
     assert len(examples(tmp_path / "data")) == 5000
 
 
+def test_the_process_steps_back_as_far_as_trainers_do() -> None:
+    code = "import os; from llmasos.userland.dataset import limit_self; limit_self(0)"
+    code += "; print(os.sched_getscheduler(0) == os.SCHED_IDLE)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True)
+    assert done.stdout == b"True\n"
+
+
 def test_the_process_tells_what_it_refuses(tmp_path: Path, bytes_model: dict[str, bytes]) -> None:
     code, told = run(tmp_path, bytes_model, GOOD + b"{\n")
     assert code == 1
