@@ -34,8 +34,8 @@ LONG = 16 << 10
 
 LATE_S = 0.1
 WARY_S = 60.0
-"""When a short text has kept the event loop for LATE_S, nothing is worked on there for so long: some model's
-template or tokenizer is not what it should be."""
+"""When a short text has taken LATE_S of the processor's time on the event loop, nothing is worked on there
+for so long: some model's template or tokenizer is not what it should be."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 _LOCAL_HOST = re.compile(r"(localhost|127\.\d+\.\d+\.\d+|\[::1\]|testserver)(:\d+)?\Z")
@@ -55,14 +55,15 @@ async def aside(work: Callable[[], R], *, more: bool = False) -> R:
     """What comes of the texts of this request. Those of long ones, or if there are `more` than it brought,
     are worked on beside the event loop, for other callers are waiting."""
     global _wary_until
-    request, begun = current(), time.monotonic()
-    if more or request is None or request.received > LONG or begun < _wary_until:
+    request = current()
+    if more or request is None or request.received > LONG or time.monotonic() < _wary_until:
         return await asyncio.to_thread(work)
+    begun = time.thread_time()
     try:
         return work()
     finally:
-        if (now := time.monotonic()) - begun > LATE_S:
-            _wary_until = now + WARY_S
+        if time.thread_time() - begun > LATE_S:
+            _wary_until = time.monotonic() + WARY_S
 
 
 _wary_until = 0.0
