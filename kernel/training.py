@@ -82,7 +82,7 @@ def start(kernel: Kernel, session: Session, call: table.Train) -> table.TrainRep
         recipe = replace(recipe, max_length=min(recipe.longest, max(8, manifest.context_length)))
     lora = recipe.method is Method.LORA
     target = str(parse_name(f"{call.model}+{call.target}" if lora else call.target))
-    _must_be_free(kernel, target)
+    must_be_free(kernel, target)
     data = kernel.store.datasets.path(subject.path, call.dataset)
     digest = kernel.store.datasets.digest(subject.path, call.dataset)
     room_on_disk(kernel, subject.path, 0 if lora else 2 * manifest.parameters)  # at least
@@ -167,7 +167,7 @@ def bring_back(
     process.lineage = found.lineage
     target = row.target
     with suppress(errors.AlreadyExists):
-        _must_be_free(kernel, target)
+        must_be_free(kernel, target)
         target = ""
     target = f"{row.target}-{process.pid}" if target else row.target
     run = Run(kernel.random.randbytes(8).hex(), row.dataset, row.digest, target, row.recipe, row.result)
@@ -221,14 +221,16 @@ def _take_in(kernel: Kernel, process: Process, run: Run) -> None:
     kernel.runs[process.pid] = process
 
 
-def _must_be_free(kernel: Kernel, target: str) -> None:
+def must_be_free(kernel: Kernel, target: str) -> None:
     """Raises AlreadyExists."""
     taken = any(p.run is not None and p.exit is None and p.run.target == target for p in kernel.runs.values())
     with suppress(errors.NoSuchModel):
         kernel.store.resolve(target)
         taken = True
     if taken:
-        raise errors.AlreadyExists(f"{target} is taken", hint="choose another name, or remove that: llsh rm")
+        raise errors.AlreadyExists(
+            f"{target} is taken", hint=f"choose another name, or remove that: llsh rm {target}"
+        )
 
 
 # From one program to the next

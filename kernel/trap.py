@@ -290,7 +290,7 @@ def _pull(kernel: Kernel, subject: Subject, request: Request, call: table.Pull, 
     if "\0" in call.source:
         raise errors.InvalidArgument("a source has no zero byte", field="source")
     if call.source.startswith("merge:"):
-        _must_be_free(kernel, model)  # as what is trained: it is made here, and was not meant to replace
+        training.must_be_free(kernel, model)  # it is made here too, and was not meant to replace
     elif call.source:
         _may_replace(kernel, subject, model)
     if call.source.startswith("run:"):
@@ -309,15 +309,6 @@ def _owner_of_pulled(kernel: Kernel, subject: Subject, model: ModelName, source:
     parts += [str(model.base)] if model.adapter else []
     private = [kernel.store.resolve(part, subject.may_command).owner for part in parts]
     return subject.path if any(private) else ""
-
-
-def _must_be_free(kernel: Kernel, model: str) -> None:
-    """Raises AlreadyExists."""
-    with suppress(errors.NoSuchModel):
-        kernel.store.resolve(model)
-        raise errors.AlreadyExists(
-            f"there is a model {model}", hint=f"choose another name, or remove it: llsh rm {model}"
-        )
 
 
 def _may_replace(kernel: Kernel, subject: Subject, model: str) -> None:
