@@ -139,7 +139,7 @@ def test_nobody_waits_for_the_blocks_of_large_data(
     monkeypatch.setattr(os, "close", slow)
     files.remove("a", "x")  # would wait for ever
     assert begun.wait(5)
-    assert (held, files.used("a"), path.exists()) == ([large], 0, False)
+    assert (held, files.kept("a"), path.exists()) == ([large], [], False)
     gone.set()
 
 
