@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from llmasos.syscalls import errors
 from llmasos.syscalls.types import Capability, Rights, SchedClass
 
+from .shares import is_below
+
 LABEL_RIGHTS = frozenset(
     {
         Capability.CONNECT,
@@ -41,7 +43,7 @@ class Subject:
 
     def may_command(self, owner: str) -> bool:
         """Whether this subject sees and commands what `owner` owns."""
-        return self.admin or owner == self.path or owner.startswith(self.path + "/")
+        return self.admin or is_below(owner, self.path)
 
     def narrowed(self, label: str, rights: Rights | None = None) -> Subject:
         """The sub-tenant `label` of this subject, with at most `rights`; it is nobody's administrator."""

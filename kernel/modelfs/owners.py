@@ -9,6 +9,7 @@ from urllib.parse import quote, unquote
 
 from llmasos.syscalls.errors import InvalidArgument, NoSuchFile
 
+from ..shares import is_below
 from .durable import sync_folder
 from .names import did_you_mean, is_part
 
@@ -30,11 +31,6 @@ def checked(name: str, noun: str) -> str:
             field="name",
         )
     return name
-
-
-def is_at(owner: str, path: str) -> bool:
-    """Whether an owner is the one of that path, or below it."""
-    return owner == path or owner.startswith(path + "/")
 
 
 class Owners:
@@ -66,7 +62,7 @@ class Owners:
     def below(self, path: str) -> Iterator[Path]:
         """The folders of an owner and of those below it."""
         for folder in self.folder.glob("of-*"):
-            if is_at(unquote(folder.name.removeprefix("of-")), path):
+            if is_below(unquote(folder.name.removeprefix("of-")), path):
                 yield folder
 
     def names(self, owner: str) -> list[str]:

@@ -23,9 +23,9 @@ from llmasos.syscalls import training
 from llmasos.syscalls.errors import Corrupt, NoSuchFile, StorageFailed
 from msgspec import Struct
 
+from ..shares import is_below
 from .durable import sync_folder, write_file
 from .manifest import MAX_MANIFEST, Lineage, Manifest
-from .owners import is_at
 
 METRICS = "metrics.jsonl"
 DATA = "data"
@@ -121,7 +121,7 @@ class Runs:
         found = []
         for folder in self._folder.iterdir():
             with suppress(Corrupt):
-                found += _files(folder) if is_at(run_of(folder).owner, path) else []
+                found += _files(folder) if is_below(run_of(folder).owner, path) else []
         return found
 
     def data(self, pid: int) -> Path:

@@ -47,12 +47,12 @@ from llmasos.syscalls.errors import (
 )
 from llmasos.syscalls.types import FileInfo, FileKind
 
+from ..shares import is_below
 from . import catalogue
 from .dataset_files import DatasetFiles
 from .durable import remove, sync_folder
 from .manifest import MAX_MANIFEST, Manifest, ManifestFile, decoded, digest_of, hash_file
 from .names import ROOT, ModelName, ModelPath, did_you_mean, parse_name, parse_path
-from .owners import is_at
 from .runs import Runs
 from .session_files import SessionFiles
 
@@ -207,7 +207,7 @@ class ModelFS:
         for model in self._models():
             with contextlib.suppress(Corrupt, FileNotFoundError):
                 manifest = self._load(model)
-                if is_at(manifest.owner, path):
+                if is_below(manifest.owner, path):
                     found |= {file.digest: file.size for file in manifest.files}
         return sum(found.values())
 
