@@ -143,8 +143,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
 
     def tick(self) -> None:
         """A step of the program."""
-        if time.thread_time() > _bounds.until:
-            raise SecurityError("it takes too long")
+        _tick()
 
     def made(self, value: Any) -> Any:
         """A list, tuple or object that is written in the template."""
@@ -197,8 +196,7 @@ def _guarded(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(filter_)  # with what jinja2 notes at it
     def guarded(*args: Any, **kwargs: Any) -> Any:
-        if time.thread_time() > _bounds.until:
-            raise SecurityError("it takes too long")
+        _tick()
         told = [*args[first + 1 :], *kwargs.values()]
         _check_numbers(*told)
         given = args[first] if len(args) > first else None
@@ -221,6 +219,11 @@ def _guarded(name: str, filter_: Callable[..., Any]) -> Callable[..., Any]:
     return guarded
 
 
+def _tick() -> None:
+    if time.thread_time() > _bounds.until:
+        raise SecurityError("it takes too long")
+
+
 def _limited(value: Any) -> Any:
     """A result: measured, or as it comes."""
     return _ticking(value) if isinstance(value, Iterator) else _measured(value)
@@ -228,8 +231,7 @@ def _limited(value: Any) -> Any:
 
 def _ticking(values: Iterator[Any]) -> Iterator[Any]:
     for value in values:
-        if time.thread_time() > _bounds.until:
-            raise SecurityError("it takes too long")
+        _tick()
         yield value
 
 
