@@ -244,11 +244,11 @@ class Encodes(enum.StrEnum):
 
 
 ENCODED_BY = {
-    Encodes.EMBED: "it makes vectors: embed(), or `llsh embed`",
-    Encodes.CLASSIFY: "it scores texts: encode(), or /v1/classify of `llsh serve`",
-    Encodes.TOKENS: 'it labels tokens: encode(…, "tokens")',
+    Encodes.EMBED: "it makes vectors: embed() in Python, `llsh embed`, /v1/embeddings",
+    Encodes.CLASSIFY: "it scores texts: encode() in Python, /v1/classify; a cross-encoder pairs: /v1/rerank",
+    Encodes.TOKENS: 'it labels tokens: encode(…, "tokens") in Python',
 }
-"""What tells somebody who asked an encoder for something else how it is used."""
+"""What tells somebody who asked an encoder for something else how it is used, wherever he asked."""
 
 
 class KeyInfo(Wire, frozen=True):

@@ -28,7 +28,7 @@ from .decisions import ABOUT, Docket, Option, Question, decided, docket
 from .encoding import Texts, encoded, framed
 from .flow import Do, Flow, Run, adrive, drive, reap
 from .generation import Model, Options, Plan, check_names, plan
-from .models import encodes, ensure_model
+from .models import ensure_model
 from .process import Process
 from .scoring import Decision, Trial, check_choices, check_length, check_temperature, judged, scored, trial
 from .text_stream import TextStream
@@ -518,6 +518,7 @@ class LLM:
     def _docket(
         self, texts: Sequence[str], questions: Sequence[Question] | Question, calibrate: bool
     ) -> Docket:
+        self.tokenizer.check_generates(self.model)
         asked = [questions] if isinstance(questions, Question) else questions
         return docket(self.tokenizer, self.context_length, _listed(texts), asked, calibrate)
 
@@ -650,10 +651,6 @@ class LLM:
         self, messages: str | Sequence[Message], tools: Sequence[Any] | None, choice: Any, options: Options
     ) -> tuple[list[int], Options, CallReader | None]:
         """The prompt, the options, and who reads calls of tools out of the answer."""
-        if not self.tokenizer.template and (made_for := encodes(self.client, self.model)):
-            raise errors.UnsupportedModel(
-                f"{self.model} is an encoder: it generates no text", hint=t.ENCODED_BY[made_for]
-            )
         toolbox = Toolbox.from_openai(tools, choice)
         told = toolbox.tools if toolbox is not None else ()
         tokens = encode_chat(self.tokenizer, messages, model=self.model, tools=told, most=self.context_length)
