@@ -73,6 +73,7 @@ class Subject:
                 f"{what} needs the right {right}, which {self.path} does not have",
                 hint="the daemon's own user, unlabelled, has all",
                 right=str(right),
+                tenant=self.path,
             )
 
     def require_priority(self, sched_class: SchedClass | None, nice: int | None) -> None:

@@ -3,6 +3,8 @@ want to know what would be right."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 from .types import IN_WORDS
@@ -16,8 +18,14 @@ def refused(problem: msgspec.ValidationError, kind: type) -> tuple[str, str]:
     for pattern, words in IN_WORDS.items():
         if repr(pattern) in text:
             return path, f"is not {words}"
-    wanted = _wanted(_find(msgspec.inspect.type_info(kind), path)) if path else ""
-    return path, f"must be {wanted}" if wanted else f"is wrong: {text[0].lower()}{text[1:]}"
+    right = _wanted(_find(msgspec.inspect.type_info(kind), path)) if path else ""
+    return path, f"must be {right}" if right else f"is wrong: {text[0].lower()}{text[1:]}"
+
+
+def wanted(kind: Any) -> str:
+    """What a value of a type with its bounds is, like "a whole number from 1 to 256"; "" where there is no
+    more to say than its name."""
+    return _wanted(msgspec.inspect.type_info(kind))
 
 
 def _find(found: msgspec.inspect.Type | None, path: str) -> msgspec.inspect.Type | None:

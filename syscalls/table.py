@@ -109,10 +109,10 @@ class SpawnModel(Call, frozen=True):
     Reply = SpawnReply
     model: t.Text
     sched_class: t.SchedClass = t.SchedClass.INTERACTIVE
-    nice: Annotated[int, Meta(ge=-20, le=19)] = 0
-    device: Annotated[str, Meta(max_length=32)] = ""
-    dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16|float8|int8|int4)$")] = ""
-    label: Annotated[str, Meta(max_length=64)] = ""
+    nice: t.Nice = 0
+    device: t.Device = ""
+    dtype: t.Dtype = ""
+    label: t.Label = ""
     detached: bool = False
 
 
@@ -158,20 +158,20 @@ class Infer(Call, frozen=True):
     pid: t.Pid | None = None
     model: t.Text | None = None
     tokens: bytes = b""
-    max_tokens: Annotated[int, Meta(ge=0, le=2**31 - 1)] | None = None
+    max_tokens: t.Count | None = None
     sampling: t.Sampling = t.Sampling()
     beams: t.Beams | None = None
     exit: bool = False
     whole: bool = False
-    seen: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
-    scored: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
-    seq: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    seen: t.Count = 0
+    scored: t.Count = 0
+    seq: t.Place = 0
     deadline_ms: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     sched_class: t.SchedClass = t.SchedClass.INTERACTIVE
-    nice: Annotated[int, Meta(ge=-20, le=19)] = 0
-    device: Annotated[str, Meta(max_length=32)] = ""
-    dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16|float8|int8|int4)$")] = ""
-    public: Annotated[int, Meta(ge=0, le=2**31 - 1)] = 0
+    nice: t.Nice = 0
+    device: t.Device = ""
+    dtype: t.Dtype = ""
+    public: t.Count = 0
 
 
 class EncodeReply(t.Wire, frozen=True):
@@ -205,10 +205,10 @@ class Encode(Call, frozen=True):
     lengths: Annotated[list[t.Length], Meta(max_length=MOST_SEQUENCES)] = []
     pairs: Annotated[list[t.Count], Meta(max_length=MOST_SEQUENCES)] = []
     sched_class: t.SchedClass = t.SchedClass.INTERACTIVE
-    nice: Annotated[int, Meta(ge=-20, le=19)] = 0
-    device: Annotated[str, Meta(max_length=32)] = ""
-    dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16|float8|int8|int4)$")] = ""
-    label: Annotated[str, Meta(max_length=64)] = ""
+    nice: t.Nice = 0
+    device: t.Device = ""
+    dtype: t.Dtype = ""
+    label: t.Label = ""
     deadline_ms: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
 
 
@@ -277,9 +277,9 @@ class Train(Call, frozen=True):
     target: t.SnapshotName
     recipe: training.Recipe = training.Recipe()
     sched_class: t.SchedClass = t.SchedClass.BATCH
-    nice: Annotated[int, Meta(ge=-20, le=19)] = 0
-    device: Annotated[str, Meta(max_length=32)] = ""
-    label: Annotated[str, Meta(max_length=64)] = ""
+    nice: t.Nice = 0
+    device: t.Device = ""
+    label: t.Label = ""
     detached: bool = False
 
 
@@ -292,7 +292,7 @@ class Follow(Call, frozen=True):
     Reply = Done
     Item = training.TrainEvent
     pid: t.Pid
-    after: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    after: t.Place = 0
 
 
 class Kill(Call, frozen=True):
@@ -312,7 +312,7 @@ class SetPriority(Call, frozen=True):
     needs = t.Capability.PROCESS
     Reply = t.ProcessInfo
     pid: t.Pid
-    nice: Annotated[int, Meta(ge=-20, le=19)] | None = None
+    nice: t.Nice | None = None
     sched_class: t.SchedClass | None = None
 
 
@@ -323,7 +323,7 @@ class Truncate(Call, frozen=True):
     needs = t.Capability.PROCESS
     Reply = Done
     pid: t.Pid
-    length: Annotated[int, Meta(ge=0, le=2**31 - 1)]
+    length: t.Count
 
 
 class Snapshot(Call, frozen=True):
@@ -367,7 +367,7 @@ class Restore(Call, frozen=True):
     needs = t.Capability.PROCESS
     Reply = RestoreReply
     source: t.SnapshotName
-    device: Annotated[str, Meta(max_length=32)] = ""
+    device: t.Device = ""
     detached: bool = False
 
 
@@ -415,7 +415,7 @@ class Ps(Call, frozen=True):
     name = "ps"
     needs = t.Capability.SEE
     Reply = PsReply
-    after: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    after: t.Place = 0
     limit: Annotated[int, Meta(ge=1, le=1024)] = 1024
 
 
@@ -466,7 +466,7 @@ class Read(Call, frozen=True):
     needs = t.Capability.SEE
     Reply = ReadReply
     path: t.Path_
-    offset: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    offset: t.Place = 0
     length: Annotated[int, Meta(ge=0, le=2**20)] = 2**20
 
 
@@ -489,7 +489,7 @@ class Write(Call, frozen=True):
     Reply = WriteReply
     payload = "data"
     path: t.Path_
-    offset: Annotated[int, Meta(ge=0, le=2**53)]
+    offset: t.Place
     data: Annotated[bytes, Meta(max_length=2**20)] = b""
     last: bool = False
 
@@ -589,7 +589,7 @@ class Dmesg(Call, frozen=True):
     needs = t.Capability.AUDIT
     Reply = Done
     Item = t.LogLine
-    after: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    after: t.Place = 0
     follow: bool = False
 
 
@@ -601,7 +601,7 @@ class ReadAudit(Call, frozen=True):
     name = "read_audit"
     needs = t.Capability.AUDIT
     Reply = ReadReply
-    offset: Annotated[int, Meta(ge=0, le=2**53)] = 0
+    offset: t.Place = 0
     length: Annotated[int, Meta(ge=0, le=2**20)] = 2**20
 
 

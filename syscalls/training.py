@@ -8,7 +8,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
-from .types import Wire
+from .types import Dtype, Wire
 
 Count = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Count0 = Annotated[int, Meta(ge=0, le=2**31 - 1)]
@@ -127,7 +127,7 @@ class Recipe(Wire, frozen=True):
     eval_steps: Count0 = 0
     early_stopping_patience: Annotated[int, Meta(ge=0, le=1000)] = 0
     save_steps: Count0 = 0
-    dtype: Annotated[str, Meta(pattern="^(|float32|bfloat16|float8|int8|int4)$")] = ""
+    dtype: Dtype = ""
     config: Annotated[str, Meta(max_length=65536)] = ""
     mesh: Mesh = Mesh()
 

@@ -25,6 +25,13 @@ TokenId = Annotated[int, Meta(ge=0, lt=2**31)]
 
 Length = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 Count = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Place = Annotated[int, Meta(ge=0, le=2**53)]
+"""Of something in a file, a stream or a list."""
+
+Nice = Annotated[int, Meta(ge=-20, le=19)]
+Device = Annotated[str, Meta(max_length=32)]
+Dtype = Annotated[str, Meta(pattern="^(|float32|bfloat16|float8|int8|int4)$")]
+Label = Annotated[str, Meta(max_length=64)]
 
 _SNAPSHOT = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z"
 _TENANT = r"^[a-z0-9][a-z0-9._-]*\Z"
@@ -244,11 +251,11 @@ class Encodes(enum.StrEnum):
 
 
 ENCODED_BY = {
-    Encodes.EMBED: "it makes vectors: embed(), or `llsh embed`",
-    Encodes.CLASSIFY: "it scores texts: encode(), or /v1/classify of `llsh serve`",
-    Encodes.TOKENS: 'it labels tokens: encode(…, "tokens")',
+    Encodes.EMBED: "it makes vectors: embed() in Python, `llsh embed`, /v1/embeddings",
+    Encodes.CLASSIFY: "it scores texts: encode() in Python, /v1/classify; a cross-encoder pairs: /v1/rerank",
+    Encodes.TOKENS: 'it labels tokens: encode(…, "tokens") in Python',
 }
-"""What tells somebody who asked an encoder for something else how it is used."""
+"""What tells somebody who asked an encoder for something else how it is used, wherever he asked."""
 
 
 class KeyInfo(Wire, frozen=True):

@@ -132,9 +132,11 @@ def render(
     """The conversation as the template writes it: its own words trusted, the messages' and tools' not."""
     checked = as_messages(messages)
     if not tokenizer.template:
+        tokenizer.check_generates(model)
         raise errors.UnsupportedModel(
             f"{model or 'the model'} has no chat template: it was not trained to chat",
-            hint="use generate(), or an instruct model such as smollm2",
+            hint="it continues texts: generate() in Python, `llsh run`, /v1/completions; "
+            "or use an instruct model such as smollm2",
         )
     shield = _Shield(tokenizer.special.values())
     shielded = shield.cover(checked)

@@ -9,66 +9,44 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 
-from .aio import AsyncClient
-from .chat import Message, call_format, encode_chat, render
-from .client import Client, Stream
+from .chat import call_format, encode_chat
+from .client import Client
 from .completion import Answer, Completion
 from .daemon import ensure_daemon
-from .decisions import ABOUT, Docket, Option, Question, decided, docket
-from .encoding import Texts, encoded, framed
 from .flow import Do, Flow, Run, adrive, drive, reap
 from .generation import Model, Options, Plan, check_names, plan
-from .models import encodes, ensure_model
+from .models import ensure_model
 from .process import Process
-from .scoring import Decision, Trial, check_choices, check_length, check_temperature, judged, scored, trial
+from .text_reader import Prompt, Prompts, TextReader, listed
 from .text_stream import TextStream
-from .tokenizer import Part, Tokenizer
+from .tokenizer import Tokenizer
 from .tools import CallReader, Toolbox
 from .training import TrainingRun, bar_for, follow, make_recipe, send_dataset, start
 
-if TYPE_CHECKING:
-    from .encoding import Floats
 
-Prompts = list[str] | tuple[str, ...]
+class ChatOptions(Options, total=False):
+    """Options of `chat`."""
+
+    tools: Sequence[Any] | None
+    tool_choice: Any
 
 
-class LLM:
+class LLM(TextReader):
     """A model in the model filesystem, used through one client. Make one with `from_pretrained`.
 
     `device`, `dtype`, `sched_class` and `nice` hold for everything it generates.
     """
 
-    def __init__(
-        self,
-        client: Client,
-        model: str,
-        tokenizer: Tokenizer,
-        *,
-        context_length: int,
-        device: str = "",
-        dtype: str = "",
-        sched_class: t.SchedClass = t.SchedClass.INTERACTIVE,
-        nice: int = 0,
-    ) -> None:
-        self.client = client
-        self.model = model
-        self.tokenizer = tokenizer
-        self.context_length = context_length
-        self.device = device
-        self.dtype = dtype
-        self.sched_class = sched_class
-        self.nice = nice
-        self._owns_client = False
+    _owns_client = False
 
     @classmethod
     def from_pretrained(
@@ -150,9 +128,7 @@ class LLM:
         return_full_text=False. Raises TypeError for an unknown option, InvalidArgument, ContextOverflow.
         """
         check_names(options, "generate")
-        prompts = _listed(prompt)
-        n = 1 if num_return_sequences is None else num_return_sequences
-        return _shaped(drive(self.client, self._generation(prompts, n, options)), prompt, n)
+        return drive(self.client, self._generation(prompt, num_return_sequences, options))
 
     async def agenerate(
         self,
@@ -163,9 +139,7 @@ class LLM:
     ) -> Completion | list[Completion] | list[list[Completion]]:
         """`generate` for asyncio; cancelling the task cancels the generation."""
         check_names(options, "agenerate")
-        prompts = _listed(prompt)
-        n = 1 if num_return_sequences is None else num_return_sequences
-        return _shaped(await adrive(self._async(), self._generation(prompts, n, options)), prompt, n)
+        return await adrive(self._async(), self._generation(prompt, num_return_sequences, options))
 
     def stream(self, prompt: str = "", **options: Unpack[Options]) -> TextStream:
         """Continues a prompt piece by piece."""
@@ -179,27 +153,15 @@ class LLM:
 
     @overload
     def chat(
-        self,
-        messages: str | Sequence[Message],
-        *,
-        stream: Literal[False] = False,
-        tools: Sequence[Any] | None = None,
-        tool_choice: Any = None,
-        **options: Unpack[Options],
+        self, messages: Prompt, *, stream: Literal[False] = False, **options: Unpack[ChatOptions]
     ) -> Completion: ...
     @overload
     def chat(
-        self,
-        messages: str | Sequence[Message],
-        *,
-        stream: Literal[True],
-        tools: Sequence[Any] | None = None,
-        tool_choice: Any = None,
-        **options: Unpack[Options],
+        self, messages: Prompt, *, stream: Literal[True], **options: Unpack[ChatOptions]
     ) -> TextStream: ...
     def chat(
         self,
-        messages: str | Sequence[Message],
+        messages: Prompt,
         *,
         stream: bool = False,
         tools: Sequence[Any] | None = None,
@@ -226,7 +188,7 @@ class LLM:
 
     async def achat(
         self,
-        messages: str | Sequence[Message],
+        messages: Prompt,
         *,
         tools: Sequence[Any] | None = None,
         tool_choice: Any = None,
@@ -236,8 +198,7 @@ class LLM:
         check_names(options, "achat")
         tokens, options, reader = self._conversation(messages, tools, tool_choice, options)
         call, answer = self._one_shot(tokens, self.plan(options, len(tokens)), options, reader=reader)
-        flow = _complete([call], [answer])
-        return (await adrive(self._async(), flow))[0]
+        return await adrive(self._async(), _complete(call, answer))
 
     def process(self, prompt: str | None = None, *, label: str = "", detached: bool = False) -> Process:
         """Spawns a process, an empty context or one that has taken `prompt` in.
@@ -273,299 +234,6 @@ class LLM:
         except BaseException:
             first.close()
             raise
-
-    def logprobs(self, text: str) -> list[tuple[str, float]]:
-        """The tokens of `text`, each with its natural-log probability after those before it (NaN for the
-        first, which has none)."""
-        tokens = self._start(text)
-        call = self._infer(tokens, max_tokens=0, sampling=t.Sampling(prompt_logprobs=True))
-        return self.scores(tokens, self.client.stream(call))
-
-    def scores(
-        self, tokens: Sequence[int], stream: Stream[t.InferEvent, table.InferReply]
-    ) -> list[tuple[str, float]]:
-        """The prompt_logprobs of a stream, with each token's text."""
-        with stream:
-            found = [chosen.logprob for event in stream for chosen in event.prompt_logprobs]
-        if len(found) != len(tokens):
-            raise errors.KernelFault(f"{len(found)} scores for {len(tokens)} tokens")
-        return [(self.tokenizer.shown(id_), value) for id_, value in zip(tokens, found, strict=True)]
-
-    def score(
-        self,
-        prompt: str | Sequence[Message],
-        choices: Sequence[str],
-        *,
-        against: Sequence[str | Sequence[Message]] = (),
-        per_token: bool = False,
-        temperature: float = 1.0,
-    ) -> Decision:
-        """How likely each of `choices` is to follow `prompt`, a text or a conversation that the assistant is
-        to answer; nothing is generated. Prompt and choice are one text: mind the space between them. The
-        probabilities are the likelihoods' shares: of the sums over a choice's tokens, or with `per_token` of
-        their means, which does not punish long choices.
-
-        `against` are prompts that say nothing of the matter: what the choices score there is subtracted, so
-        that no choice wins because its words are common. A `temperature` that was fitted to labelled examples
-        makes them as sure as they are right. Raises ContextOverflow, InvalidArgument.
-        """
-        trials = self._trials(prompt, choices, against)
-        return drive(self.client, self._scoring(choices, trials, per_token, temperature))
-
-    async def ascore(
-        self,
-        prompt: str | Sequence[Message],
-        choices: Sequence[str],
-        *,
-        against: Sequence[str | Sequence[Message]] = (),
-        per_token: bool = False,
-        temperature: float = 1.0,
-    ) -> Decision:
-        """`score` for asyncio; cancelling the task ends it in the kernel."""
-        trials = await asyncio.to_thread(self._trials, prompt, choices, against)
-        return await adrive(self._async(), self._scoring(choices, trials, per_token, temperature))
-
-    @overload
-    def decide(
-        self,
-        text: str,
-        questions: Sequence[Question] | Question,
-        *,
-        calibrate: bool = True,
-        temperature: float = 1.0,
-    ) -> list[Decision]: ...
-    @overload
-    def decide(
-        self,
-        text: Prompts,
-        questions: Sequence[Question] | Question,
-        *,
-        calibrate: bool = True,
-        temperature: float = 1.0,
-    ) -> list[list[Decision]]: ...
-    def decide(
-        self,
-        text: str | Prompts,
-        questions: Sequence[Question] | Question,
-        *,
-        calibrate: bool = True,
-        temperature: float = 1.0,
-    ) -> list[Decision] | list[list[Decision]]:
-        """Typed questions about a text, answered by the likelihoods of their options, without generating; of
-        a list of texts a list. `calibrate`: against what they are for a text that says nothing. `temperature`
-        as in `score`. Raises ContextOverflow, InvalidArgument."""
-        made = self.decide_all(text, questions, calibrate=calibrate, temperature=temperature)
-        return made[0] if isinstance(text, str) else made
-
-    @overload
-    async def adecide(
-        self,
-        text: str,
-        questions: Sequence[Question] | Question,
-        *,
-        calibrate: bool = True,
-        temperature: float = 1.0,
-    ) -> list[Decision]: ...
-    @overload
-    async def adecide(
-        self,
-        text: Prompts,
-        questions: Sequence[Question] | Question,
-        *,
-        calibrate: bool = True,
-        temperature: float = 1.0,
-    ) -> list[list[Decision]]: ...
-    async def adecide(
-        self,
-        text: str | Prompts,
-        questions: Sequence[Question] | Question,
-        *,
-        calibrate: bool = True,
-        temperature: float = 1.0,
-    ) -> list[Decision] | list[list[Decision]]:
-        """`decide` for asyncio; cancelling the task cancels it."""
-        made = await self.adecide_all(text, questions, calibrate=calibrate, temperature=temperature)
-        return made[0] if isinstance(text, str) else made
-
-    def decide_all(
-        self,
-        texts: Sequence[str],
-        questions: Sequence[Question] | Question,
-        *,
-        calibrate: bool = True,
-        temperature: float = 1.0,
-    ) -> list[list[Decision]]:
-        """`decide` for many texts at once, [text][question]."""
-        asked = self._docket(texts, questions, calibrate)
-        return drive(self.client, decided(self._spawn(label="decide"), asked, temperature=temperature))
-
-    async def adecide_all(
-        self,
-        texts: Sequence[str],
-        questions: Sequence[Question] | Question,
-        *,
-        calibrate: bool = True,
-        temperature: float = 1.0,
-    ) -> list[list[Decision]]:
-        """`decide_all` for asyncio."""
-        asked = await asyncio.to_thread(self._docket, texts, questions, calibrate)
-        flow = decided(self._spawn(label="decide"), asked, temperature=temperature)
-        return await adrive(self._async(), flow)
-
-    @overload
-    def classify(
-        self,
-        text: str,
-        labels: Sequence[str] | Mapping[str, str],
-        *,
-        instructions: str = ABOUT,
-        calibrate: bool = True,
-        temperature: float = 1.0,
-    ) -> Decision: ...
-    @overload
-    def classify(
-        self,
-        text: Prompts,
-        labels: Sequence[str] | Mapping[str, str],
-        *,
-        instructions: str = ABOUT,
-        calibrate: bool = True,
-        temperature: float = 1.0,
-    ) -> list[Decision]: ...
-    def classify(
-        self,
-        text: str | Prompts,
-        labels: Sequence[str] | Mapping[str, str],
-        *,
-        instructions: str = ABOUT,
-        calibrate: bool = True,
-        temperature: float = 1.0,
-    ) -> Decision | list[Decision]:
-        """Which of `labels` fits a text (zero-shot classification): its `label`, and `probabilities` of all;
-        of a list of texts a list. `labels` may map them to what they mean; `instructions` is a question that
-        they answer.
-
-        llm.classify("What a film!", ["positive", "negative"], instructions="What is the sentiment?").label
-        """
-        question = _labelled(instructions, labels)
-        made = self.decide_all(text, question, calibrate=calibrate, temperature=temperature)
-        return made[0][0] if isinstance(text, str) else [one for (one,) in made]
-
-    @overload
-    async def aclassify(
-        self,
-        text: str,
-        labels: Sequence[str] | Mapping[str, str],
-        *,
-        instructions: str = ABOUT,
-        calibrate: bool = True,
-        temperature: float = 1.0,
-    ) -> Decision: ...
-    @overload
-    async def aclassify(
-        self,
-        text: Prompts,
-        labels: Sequence[str] | Mapping[str, str],
-        *,
-        instructions: str = ABOUT,
-        calibrate: bool = True,
-        temperature: float = 1.0,
-    ) -> list[Decision]: ...
-    async def aclassify(
-        self,
-        text: str | Prompts,
-        labels: Sequence[str] | Mapping[str, str],
-        *,
-        instructions: str = ABOUT,
-        calibrate: bool = True,
-        temperature: float = 1.0,
-    ) -> Decision | list[Decision]:
-        """`classify` for asyncio."""
-        question = _labelled(instructions, labels)
-        made = await self.adecide_all(text, question, calibrate=calibrate, temperature=temperature)
-        return made[0][0] if isinstance(text, str) else [one for (one,) in made]
-
-    def _trials(
-        self,
-        prompt: str | Sequence[Message],
-        choices: Sequence[str],
-        against: Sequence[str | Sequence[Message]],
-    ) -> list[Trial]:
-        check_choices(choices)
-        trials = []
-        for one in [prompt, *([against] if isinstance(against, str) else against)]:
-            behind = self._behind(one)
-            start = behind("")
-            check_length(len(start), self.context_length)  # before it is encoded once a choice
-            trials.append(trial(start, [behind(choice) for choice in choices], self.context_length))
-        return trials
-
-    def _scoring(
-        self, choices: Sequence[str], trials: list[Trial], per_token: bool, temperature: float
-    ) -> Flow[Decision]:
-        check_temperature(temperature)
-        found = yield from scored(self._spawn(label="score"), trials)
-        return judged(
-            choices,
-            found.logprobs[0],
-            found.logprobs[1:],
-            per_token=per_token,
-            temperature=temperature,
-            tokens=sum(found.tokens),
-            cached=found.cached,
-        )
-
-    def _docket(
-        self, texts: Sequence[str], questions: Sequence[Question] | Question, calibrate: bool
-    ) -> Docket:
-        asked = [questions] if isinstance(questions, Question) else questions
-        return docket(self.tokenizer, self.context_length, _listed(texts), asked, calibrate)
-
-    def _behind(self, prompt: str | Sequence[Message]) -> Callable[[str], list[int]]:
-        """Makes ids of the prompt with a text behind it, tokenised as one."""
-        if isinstance(prompt, str):
-            return lambda text: self._start(prompt + text)
-        parts = render(self.tokenizer, prompt, model=self.model)
-        return lambda text: self.tokenizer.encode_parts([*parts, Part(text, False)], self.context_length)
-
-    def embed(self, texts: str | Sequence[str], *, truncate: bool = False) -> Floats:
-        """Vectors [n, dimensions] of texts, float32, pooled and normalised as the model's own files say; of
-        one text its vector. A text that is too long is an error, or cut at its end with `truncate`. Raises
-        ContextOverflow, UnsupportedModel (the model embeds nothing)."""
-        return _one_or_all(
-            drive(self.client, self._encoding(_listed(texts), t.Encodes.EMBED, truncate)), texts
-        )
-
-    async def aembed(self, texts: str | Sequence[str], *, truncate: bool = False) -> Floats:
-        """`embed` for asyncio; cancelling the task cancels the call."""
-        flow = self._encoding(_listed(texts), t.Encodes.EMBED, truncate)
-        return _one_or_all(await adrive(self._async(), flow), texts)
-
-    def encode(
-        self, texts: Texts, encodes: str | t.Encodes = t.Encodes.CLASSIFY, *, truncate: bool = False
-    ) -> Floats:
-        """What an encoder makes of texts, or of pairs of them: with "classify" the logits [n, labels] of a
-        classifier or a cross-encoder, with "tokens" those [tokens, labels] of all tokens, special ones
-        included. Raises as `embed`."""
-        return drive(self.client, self._encoding(texts, t.Encodes(encodes), truncate))
-
-    async def aencode(
-        self, texts: Texts, encodes: str | t.Encodes = t.Encodes.CLASSIFY, *, truncate: bool = False
-    ) -> Floats:
-        """`encode` for asyncio."""
-        return await adrive(self._async(), self._encoding(texts, t.Encodes(encodes), truncate))
-
-    def _encoding(self, texts: Texts, encodes: t.Encodes, truncate: bool) -> Flow[Floats]:
-        call = table.Encode(
-            self.model,
-            encodes,
-            sched_class=self.sched_class,
-            nice=self.nice,
-            device=self.device,
-            dtype=self.dtype,
-            label=encodes,
-        )
-        return encoded(call, framed(self.tokenizer, texts, self.context_length, truncate))
 
     def train(
         self,
@@ -638,22 +306,10 @@ class LLM:
         if self._owns_client:
             self.client.close()
 
-    def _start(self, prompt: str) -> list[int]:
-        """Ids of a prompt that begins a context; an empty one is BOS alone."""
-        if tokens := self.tokenizer.encode(prompt, most=self.context_length):
-            return tokens
-        if self.tokenizer.bos_id is None:
-            raise errors.InvalidArgument(f"{self.model} has no BOS token to begin with", field="prompt")
-        return [self.tokenizer.bos_id]
-
     def _conversation(
-        self, messages: str | Sequence[Message], tools: Sequence[Any] | None, choice: Any, options: Options
+        self, messages: Prompt, tools: Sequence[Any] | None, choice: Any, options: Options
     ) -> tuple[list[int], Options, CallReader | None]:
         """The prompt, the options, and who reads calls of tools out of the answer."""
-        if not self.tokenizer.template and (made_for := encodes(self.client, self.model)):
-            raise errors.UnsupportedModel(
-                f"{self.model} is an encoder: it generates no text", hint=t.ENCODED_BY[made_for]
-            )
         toolbox = Toolbox.from_openai(tools, choice)
         told = toolbox.tools if toolbox is not None else ()
         tokens = encode_chat(self.tokenizer, messages, model=self.model, tools=told, most=self.context_length)
@@ -679,10 +335,15 @@ class LLM:
         if last := answer.flush():
             yield last
 
-    def _async(self) -> AsyncClient:
-        return AsyncClient(connection=self.client.connection)
-
     def _generation(
+        self, prompt: str | Prompts, wanted: int | None, options: Options
+    ) -> Flow[Completion | list[Completion] | list[list[Completion]]]:
+        results = 1 if wanted is None else wanted
+        made = yield from self._completions(listed(prompt), results, options)
+        found = made if results > 1 else [one for (one,) in made]
+        return found[0] if isinstance(prompt, str) else found
+
+    def _completions(
         self, prompts: Sequence[str], results: int, options: Options
     ) -> Flow[list[list[Completion]]]:
         """Every prompt a one-shot infer, or, for several samples of one, forks of one process."""
@@ -761,12 +422,13 @@ class LLM:
         full: bool | None = None,
         reader: CallReader | None = None,
     ) -> tuple[table.Infer, Answer]:
-        call = self._infer(
-            tokens,
+        call = table.Infer(
+            tokens=t.pack_tokens(tokens),
             max_tokens=plan.max_tokens,
             sampling=plan.sampling,
             beams=plan.beams,
             deadline_ms=plan.deadline_ms,
+            **self._place,
         )
         full = bool(options.get("return_full_text")) if full is None else full
         return call, self._answer(tokens, plan, full, reader)
@@ -774,39 +436,6 @@ class LLM:
     def _answer(self, tokens: list[int], plan: Plan, full: bool, reader: CallReader | None = None) -> Answer:
         prefix = self.tokenizer.decode(tokens) if full else ""
         return Answer(self.tokenizer, tokens, plan.stop, prefix, reader)
-
-    def _infer(
-        self,
-        tokens: Sequence[int],
-        *,
-        max_tokens: int,
-        sampling: t.Sampling,
-        beams: t.Beams | None = None,
-        deadline_ms: int | None = None,
-    ) -> table.Infer:
-        return table.Infer(
-            model=self.model,
-            tokens=t.pack_tokens(tokens),
-            max_tokens=max_tokens,
-            sampling=sampling,
-            beams=beams,
-            sched_class=self.sched_class,
-            nice=self.nice,
-            device=self.device,
-            dtype=self.dtype,
-            deadline_ms=deadline_ms,
-        )
-
-    def _spawn(self, *, label: str = "", detached: bool = False) -> table.SpawnModel:
-        return table.SpawnModel(
-            self.model,
-            sched_class=self.sched_class,
-            nice=self.nice,
-            device=self.device,
-            dtype=self.dtype,
-            label=label,
-            detached=detached,
-        )
 
     def __enter__(self) -> LLM:
         return self
@@ -827,41 +456,9 @@ class LLM:
         return f"<LLM {self.model} ({', '.join(facts)}) at {self.client.address}>"
 
 
-def _listed(texts: str | Sequence[str]) -> list[str]:
-    if isinstance(texts, str):
-        return [texts]
-    if not isinstance(texts, Iterable) or isinstance(texts, bytes):
-        raise errors.InvalidArgument(
-            f"a text is a str, or several are a list, not {type(texts).__name__}", field="prompt"
-        )
-    listed = list(texts)
-    if wrong := next((type(one).__name__ for one in listed if not isinstance(one, str)), ""):
-        raise errors.InvalidArgument(f"a text is a str, also in a list, not {wrong}", field="prompt")
-    return listed
-
-
-def _labelled(instructions: str, labels: Sequence[str] | Mapping[str, str]) -> Question:
-    meanings = labels if isinstance(labels, Mapping) else dict.fromkeys(labels, "")
-    if isinstance(labels, str) or len(meanings) < len(labels):
-        raise errors.InvalidArgument("labels are a list, none of them twice", field="labels")
-    return Question(instructions, tuple(Option(name, meaning) for name, meaning in meanings.items()))
-
-
-def _one_or_all(rows: Floats, texts: str | Sequence[str]) -> Floats:
-    return rows[0] if isinstance(texts, str) else rows
-
-
-def _shaped(
-    results: list[list[Completion]], prompt: str | Prompts, n: int
-) -> Completion | list[Completion] | list[list[Completion]]:
-    if isinstance(prompt, str):
-        return results[0] if n > 1 else results[0][0]
-    return results if n > 1 else [one for (one,) in results]
-
-
-def _complete(calls: list[table.Infer], answers: list[Answer]) -> Flow[list[Completion]]:
-    replies = yield Run(calls, answers)
-    return [answer.completion(reply) for answer, reply in zip(answers, replies, strict=True)]
+def _complete(call: table.Infer, answer: Answer) -> Flow[Completion]:
+    (reply,) = yield Run([call], [answer])
+    return answer.completion(reply)
 
 
 def _context_length(client: Client, model: str) -> int:

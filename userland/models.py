@@ -38,7 +38,8 @@ def encodes(client: Client, model: str) -> t.Encodes | None:
     """What an installed model makes of texts, by its configuration; None: it generates. An adapter has its
     base's. Raises NoSuchModel."""
     config = json.loads(client.read_file(f"/models/{full_name(model).partition('+')[0]}/config.json"))
-    name = str((config.get("architectures") or [""])[0])
+    classes = config.get("architectures")
+    name = str(classes[0]) if isinstance(classes, list) and classes else ""
     return next((found for end, found in _ENCODERS if name.endswith(end)), None)
 
 

@@ -19,8 +19,10 @@ from typing import Any
 
 import tokenizers
 from llmasos.syscalls import errors
+from llmasos.syscalls import types as t
 
 from .client import Client
+from .models import encodes
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 TEMPLATE_FILE = "chat_template.jinja"
@@ -94,8 +96,10 @@ class Tokenizer:
     """A model's tokenizer, with what its configuration says about special tokens and generation.
 
     `generation` is generation_config.json, `template` the chat template ("": none), `eos_ids` the tokens
-    that end an answer.
+    that end an answer, `encodes` what the model makes of texts if it is an encoder (None: it generates).
     """
+
+    encodes: t.Encodes | None = None
 
     def __init__(self, files: Mapping[str, bytes]) -> None:
         text = files["tokenizer.json"].decode()
@@ -134,7 +138,16 @@ class Tokenizer:
                 f"{model} has no {', '.join(sorted(missing))}", hint="pull it again"
             )
         wanted = [name for name in (*FILES, TEMPLATE_FILE) if name in names]
-        return cls({name: client.read_file(f"{folder}/{name}") for name in wanted})
+        made = cls({name: client.read_file(f"{folder}/{name}") for name in wanted})
+        made.encodes = encodes(client, model)
+        return made
+
+    def check_generates(self, model: str) -> None:
+        """Raises UnsupportedModel for an encoder."""
+        if self.encodes is not None:
+            raise errors.UnsupportedModel(
+                f"{model} is an encoder: it generates no text", hint=t.ENCODED_BY[self.encodes]
+            )
 
     @property
     def vocab_size(self) -> int:

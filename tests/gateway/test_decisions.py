@@ -257,5 +257,43 @@ def test_texts_are_classified_by_labels_or_by_the_models_own_head(
     assert "labels" in missing.json()["error"]["message"]
 
 
+HELLO = {"messages": [{"role": "user", "content": "w1"}]}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", HELLO),
+        ("/api/chat", HELLO),
+        ("/v1/messages", {**HELLO, "max_tokens": 4}),
+        ("/v1/responses", {"input": "w1"}),
+        ("/v1/completions", {"prompt": "w1"}),
+        ("/v1/classify", {"input": "w1"}),
+        ("/v1/classify", {"input": "w1", "labels": ["w2", "w3"]}),
+        ("/v1/decisions", {"input": "w1", "questions": [{"type": "predicate", "instructions": "w2"}]}),
+    ],
+)
+def test_an_encoder_is_told_with_what_it_is_for(
+    http: httpx.Client, home: Path, path: str, body: dict[str, Any]
+) -> None:
+    kind = {"architectures": ["BertModel"], "llmasos_null_encodes": "embed"}
+    add_model(home, "vectors", template="", max_position_embeddings=64, **kind)
+    refused = http.post(path, json={**body, "model": "vectors"})
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    told = error if isinstance(error, str) else error["message"]
+    assert "/v1/embeddings" in told
+    assert "generate()" not in told
+    assert "`labels`" not in told
+
+
+def test_a_classifier_of_many_classes_is_no_judge_of_pairs(http: httpx.Client, home: Path) -> None:
+    kind = {"architectures": ["BertForSequenceClassification"], "llmasos_null_encodes": "classify"}
+    add_model(home, "sorter", template="", **kind)
+    refused = http.post("/v1/rerank", json={"model": "sorter", "query": "w1", "documents": ["w2"]})
+    assert refused.status_code == 400
+    assert "classes apart, which are no score" in refused.json()["error"]["message"]
+
+
 def llm_of(kernel: Client, name: str) -> LLM:
     return LLM.from_pretrained(name, client=kernel)

@@ -122,9 +122,9 @@ def test_who_comes_without_a_key_changes_no_models(open_gateway: Gateway, home: 
         pull = http.post("/v1/models/pull", json=body)
         train = http.post("/v1/fine_tuning/jobs", json={"model": "tiny", "training_file": "file-x"})
         assert {copy.status_code, pull.status_code, train.status_code} == {403}
-        told = train.json()["error"]["message"]
-        assert "without a key" in told
-        assert f"llsh key api new NAME --as {getuser()} --right train" in told
+        assert "without a key" in train.json()["error"]["message"]
+        for error, right in ((train.json()["error"]["message"], "train"), (copy.json()["error"], "models")):
+            assert f"(llsh key api new NAME --as {getuser()} --right {right})" in error
         assert http.get("/v1/models/stolen").status_code == 404
 
 

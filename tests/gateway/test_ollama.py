@@ -335,6 +335,7 @@ def test_models_are_copied_by_who_may(gateway: Gateway, kernel: Client) -> None:
     with pytest.raises(ollama.ResponseError) as refused:
         carol.copy("tiny", "plain")  # a name that everybody has
     assert refused.value.status_code == 403
+    assert "no API key has it" in refused.value.error
     with pytest.raises(ollama.ResponseError, match="system"):
         carol.create("theirs", from_="tiny", system="w1")
     with pytest.raises(ollama.ResponseError) as missing:

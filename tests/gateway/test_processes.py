@@ -123,7 +123,10 @@ def test_others_processes_are_not_there(bob: httpx.Client, kernel: Client, pid: 
 
 def test_rights_hold_over_http(http: httpx.Client, pid: int) -> None:
     for body in ({"nice": -5}, {"sched_class": "realtime"}):
-        assert http.patch(f"/v1/processes/{pid}", json=body).status_code == 403
+        refused = http.patch(f"/v1/processes/{pid}", json=body)
+        assert refused.status_code == 403
+        told = refused.json()["error"]["message"]
+        assert told.endswith("(llsh key api new NAME --as alice --right priority)")
     pull = http.post("/v1/models/pull", json={"model": "smollm2"})
     assert pull.status_code == 403
     assert pull.json()["error"]["type"] == "permission_error"

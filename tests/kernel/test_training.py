@@ -1,4 +1,4 @@
-"""Training runs in the kernel's tables: what works for them, when they compute, what is told, how they end.
+"""Training runs in the kernel's tables: what works for them, what is told, how they end, are saved and go on.
 Programs and trainers are played by the tests."""
 
 from __future__ import annotations
@@ -11,15 +11,11 @@ import msgspec
 import pytest
 from llmasos.drivers import base
 from llmasos.kernel.effects import KillWorker, ToWorker
-from llmasos.kernel.files import disk_used
-from llmasos.kernel.grants import FROZEN_S
-from llmasos.kernel.modelfs.names import parse_name
 from llmasos.kernel.programs import Program
 from llmasos.kernel.tenants import Subject
-from llmasos.kernel.training import MOST_DEATHS, TURN_S
+from llmasos.kernel.training import MOST_DEATHS
 from llmasos.syscalls import errors, table, training, wire
 from llmasos.syscalls import types as t
-from msgspec.structs import replace
 
 from .conftest import ROOT, World, infer
 
@@ -172,55 +168,6 @@ def test_rows_are_as_long_as_the_model_takes(world: Runs, context: int, length: 
     assert run.recipe.max_length == length
 
 
-def test_who_is_stronger_goes_at_once_and_who_trains_goes_on_when_nobody_is(world: Runs) -> None:
-    pid = world.spawn_now()
-    world.dataset()
-    run = world.train(sched_class=t.SchedClass.IDLE)
-    world.prepared(run)
-    connection, _ = world.attached()
-    assert world.grant(connection)
-    world.holds_steps = True
-    id_ = world.send(infer([1, 2, 3], pid=pid, max_tokens=2))
-    world.flush()
-    assert world.grant(connection) is None
-    assert world.held, "the step does not wait until the trainer has stopped"
-    world.stopped(connection)
-    while world.held:
-        assert world.grant(connection) is None
-        world.land()
-    assert len(world.tokens(id_)) == 2
-    assert world.grant(connection)
-
-
-def test_in_one_class_tenants_train_and_generate_by_turns(world: Runs) -> None:
-    world.dataset(session=b"\0b", subject=BOB)
-    run = world.train(b"\0b", BOB)
-    world.prepared(run)
-    connection, _ = world.attached()
-    world.holds_steps = True
-    call = infer([1, 2, 3], model="tiny", max_tokens=200, sched_class=t.SchedClass.BATCH)
-    id_ = world.send(call, b"\0c", 512, ALICE)
-    trained = served = 0.0
-    for _ in range(400):
-        world.flush()
-        if world.grant(connection):
-            trained += 0.02
-        elif isinstance(world.told[connection][-1], base.CallIn):
-            world.stopped(connection)
-        if world.held:
-            served += 0.02
-            world.now += 0.02
-            worker, step = world.held.popleft()
-            done = world.drivers[worker].collect(world.drivers[worker].submit(step.batch))
-            world.kernel.worker_message(worker, base.StepDone(replace(done, seconds=0.02)))
-        else:
-            world.now += 0.02
-        if any(a.kind == wire.Kind.REPLY for a in world.inbox[b"\0c"] if a.id == id_):
-            break
-    assert trained > 0.5
-    assert 0.5 < trained / served < 2
-
-
 def test_a_trainer_that_dies_is_started_again_and_what_was_lost_is_told_again(world: Runs) -> None:
     world.dataset()
     pid = world.train()
@@ -283,25 +230,6 @@ def test_what_a_trainer_says_against_a_recipe_is_final(world: Runs) -> None:
     assert "NeverFits" in world.reply(world.send(table.Wait(pid)))["reason"]
 
 
-def test_a_stopped_run_computes_nothing_and_gives_up_its_memory_after_a_while(world: Runs) -> None:
-    world.dataset()
-    pid = world.train()
-    world.prepared(pid)
-    connection, trainer = world.attached()
-    world.reply(world.send(table.Kill(pid, t.Signal.STOP)))
-    world.stopped(connection)
-    assert world.grant(connection) is None
-    assert world.reply(world.send(table.StatProcess(pid)))["state"] == "stopped"
-    world.passes(31)
-    assert isinstance(world.told[connection][-1], base.Leave)
-    world.trainer_dies(connection, trainer)
-    world.passes(60)
-    assert world.kernel.programs.to_start == []
-    world.reply(world.send(table.Kill(pid, t.Signal.CONT)))
-    connection, _ = world.attached(step=4)
-    assert world.grant(connection)
-
-
 def test_a_killed_run_leaves_nothing(world: Runs) -> None:
     world.dataset()
     pid = world.train()
@@ -333,184 +261,6 @@ def test_a_run_goes_on_after_a_restart_of_the_kernel(world: Runs, tmp_path: Path
     after.said(connection, base.TrainDone(result()))
     after.trainer_dies(connection, trainer)
     assert after.program().arguments[0] == "llmasos.kernel.modelfs.importer"
-
-
-def test_runs_data_sets_and_models_are_their_owners(world: Runs) -> None:
-    world.dataset(session=b"\0b", subject=BOB)
-    pid = world.train(b"\0b", BOB)
-    stolen = world.send(table.Train("tiny", "facts", "mine"), b"\0c", subject=ALICE)
-    watched = world.send(table.Follow(pid), b"\0c", subject=ALICE)
-    listed = world.send(table.Ls("/datasets"), b"\0c", subject=ALICE)
-    world.flush()
-    assert world.error(stolen, b"\0c") is errors.NoSuchFile
-    assert world.error(watched, b"\0c") is errors.NoSuchProcess
-    assert world.reply(listed, b"\0c")["entries"] == []
-    again = world.send(table.Train("tiny", "facts", "facts"), b"\0b", subject=BOB)
-    world.flush()
-    assert world.error(again, b"\0b") is errors.AlreadyExists
-
-
-def test_models_that_were_made_count_as_their_owners_disk(world: Runs) -> None:
-    world.dataset()
-    world.send(table.SetQuota("root", t.Quota(disk_bytes=10_000)))
-    world.train(target="fits")
-    made = replace(world.store.resolve("tiny"), owner="root")
-    digest, size = world.store.put_bytes(bytes(20_000))
-    large = replace(made, files=[*made.files, replace(made.files[0], path="large", digest=digest, size=size)])
-    world.store.commit(parse_name("large"), large)
-    refused = world.send(table.Train("tiny", "facts", "more"))
-    written = world.send(table.Write("/datasets/more", 0, b"x", True))
-    world.flush()
-    assert world.error(refused) is world.error(written) is errors.QuotaExceeded
-
-
-@pytest.mark.parametrize("trains", [False, True], ids=["prepares", "trains"])
-def test_a_run_that_grows_over_its_owners_disk_ends(world: Runs, trains: bool) -> None:
-    world.dataset()
-    alone = disk_used(world.kernel, "root")
-    world.send(table.SetQuota("root", t.Quota(disk_bytes=10_000)))
-    pid = world.train()
-    if trains:
-        world.prepared(pid)
-        connection, program = world.attached()
-    else:
-        program = world.program()
-    folder = world.store.runs.folder(pid)
-    before = disk_used(world.kernel, "root")
-    for size in (5_000, 10_000):
-        assert world.kernel.programs.to_stop == []
-        (folder / "data").mkdir(exist_ok=True)
-        (folder / "data" / "tokens.u32").write_bytes(bytes(size))
-        world.now += 2
-        if trains:
-            world.event(connection, 1, "save")
-        else:
-            world.kernel.programs.line(program.number, {"phase": "prepare", "step": 1, "steps": 2})
-        world.flush()
-        assert disk_used(world.kernel, "root") >= before + size
-    assert world.kernel.programs.to_stop == [program.number]
-    assert "QuotaExceeded" in world.reply(world.send(table.Wait(pid)))["reason"]
-    if trains:
-        world.trainer_dies(connection, program)
-    else:
-        world.kernel.programs.over(program.number)
-    world.flush()
-    assert disk_used(world.kernel, "root") == alone
-
-
-def test_a_data_set_counts_as_long_as_something_keeps_it(world: Runs) -> None:
-    world.dataset()
-    pid = world.train()
-    with_name = disk_used(world.kernel, "root")
-    world.reply(world.send(table.Unlink("/datasets/facts")))
-    in_run = disk_used(world.kernel, "root")
-    assert with_name - in_run < 100, "the run keeps it; its name has gone"
-    world.reply(world.send(table.Snapshot(pid, "half")))
-    preparer = world.program()
-    world.reply(world.send(table.Kill(pid)))
-    world.kernel.programs.over(preparer.number)
-    world.reply(world.send(table.Wait(pid)))
-    world.flush()
-    assert disk_used(world.kernel, "root") == world.store.sessions.usage() > in_run
-
-
-def test_what_is_ones_own_is_removed_and_what_is_everybodys_is_an_administrators(world: Runs) -> None:
-    world.dataset(session=b"\0b", subject=BOB)
-    refused = world.send(table.Unlink("/models/tiny"), b"\0b", subject=BOB)
-    file = world.send(table.Unlink("/models/tiny:latest/config.json"))
-    world.reply(world.send(table.Unlink("/datasets/facts"), b"\0b", subject=BOB), b"\0b")
-    gone = world.send(table.Unlink("/datasets/facts"), b"\0b", subject=BOB)
-    world.flush()
-    assert world.error(refused, b"\0b") is errors.PermissionDenied
-    assert world.error(file) is errors.InvalidArgument
-    assert world.error(gone, b"\0b") is errors.NoSuchFile
-    world.store._manifest_path(parse_name("tiny")).write_text("damaged")
-    world.reply(world.send(table.Unlink("/models/tiny")))
-    world.flush()
-    assert b'"unlink"' in world.kernel.audit.read(0, 1 << 20)[1]
-
-
-def test_who_may_not_train_is_told(world: Runs) -> None:
-    rights = frozenset({t.Capability.CONNECT, t.Capability.INFER, t.Capability.PROCESS})
-    guest = Subject("guest", 3, 1, False, rights)
-    id_ = world.send(table.Train("tiny", "facts", "x"), b"\0g", subject=guest)
-    world.flush()
-    assert world.error(id_, b"\0g") is errors.PermissionDenied
-
-
-def test_only_so_many_trainers_are_loaded_and_a_stronger_run_has_a_weaker_one_leave(tmp_path: Path) -> None:
-    world = Runs(tmp_path, max_trainers=1)
-    world.model("tiny")
-    world.attach()
-    world.dataset()
-    weak = world.train(sched_class=t.SchedClass.IDLE, target="weak")
-    world.prepared(weak)
-    connection, trainer = world.attached()
-    strong = world.train(sched_class=t.SchedClass.BATCH, target="strong")
-    world.prepared(strong)
-    world.flush()
-    assert world.reply(world.send(table.StatProcess(strong)))["waiting_for"] == "its turn to be loaded"
-    assert base.Leave() in world.told[connection]
-    world.trainer_dies(connection, trainer)
-    connection, _ = world.attached()
-    assert world.kernel.trainers[connection].pid == strong
-
-
-def over(world: Runs, program: Program) -> None:
-    """A program that was told to has ended."""
-    assert world.kernel.programs.to_stop == [program.number]
-    world.kernel.programs.to_stop.clear()
-    world.kernel.programs.over(program.number)
-    world.flush()
-
-
-@pytest.mark.parametrize(
-    ("weaker", "turn"), [(t.SchedClass.IDLE, 0.0), (t.SchedClass.BATCH, TURN_S)], ids=["weaker", "equal"]
-)
-def test_preparing_waits_for_no_weaker_run_and_for_equal_ones_by_turns(
-    tmp_path: Path, weaker: t.SchedClass, turn: float
-) -> None:
-    world = Runs(tmp_path, max_trainers=1)
-    world.model("tiny")
-    world.attach()
-    world.dataset()
-    first = world.train(sched_class=weaker, target="first")
-    preparer = world.program()
-    second = world.train(sched_class=t.SchedClass.BATCH, target="second")
-    if turn:
-        world.passes(turn - 1)
-        assert world.kernel.programs.to_stop == []
-        world.passes(1)
-    over(world, preparer)
-    assert world.reply(world.send(table.StatProcess(first)))["waiting_for"] == "its turn to be loaded"
-    if turn:
-        restarted = world.program()
-        world.passes(turn)
-        over(world, restarted)
-        preparer = world.program()  # the first one's: it has twice as long
-        world.passes(turn)
-        assert world.kernel.programs.to_stop == []
-        world.passes(turn)
-        over(world, preparer)
-    world.prepared(second)
-    run = world.kernel.runs[first].run
-    assert run is not None
-    assert run.deaths == 0
-    assert run.problem is None
-
-
-def test_a_stopped_run_is_not_prepared_until_it_goes_on(world: Runs) -> None:
-    world.dataset()
-    pid = world.train()
-    preparer = world.program()
-    world.reply(world.send(table.Kill(pid, t.Signal.STOP)))
-    over(world, preparer)
-    world.passes(60)
-    assert world.kernel.programs.to_start == []
-    assert world.reply(world.send(table.StatProcess(pid)))["state"] == "stopped"
-    world.reply(world.send(table.Kill(pid, t.Signal.CONT)))
-    world.prepared(pid)
-    world.attached()
 
 
 def test_contexts_and_training_are_not_mixed_up(world: Runs) -> None:
@@ -586,20 +336,6 @@ def test_a_saved_run_whose_base_is_gone_is_not_restored(world: Runs, again: bool
     id_ = world.send(table.Restore("half"))
     world.flush()
     assert world.error(id_) is errors.NoSuchModel
-
-
-def test_a_trainer_that_does_not_stop_computing_is_killed(world: Runs) -> None:
-    pid = world.spawn_now()
-    world.dataset()
-    run = world.train(sched_class=t.SchedClass.IDLE)
-    world.prepared(run)
-    _, trainer = world.attached()
-    id_ = world.send(infer([1, 2, 3], pid=pid, max_tokens=2))
-    world.flush()
-    assert len(world.tokens(id_)) == 2, "steps go on meanwhile"
-    assert world.kernel.programs.to_stop == []
-    world.passes(FROZEN_S + 1)
-    assert world.kernel.programs.to_stop == [trainer.number]
 
 
 def test_a_result_that_cannot_be_committed_yet_is_tried_again(world: Runs) -> None:

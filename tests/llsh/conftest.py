@@ -56,7 +56,7 @@ def add_model(home: Path, name: str, *, template: str = TEMPLATE, **config: obje
 
 def put_model(home: Path, name: str, files: dict[str, str], config: dict[str, object]) -> None:
     """A model of the null driver with these files and this configuration."""
-    files = {"config.json": json.dumps({"model_type": "null", **config}), **files}
+    files = {**files, "config.json": json.dumps({"model_type": "null", **config})}
     store = ModelFS(home)
     stored = [ManifestFile(path, *store.put_bytes(text.encode())) for path, text in files.items()]
     manifest = Manifest(

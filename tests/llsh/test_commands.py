@@ -430,6 +430,26 @@ def test_what_is_out_of_range_is_told_with_the_range(llsh, words, says):
     assert (llsh.code, llsh.out, llsh.err) == (1, "", f"llsh: {says}\n")
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["run", "tiny", "x", "--max-tokens", "0"], "--max-tokens: must be a whole number, at least 1"),
+        (["run", "tiny", "x", "--temperature", "hot"], "--temperature: must be a number from 0 to 100"),
+        (["run", "tiny", "x", "--top-p", "2"], "--top-p: must be a number from 0.0001 to 1"),
+        (["run", "tiny", "--nice", "20"], "--nice: must be a whole number from -20 to 19"),
+        (["chat", "tiny", "--class", "top"], "--class: must be one of realtime, interactive, batch, idle"),
+        (["fork", "1", "-n", "0"], "--count: must be a whole number from 1 to 256"),
+        (["run", "tiny", "--schema", "/no"], "Invalid value for '--schema': path '/no' does not exist."),
+    ],
+)
+def test_options_are_told_as_other_ranges_are(llsh, words, says):
+    llsh(*words)
+    assert (llsh.code, llsh.out) == (2, "")
+    told, hint = llsh.err.splitlines()
+    assert told == f"llsh: {says}"
+    assert f"`llsh help {words[0]}` explains" in hint
+
+
 def test_a_chat_refuses_at_once_what_the_next_turn_could_not_use(llsh):
     wrong = {
         "seed -1": "seed: must be a whole number from 0 to 9223372036854775807",

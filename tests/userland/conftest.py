@@ -61,6 +61,7 @@ def model_files(made: tokenizers.Tokenizer, **changes: Any) -> dict[str, bytes]:
     config = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "add_bos_token": False}
     files = {
         "tokenizer.json": made.to_str(),
+        "config.json": "{}",
         "tokenizer_config.json": json.dumps(config),
         "generation_config.json": json.dumps({"eos_token_id": STOP}),
         "chat_template.jinja": TEMPLATE,

@@ -26,6 +26,11 @@ LABEL = "http"
 """As whom callers without a key come, where none is asked for: a sub-tenant of the gateway's own user."""
 
 
+def user_of(tenant: str) -> str:
+    """Whose key would be more than a session of `tenant`: its own, without one the gateway's user's."""
+    return tenant.removesuffix(f"/{LABEL}")
+
+
 class Unauthorized(errors.PermissionDenied):
     """No key, or one that nobody has. Never travels over the socket."""
 
@@ -77,11 +82,6 @@ class Caller:
         return self.client.hello.subject
 
     @property
-    def user(self) -> str:
-        """Whose key would be more than this caller: the tenant's own, without one the gateway's user's."""
-        return self.login[0] or self.tenant.removesuffix(f"/{LABEL}")
-
-    @property
     def has_key(self) -> bool:
         return bool(self.login[0])
 
@@ -91,8 +91,7 @@ class Caller:
         if self.rights.isdisjoint(rights):
             who = "the key lacks" if self.has_key else "who comes without a key does not have"
             raise errors.PermissionDenied(
-                f"{who} the right {' or '.join(rights)}",
-                hint=f"llsh key api new NAME --as {self.user} --right {rights[0]}",
+                f"{who} the right {' or '.join(rights)}", right=rights[0], tenant=self.tenant
             )
 
     async def llm(self, name: str) -> LLM:
@@ -125,7 +124,8 @@ class Caller:
         if "+" not in name:  # adapters are made here
             ways.append(f"`llsh pull {name}` brings one in")
         if not self.has_key:
-            ways.append(f"what {self.user} trained a key sees: `llsh key api new NAME --as {self.user}`")
+            user = user_of(self.tenant)
+            ways.append(f"what {user} trained a key sees: `llsh key api new NAME --as {user}`")
         return "; ".join(ways)
 
 

@@ -81,9 +81,9 @@ async def _by_head(caller: Caller, body: ClassifyRequest, texts: list[str]) -> R
     try:
         made, tokens = await vectors(caller, llm, await framed_texts(llm, texts), body, t.Encodes.CLASSIFY)
     except errors.UnsupportedModel as problem:
-        raise errors.UnsupportedModel(
-            problem.message, hint="a model that generates text takes `labels`", field="labels"
-        ) from None
+        if llm.tokenizer.encodes is None:  # it generates text
+            raise errors.UnsupportedModel(problem.message, hint="give it `labels`", field="labels") from None
+        raise
     logits = [[value / body.temperature for value in row] for part in made for row in part.tolist()]
     names = await asyncio.to_thread(_names, llm, len(logits[0]))
     if len(names) == 1:  # a cross-encoder: one class, or not

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmasos.syscalls import errors
+from llmasos.syscalls import types as t
 
-from .callers import Unauthorized
+from .callers import Unauthorized, user_of
 
 
 class NotSupported(errors.InvalidArgument):
@@ -72,15 +73,27 @@ def problem_of(error: errors.LLMasOSError) -> Problem:
         (row[1:] for row in _TABLE if isinstance(error, row[0])), (500, "server_error", "internal_error")
     )
     field = error.details.get("field")
+    hint = _hint(error)
     seconds = error.details.get("retry_after", 1)
     return Problem(
         status,
         type_,
         code,
-        f"{error.message} ({error.hint})" if error.hint else error.message,
+        f"{error.message} ({hint})" if hint else error.message,
         _FIELDS.get(field, field) if isinstance(field, str) else None,
         max(1, math.ceil(float(seconds))) if status in (429, 503) else None,
     )
+
+
+def _hint(error: errors.LLMasOSError) -> str:
+    """What to do next. Who lacks a right and asks over HTTP needs another key: what the kernel says of it is
+    for who could be another user of its machine."""
+    if not isinstance(error, errors.PermissionDenied) or "right" not in error.details:
+        return error.hint
+    right = error.details["right"]
+    if right == t.Capability.ADMIN:
+        return "no API key has it: the daemon's own user can, with llsh"
+    return f"llsh key api new NAME --as {user_of(str(error.details.get('tenant', 'TENANT')))} --right {right}"
 
 
 _ANTHROPIC = {

@@ -104,7 +104,7 @@ async def _scores(
             f"all pairs have more than {MOST_BODY} characters", hint="send several requests"
         )
     llm = await caller.llm(body.model_name(body.model))
-    for way in (_by_vectors, _by_classes, _by_words):
+    for way in (_by_vectors, _by_classes, *([] if llm.tokenizer.encodes else [_by_words])):
         try:
             return await way(caller, llm, body, pairs)
         except errors.UnsupportedModel as problem:

@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
-from llmasos.syscalls import address, errors
+from llmasos.syscalls import address, bounds, errors
 from typer.core import TyperGroup
 
 from . import (
@@ -182,7 +183,7 @@ def dispatch(words: list[str], shell: Shell) -> int:
         hint = _usage(context) if context else ""
         if _OUTER.intersection(words):
             hint = "pipes and redirections are the outer shell's: llsh COMMAND … | …"
-        terminal.fail(problem.format_message().removeprefix("Invalid value: "), hint)
+        terminal.fail(_range(problem) or problem.format_message().removeprefix("Invalid value: "), hint)
         return USAGE
     except errors.LLMasOSError as problem:
         terminal.fail_with(problem)
@@ -217,6 +218,17 @@ def _of_files(problem: OSError) -> tuple[str, str] | None:
     if problem.errno in _FULL:  # writing knows no name
         return f"cannot write: {problem.strerror}", ""
     return None
+
+
+def _range(problem: Any) -> str:
+    """What an option with a range or a few values must be, in the words of all others: Typer passes on those
+    of pydantic. "" for other problems."""
+    option = getattr(problem, "param", None)
+    if option is None or problem.__cause__ is None:
+        return ""
+    kind, info = option.type_descriptor.annotation, option.type_descriptor.parameter_info
+    right = bounds.wanted(Annotated[kind, msgspec.Meta(ge=info.min, le=info.max)])
+    return f"{option.opts[-1]}: must be {right}" if right else ""
 
 
 def _usage(context: Any) -> str:

@@ -13,8 +13,8 @@ from llmasos.syscalls import types as t
 from pydantic import Field, model_validator
 from starlette.responses import Response
 
-from ...llm import LLM
-from ...models import encodes, full_name, remote
+from ...models import full_name, remote
+from ...tokenizer import Tokenizer
 from ..callers import Caller, authenticated
 from ..errors_doc import documented
 from ..http import attend, json
@@ -113,17 +113,16 @@ async def show(body: ShowRequest, caller: Annotated[Caller, Depends(authenticate
                 "general.parameter_count": details.get("parameters"),
                 f"{architecture}.context_length": llm.context_length,
             },
-            "capabilities": await asyncio.to_thread(_capabilities, llm),
+            "capabilities": _capabilities(llm.tokenizer),
         }
     )
 
 
-def _capabilities(llm: LLM) -> list[str]:
+def _capabilities(tokenizer: Tokenizer) -> list[str]:
     """In Ollama's words; none of what only classifies."""
-    made_for = encodes(llm.client, llm.model)
-    if made_for is None:
-        return ["completion", *(["tools"] if llm.tokenizer.template else [])]
-    return ["embedding"] if made_for is t.Encodes.EMBED else []
+    if tokenizer.encodes is None:
+        return ["completion", *(["tools"] if tokenizer.template else [])]
+    return ["embedding"] if tokenizer.encodes is t.Encodes.EMBED else []
 
 
 class PullRequest(Named):
