@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, which is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def smollm2_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with the default model, really fetched, once a session. Who writes in a home takes a copy."""
+    home = tmp_path_factory.mktemp("smollm2")
+    command = [sys.executable, "-m", "llmasos.kernel.modelfs.importer", "--home", str(home)]
+    done = subprocess.run([*command, "--model", "smollm2"], capture_output=True, timeout=600)
+    last = json.loads(done.stdout.splitlines()[-1])
+    if "error" in last and last["error"]["code"] == 84:
+        pytest.skip(f"smollm2 cannot be fetched: {last['error']['message']}")
+    assert done.returncode == 0, last
+    return home

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from llmasos.syscalls import errors
 from torch.nn import functional
-from torch.nn.attention.bias import causal_lower_right
 
 from ..base import BLOCK_TOKENS
 from ..draft import LONGEST
@@ -162,6 +161,15 @@ def fill_tables(pieces: list[Piece], tables: np.ndarray[Any, np.dtype[np.int32]]
         own = piece.sequence.blocks[: blocks_of(piece)]
         tables[row : row + rows, : len(own)] = own
         row += rows
+
+
+def _of_the_last(queries: int, length: int, device: torch.device) -> torch.Tensor:
+    """What the last `queries` of `length` positions see, [queries, length]."""
+    if device.type == "cpu":
+        return torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
+    from torch.nn.attention.bias import causal_lower_right  # brings torch's compiler: seconds
+
+    return causal_lower_right(queries, length)  # never written out by flash attention
 
 
 def blocks_of(piece: Piece) -> int:
@@ -381,7 +389,7 @@ class Plan:
         keys, values = self._context(layer, group)
         from_start = group.length == group.queries
         if mask is None and not from_start:
-            mask = causal_lower_right(group.queries, group.length)  # never written out by flash attention
+            mask = _of_the_last(group.queries, group.length, query.device)
         found = functional.scaled_dot_product_attention(
             query.transpose(0, 1)[None],
             keys.transpose(0, 1),

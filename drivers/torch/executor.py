@@ -7,6 +7,7 @@ chooses from the device's memory, and if it cannot, the first is waited for.
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from collections.abc import Callable
@@ -81,6 +82,7 @@ class TorchDriver:
                 )
             self._device = torch.device("cuda", self._device.index or 0)
             torch.cuda.set_device(self._device)  # graphs and kernels go to the current device
+            importlib.import_module("torch.nn.attention.bias")  # so no chunk waits for it (attention.py)
         elif "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, host.physical_cores() // self._here))
         self._residents: dict[int, Resident] = {}

@@ -83,8 +83,9 @@ def test_a_model_that_cannot_be_fetched_is_a_clear_error(home: Path) -> None:
     assert "HF_HUB_OFFLINE" in ran.stderr
 
 
-def test_two_tenants_and_paris(home: Path) -> None:
-    """The agents' example and the shell on the default model, fetched by the first of them."""
+def test_two_tenants_and_paris(home: Path, smollm2_home: Path) -> None:
+    """The agents' example and the shell on the default model."""
+    shutil.copytree(smollm2_home, home, dirs_exist_ok=True)
     env = environment(home)
     ran = run([sys.executable, str(ROOT / "examples" / "two_tenants.py")], env, timeout=300)
     assert ran.returncode == 0, ran.stderr
@@ -96,7 +97,7 @@ def test_two_tenants_and_paris(home: Path) -> None:
 
 
 def test_the_demo(home: Path) -> None:
-    """What `make demo` shows, on the default model."""
+    """What `make demo` shows, on the default model, which it fetches."""
     ran = run([sys.executable, str(ROOT / "examples" / "demo.py")], environment(home), timeout=300)
     assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-2000:]
     assert "killed" in ran.stdout

@@ -12,7 +12,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -88,19 +88,17 @@ def answers(client: Client, calls: list[table.Infer]) -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A home with the default model, pulled as a user would."""
+def home(smollm2_home: Path) -> Iterator[Path]:
+    """A home with the default model."""
     folder = Path(tempfile.mkdtemp(prefix="lm", dir="/tmp"))
+    shutil.copytree(smollm2_home, folder, dirs_exist_ok=True)
     yield folder
     shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="module")
 def daemon(daemons: Callable, home: Path):
-    daemon = daemons('devices=["cpu"]', home=home)
-    with daemon.client() as client:
-        client.call(table.Pull(model="smollm2"), timeout_s=300)
-    return daemon
+    return daemons('devices=["cpu"]', home=home)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -93,3 +95,9 @@ def test_a_batch_without_work_only_changes_the_mirror(kernel_of: Callable[..., A
     kernel = kernel_of("gpt2")
     batch = base.Batch(7, 1, [3], [], [(0, 1)], [])
     assert kernel.driver.collect(kernel.driver.submit(batch)).outputs == []
+
+
+def test_a_worker_does_not_wait_for_torchs_compiler() -> None:
+    """Seconds of each start."""
+    code = "import sys, llmasos.drivers.torch.group; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -64,18 +64,6 @@ def test_a_model_that_a_rank_refuses_is_refused_by_all_and_the_group_goes_on(
     assert kernel.generate([kernel.open([4, 2])], 5) == [model.greedy([4, 2], 5)]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("size", [2, 4])
-def test_every_family_is_token_identical(
-    group_of: GroupOf, tiny: Callable[[str], Tiny], size: int, name: str
-) -> None:
-    model = tiny(name)
-    kernel = start(group_of(size), model.files)
-    prompts = [[1, 5, 9, 44, 3, 2] * repeats for repeats in (1, 3, 7)]
-    made = kernel.generate([kernel.open(prompt) for prompt in prompts], 12, chunk=13)
-    assert made == [model.greedy(prompt, 12) for prompt in prompts]
-
-
 @pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
 def test_adapters_are_divided_with_their_model(
     group_of: GroupOf, tiny: Callable[[str], Tiny], name: str, tmp_path: Path
@@ -94,6 +82,18 @@ def test_adapters_are_divided_with_their_model(
     assert kernel.generate([kernel.open(prompt, adapter=1)], 10) == made[:1]
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("size", [2, 4])
+def test_every_family_is_token_identical(
+    group_of: GroupOf, tiny: Callable[[str], Tiny], size: int, name: str
+) -> None:
+    model = tiny(name)
+    kernel = start(group_of(size), model.files)
+    prompts = [[1, 5, 9, 44, 3, 2] * repeats for repeats in (1, 3, 7)]
+    made = kernel.generate([kernel.open(prompt) for prompt in prompts], 12, chunk=13)
+    assert made == [model.greedy(prompt, 12) for prompt in prompts]
+
+
 def test_ranks_need_not_divide_the_heads(group_of: GroupOf, tiny: Callable[[str], Tiny]) -> None:
     model = tiny("gpt2")  # 4 heads, 97 tokens
     kernel = start(group_of(3), model.files)
@@ -102,7 +102,7 @@ def test_ranks_need_not_divide_the_heads(group_of: GroupOf, tiny: Callable[[str]
 
 
 class _Group:
-    """The worker of `cpu*2`, which waits for a kernel, in a process of its own."""
+    """The worker of `cpu*2`, which waits for a kernel, in a process of its own. `met` when its ranks have."""
 
     def __init__(self, folder: Path, timeout_s: float) -> None:
         code = (
@@ -111,20 +111,24 @@ class _Group:
         )
         where = ["--device", "cpu*2", "--bus", str(folder / "bus")]
         self.process = subprocess.Popen([sys.executable, "-c", code, *where])
+
+    def met(self) -> None:
         me = psutil.Process(self.process.pid)
         while not me.children():
             assert self.process.poll() is None
             time.sleep(0.01)
         self.other = me.children()[0]
-        while len(self.other.net_connections()) == 0:  # until they have met
+        while len(self.other.net_connections()) == 0:
             assert self.process.poll() is None
             time.sleep(0.05)
-        time.sleep(1.0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pidfds are Linux's")
 def test_a_group_lives_and_dies_as_one(tmp_path: Path) -> None:
-    first, second, frozen = (_Group(tmp_path, timeout_s) for timeout_s in (60, 60, 3))
+    groups = first, second, frozen = [_Group(tmp_path, timeout_s) for timeout_s in (60, 60, 3)]
+    for group in groups:
+        group.met()
+    time.sleep(1.0)
     first.other.kill()
     assert first.process.wait(5) == launcher.BROKEN
     second.process.kill()

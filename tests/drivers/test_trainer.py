@@ -29,7 +29,7 @@ from llmasos.syscalls.training import DataHead, Lora, Method, Recipe, TrainEvent
 from .conftest import VOCAB, file_of
 
 # peft asks transformers by names that will go.
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:torch.distributed is disabled")
 
 PATIENCE_S = 240  # trainers run when nobody else wants the processors
 
@@ -184,13 +184,16 @@ def told(folder: Path) -> list[TrainEvent]:
     return [msgspec.json.decode(line, type=TrainEvent) for line in lines]
 
 
-def test_it_computes_only_while_it_has_a_grant(
+def test_it_computes_only_while_it_has_a_grant_with_the_lowest_priority(
     spec: Callable[..., base.TrainSpec], trainer: Callable[..., Trainer]
 ) -> None:
     one = trainer(spec("gpt2", msgspec.structs.replace(DROPPING, max_steps=100_000)))
     ready = one.next(base.TrainReady)
     assert (ready.step, ready.steps) == (0, 100_000)
     assert ready.memory > 0
+    assert os.sched_getscheduler(one.process.pid) == os.SCHED_IDLE
+    assert psutil.Process(one.process.pid).nice() == 19
+    assert Path(f"/proc/{one.process.pid}/oom_score_adj").read_text().strip() == "1000"
     idle = cpu_seconds(one.process.pid)
     time.sleep(0.4)
     assert cpu_seconds(one.process.pid) - idle < 0.1
@@ -214,16 +217,6 @@ def cpu_seconds(pid: int) -> float:
     return float(times.user + times.system)
 
 
-def test_it_has_the_lowest_priority(
-    spec: Callable[..., base.TrainSpec], trainer: Callable[..., Trainer]
-) -> None:
-    one = trainer(spec("gpt2", DROPPING))
-    one.next(base.TrainReady)
-    assert os.sched_getscheduler(one.process.pid) == os.SCHED_IDLE
-    assert psutil.Process(one.process.pid).nice() == 19
-    assert Path(f"/proc/{one.process.pid}/oom_score_adj").read_text().strip() == "1000"
-
-
 def test_killed_or_sent_away_at_any_moment_it_learns_the_same(
     spec: Callable[..., base.TrainSpec], trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
@@ -231,15 +224,12 @@ def test_killed_or_sent_away_at_any_moment_it_learns_the_same(
     asked = spec("gpt2", DROPPING)
     undisturbed = msgspec.structs.replace(asked, folder=str(tmp_path / "undisturbed"))
     Path(undisturbed.folder).mkdir()
-    one = trainer(undisturbed)
-    one.send(base.Grant(1))
-    expected = one.next(base.TrainDone).result
-    assert one.status() == 0
+    _, expected, _ = train(undisturbed)
 
     draw = random.Random()
     for killed in (True, False, True):
         one = trainer(asked)
-        ready = one.next(base.TrainReady)
+        one.next(base.TrainReady)
         one.send(base.Grant(1))
         for _ in range(draw.randint(1, 5)):
             one.next(base.Trained)
@@ -262,7 +252,6 @@ def test_killed_or_sent_away_at_any_moment_it_learns_the_same(
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_an_evaluation_that_no_checkpoint_knows_is_not_told_twice(
     spec: Callable[..., base.TrainSpec], tmp_path: Path
 ) -> None:
@@ -303,21 +292,17 @@ def test_it_ends_when_the_kernel_is_gone(
         pass
     one.bus.close()
     assert one.process.wait(PATIENCE_S) == 0
-    again = trainer(asked)
-    assert again.next(base.TrainReady).step >= 5
+    assert Run(asked, Gate(), lambda _: None).step >= 5
 
 
-def test_a_damaged_checkpoint_is_passed_over(
-    spec: Callable[..., base.TrainSpec], trainer: Callable[..., Trainer], tmp_path: Path
-) -> None:
+def test_a_damaged_checkpoint_is_passed_over(spec: Callable[..., base.TrainSpec], tmp_path: Path) -> None:
     asked = spec("gpt2", DROPPING)
     train(asked)
     state = tmp_path / "checkpoints" / "00000016" / "state.safetensors"
     data = bytearray(state.read_bytes())
     data[len(data) // 2] ^= 1
     state.write_bytes(data)
-    one = trainer(asked)
-    assert one.next(base.TrainReady).step == 15
+    assert Run(asked, Gate(), lambda _: None).step == 15
 
 
 # What goes wrong
@@ -376,18 +361,12 @@ def test_pretraining_begins_from_the_config(spec: Callable[..., base.TrainSpec],
     assert result.loss > math.log(VOCAB)  # it has not learnt anything yet
 
 
-def test_what_is_not_finite_is_told(
-    spec: Callable[..., base.TrainSpec], trainer: Callable[..., Trainer]
-) -> None:
+def test_what_is_not_finite_is_told(spec: Callable[..., base.TrainSpec]) -> None:
     recipe = Recipe(method=Method.FULL, max_steps=50, max_length=40, learning_rate=10.0, max_grad_norm=0.0)
-    one = trainer(spec("gpt2", msgspec.structs.replace(recipe, adam_epsilon=1e-30, weight_decay=10.0)))
-    one.send(base.Grant(1))
-    failed = next(message for message in one if isinstance(message, base.Failed))
-    problem = errors.from_wire(dict(failed.error))
-    assert isinstance(problem, errors.DeviceFault)
-    assert "not finite at step" in problem.message
-    assert "learning_rate" in problem.hint
-    assert one.status() == 1
+    asked = spec("gpt2", msgspec.structs.replace(recipe, adam_epsilon=1e-30, weight_decay=10.0))
+    with pytest.raises(errors.DeviceFault, match="not finite at step") as found:
+        train(asked)
+    assert "learning_rate" in found.value.hint
 
 
 def test_a_full_disk_is_told_and_leaves_what_was_there(

@@ -66,13 +66,15 @@ def run(command: list[str], variables: dict[str, str]) -> str:
 
 
 class Place:
-    """Where a variant runs: the engine's file, and the command of a Python that loads it."""
+    """Where a variant runs: the engine's file, and the command of a Python that loads it. That one keeps
+    what it compiles in `compiled`: under an emulator it takes seconds of each start."""
 
-    def __init__(self, engine: Path, python: list[str], paths: list[Path]) -> None:
+    def __init__(self, engine: Path, python: list[str], paths: list[Path], compiled: Path) -> None:
         self.engine, self.python = engine, python
         self.variables = {
             "PYTHONPATH": os.pathsep.join(map(str, [*paths, HERE])),
-            "PYTHONDONTWRITEBYTECODE": "1",
+            "PYTHONDONTWRITEBYTECODE": "",
+            "PYTHONPYCACHEPREFIX": str(compiled),
         }
 
     def check(self, recorded: Path) -> dict[str, Any]:
@@ -85,15 +87,15 @@ class Place:
         return run_pytest(self.python, variables, f"test_conformance or ({NATIVE})", "--noconftest")
 
 
-def here(name: str) -> Place:
+def here(name: str, compiled: Path) -> Place:
     [variant] = [v for v in build.variants() if v.name == name] or [None]
     if not variant or not variant.needs <= build.processor_words():
         pytest.skip(f"this processor does not run {name}")
     assert library.load(name).variant == name  # compiles it
-    return Place(library.cache_folder() / build.file_name(variant), [sys.executable], [])
+    return Place(library.cache_folder() / build.file_name(variant), [sys.executable], [], compiled)
 
 
-def emulated(name: str, links: Path) -> Place:
+def emulated(name: str, links: Path, compiled: Path) -> Place:
     compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
     python = ARM_ROOT / "usr" / "bin" / "python3.11"
     if not compiler or not emulator or not python.exists():
@@ -106,17 +108,18 @@ def emulated(name: str, links: Path) -> Place:
         build.compile_engine(variant, [compiler], engine)
     if not (links / "llmasos").exists():
         (links / "llmasos").symlink_to(ROOT)
-    return Place(
-        engine, [emulator, "-cpu", "max", "-L", str(ARM_ROOT), str(python)], [ARM_ROOT / "site", links]
-    )
+    command = [emulator, "-cpu", "max", "-L", str(ARM_ROOT), str(python)]
+    return Place(engine, command, [ARM_ROOT / "site", links], compiled)
 
 
 @pytest.fixture(scope="module")
 def place_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Place]:
-    links = tmp_path_factory.mktemp("links")
+    links, compiled = tmp_path_factory.mktemp("links"), tmp_path_factory.mktemp("compiled")
 
     def place(name: str) -> Place:
-        return emulated(name.removeprefix("arm-"), links) if name.startswith("arm-") else here(name)
+        if name.startswith("arm-"):
+            return emulated(name.removeprefix("arm-"), links, compiled)
+        return here(name, compiled)
 
     return place
 
@@ -166,8 +169,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(scope="module")
-def portable() -> Path:
-    return here("portable").engine
+def portable(place_of: Callable[[str], Place]) -> Path:
+    return place_of("portable").engine
 
 
 @pytest.fixture

@@ -88,21 +88,5 @@ def write_model(path: Path, **config: Any) -> None:
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory: pytest.TempPathFactory) -> ModelFS:
-    """The default model, really fetched, once a session."""
-    home = tmp_path_factory.mktemp("smollm2")
-    command = [
-        sys.executable,
-        "-m",
-        "llmasos.kernel.modelfs.importer",
-        "--home",
-        str(home),
-        "--model",
-        "smollm2",
-    ]
-    done = subprocess.run(command, capture_output=True, timeout=600)
-    last = json.loads(done.stdout.splitlines()[-1])
-    if "error" in last and last["error"]["code"] == 84:
-        pytest.skip(f"smollm2 cannot be fetched: {last['error']['message']}")
-    assert done.returncode == 0, last
-    return ModelFS(home)
+def smollm2(smollm2_home: Path) -> ModelFS:
+    return ModelFS(smollm2_home)
