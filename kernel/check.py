@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import grp
 import os
-import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,8 +17,6 @@ from .config import Config
 
 LEAST_DISK = 1 << 30
 LEAST_FILES = 4096
-
-_DEVICE = re.compile(r"(cpu|cuda:(\d+)|(cpu|cuda)\*\d+|null(:\d+)?|simulated(:\d+)?)")
 
 
 def check(configured: Callable[[], tuple[Config, str]], device_names: Callable[[Config], list[str]]) -> int:
@@ -56,11 +53,10 @@ def _findings(
 
 
 def _device(name: str) -> tuple[bool, str]:
-    match = _DEVICE.fullmatch(name)
-    if match is None:
-        return False, f"device {name!r}: there is no such kind; use cpu or cuda:0 in the setting `devices`"
-    if match[2] and not Path(f"/dev/nvidia{match[2]}").exists():
-        return False, f"device {name}: no /dev/nvidia{match[2]}; load its driver or change `devices`"
+    if name.startswith("cuda:"):
+        card = Path(f"/dev/nvidia{name.removeprefix('cuda:')}")
+        if not card.exists():
+            return False, f"device {name}: no {card}; load its driver or change `devices`"
     return True, f"device {name}"
 
 

@@ -28,7 +28,7 @@ from llmasos.syscalls import errors, turns, wire
 from llmasos.syscalls.types import Capability
 
 from . import guard, systemd
-from .config import Config
+from .config import Config, InForce
 from .effects import Dump, Effect, Exited, KillWorker, ToWorker
 from .journal import Journal
 from .keyring import server_pair
@@ -180,9 +180,10 @@ class Sockets:
         self._poller.register(bus.fileno(), zmq.POLLIN)
         return bus
 
-    def run(self, supervisor: int | None, reload: Callable[[], Config]) -> None:
+    def run(self, supervisor: int | None, reload: Callable[[], Config], in_force: InForce) -> None:
         """Serves until the kernel exits, SIGTERM drained it, or the supervisor's pipe closes. SIGHUP has
-        `reload` read the configuration. Tells systemd's watchdog that the loop turns."""
+        `reload` read the configuration, for this kernel and, in `in_force`, the next. Tells systemd's
+        watchdog that the loop turns."""
         wake, ring = os.pipe()
         for fd in (wake, ring):
             os.set_blocking(fd, False)
@@ -202,6 +203,7 @@ class Sockets:
                 numbers = os.read(wake, 64)
                 if signal.SIGHUP in numbers:
                     self._kernel.reconfigure(reload)
+                    in_force.keep(self._kernel.config)
                 if signal.SIGTERM in numbers:
                     self._kernel.drain(DRAIN_S)
             self._serve(ready)
