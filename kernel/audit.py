@@ -35,6 +35,7 @@ class Audit:
     def __init__(self, path: Path, wall: Callable[[], float] = time.time) -> None:
         self._wall = wall
         self._path = path
+        self._seq, self._head = 0, chain.GENESIS
         self._lost = 0
         self._dirty = False
         self._minute = 0
@@ -126,7 +127,8 @@ class Audit:
         with suppress(FileNotFoundError):
             if os.path.samestat(os.stat(self._path), os.fstat(self._file)):
                 return
-        was, close = {"records": self._seq, "head": self._head}, self._close
+        was: dict[str, str | int] = {"records": self._seq, "head": self._head}
+        close = self._close
         self._open()
         close()
         self._write("log replaced", "kernel", was)
