@@ -14,6 +14,8 @@ import zmq
 from llmasos.syscalls import address, errors
 
 from .config import Config
+from .journal import is_foreign, of_another_version
+from .ledger import schema
 
 LEAST_DISK = 1 << 30
 LEAST_FILES = 4096
@@ -49,7 +51,10 @@ def _findings(
         yield _folder(what, folder)
     yield _disk(home)
     yield _files()
-    yield True, f"another daemon: {'runs' if _serves(runtime / 'lock') else 'none'}"
+    serves = _serves(runtime / "lock")
+    if not serves and is_foreign(home / "journal", schema()):
+        yield False, f"journal: {of_another_version(home / 'journal')}"
+    yield True, f"another daemon: {'runs' if serves else 'none'}"
 
 
 def _device(name: str) -> tuple[bool, str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from llmasos.kernel import config
+from llmasos.kernel.journal import Journal
 from llmasos.syscalls import table
 from llmasos.syscalls import types as t
 
@@ -255,6 +256,18 @@ def test_check_says_what_is_wrong_and_what_to_do(tmp_path):
     done = llmasosd(tmp_path / "blocked" / "home", "--check")
     assert done.returncode == 1
     assert "cannot be written to" in done.stdout
+
+
+def test_check_sees_a_journal_that_a_start_would_refuse(tmp_path):
+    journal = Journal(tmp_path / "journal", 7)
+    journal.commit({"process 1": b""})
+    journal.close()
+    before = {file: file.read_bytes() for file in (tmp_path / "journal").iterdir()}
+    done = llmasosd(tmp_path, "--check", "--set", 'devices=["null"]')
+    assert done.returncode == 1
+    assert "bad  journal: the journal in" in done.stdout
+    assert {file: file.read_bytes() for file in (tmp_path / "journal").iterdir()} == before
+    assert llmasosd(tmp_path, "--set", 'devices=["null"]').returncode == 65
 
 
 def test_check_sees_a_running_daemon(daemons):
