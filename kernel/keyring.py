@@ -88,14 +88,17 @@ class Keyring:
         text = f'tenant = "{entry.tenant}"\npublic = "{entry.public}"\nrights = [{rights}]\n'
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._remove([entry.public])
             path = self._folder / f"{entry.tenant}-{entry.public[:8]}{SUFFIX}"
             unfinished = path.with_suffix(".new")
-            with open(unfinished, "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.rename(path)
+            try:
+                with open(unfinished, "w") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                unfinished.rename(path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+            self._remove([entry.public], path.name)
             self._sync()
         except OSError as problem:
             raise errors.Unavailable(f"the key cannot be kept: {problem.strerror}") from None
@@ -120,8 +123,10 @@ class Keyring:
             return []
         return [file for file in files if file.name.endswith(SUFFIX) and file.is_file()]
 
-    def _remove(self, keys: list[str]) -> None:
+    def _remove(self, keys: list[str], but: str = "") -> None:
         for file in self._files():
+            if file.name == but:
+                continue
             text = Path(file.path).read_text(errors="replace")
             if any(key in text for key in keys):
                 os.unlink(file.path)

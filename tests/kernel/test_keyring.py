@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from llmasos.kernel.keyring import Keyring
-from llmasos.syscalls.types import Capability
+from llmasos.syscalls import errors
+from llmasos.syscalls.types import Capability, KeyInfo
 
 KEY = "b" * 64
 TEXT = f'tenant = "alice"\npublic = "{KEY}"\nrights = ["see", "admin"]\n'
@@ -61,3 +62,19 @@ def test_a_file_that_makes_no_sense_lets_nobody_in(tmp_path: Path, text: bytes) 
     keyring = Keyring(tmp_path)
     assert [entry.public for entry in keyring.entries()] == [KEY]
     assert len(keyring.problems) == 1
+
+
+def test_a_full_disk_takes_no_key_its_rights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keyring = Keyring(tmp_path)
+    keyring.authorize(KeyInfo("alice", KEY))
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(errors.Unavailable, match="No space left"):
+        keyring.authorize(KeyInfo("bob", KEY))
+    assert [file.name for file in tmp_path.iterdir()] == [f"alice-{KEY[:8]}.key"]
+    monkeypatch.undo()
+    keyring.authorize(KeyInfo("bob", KEY))
+    assert [(entry.tenant, entry.public) for entry in keyring.entries()] == [("bob", KEY)]
