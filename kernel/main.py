@@ -204,8 +204,16 @@ def run_kernel(in_force: InForce, endpoint: str, reload: Callable[[], Config]) -
 def _fsck() -> int:
     from .modelfs.store import ModelFS
 
-    store = ModelFS(address.home_folder())
-    problems, garbage = store.fsck(), store.garbage()
+    home = address.home_folder()
+    if not home.is_dir():
+        print(f"llmasosd: there is no folder {home}", file=sys.stderr)
+        return 1
+    try:
+        store = ModelFS(home)
+        problems, garbage = store.fsck(), store.garbage()
+    except OSError as problem:
+        print(f"llmasosd: {problem}", file=sys.stderr)
+        return 1
     for line in problems + garbage:
         print(line)
     if garbage:  # of an import that was killed, for instance: it takes room and harms nothing

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from llmasos.kernel import config
 from llmasos.kernel.journal import Journal
+from llmasos.kernel.modelfs.store import ModelFS
 from llmasos.syscalls import table
 from llmasos.syscalls import types as t
 
@@ -115,6 +116,29 @@ def test_fsck_tells_of_garbage_which_is_no_problem(tmp_path):
     assert done.returncode == 0
     assert "no model needs it" in done.stdout
     assert "is clean" in done.stdout
+
+
+def test_fsck_of_a_home_that_is_not_there_is_1_and_makes_none(tmp_path):
+    done = llmasosd(tmp_path / "typo", "--fsck")
+    assert done.returncode == 1
+    assert "there is no folder" in done.stderr
+    assert not (tmp_path / "typo").exists()
+
+
+def test_fsck_of_a_backup_that_cannot_be_written_to(tmp_path, monkeypatch):
+    """As on a disk that is mounted read-only, which root could not have otherwise."""
+    store = ModelFS(tmp_path)
+    store.gc(set())
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    opened = Path.open
+
+    def open_(self, mode="r", *rest, **named):
+        if "a" in mode:
+            raise OSError(30, "Read-only file system", str(self))
+        return opened(self, mode, *rest, **named)
+
+    monkeypatch.setattr(Path, "open", open_)
+    assert store.garbage() == []
 
 
 @pytest.mark.parametrize(
