@@ -69,6 +69,8 @@ def _socket(path: str, group: str) -> tuple[bool, str]:
     folder = Path(path).parent
     if folder != address.runtime_folder() and not os.access(folder, os.W_OK | os.X_OK):
         return False, f"socket: {folder} cannot be written to; make it or change {address.SOCKET_VARIABLE}"
+    if Path(path).exists() and not Path(path).is_socket():
+        return False, f"socket: {path} is there and no socket; change {address.SOCKET_VARIABLE}"
     if group:
         try:
             grp.getgrnam(group)

@@ -87,6 +87,11 @@ def main() -> int:
 def _endpoint() -> str:
     endpoint = address.socket_address()
     path = endpoint.removeprefix("ipc://")
+    if not path or path.startswith("@"):  # those of Linux that have no file have no mode: all could connect
+        raise errors.InvalidArgument(
+            f"{endpoint} names no file, whose mode says who may connect",
+            hint=f"set {address.SOCKET_VARIABLE} to ipc:// and the path of one",
+        )
     if path == endpoint:
         raise errors.InvalidArgument(f"{endpoint}: the daemon listens on ipc:// only", field="socket")
     if len(path.encode()) > address.LONGEST_SOCKET_PATH:

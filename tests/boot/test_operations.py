@@ -14,10 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from llmasos.kernel import config
+from llmasos.kernel import config, main
 from llmasos.kernel.journal import Journal
 from llmasos.kernel.modelfs.store import ModelFS
-from llmasos.syscalls import table
+from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 
 TINY = {"llmasos_null_blocks": 64, "max_position_embeddings": 512}
@@ -154,6 +154,13 @@ def test_an_address_that_cannot_be_had_is_told_once_and_is_1(tmp_path, setting):
         done = llmasosd(tmp_path, "--check", *words)
         assert done.returncode == 1
         assert done.stdout.count("\nbad") == 1
+
+
+@pytest.mark.parametrize("where", ["ipc://", "ipc://@llmasos"])
+def test_a_socket_without_a_file_is_refused_as_everybody_could_connect(tmp_path, monkeypatch, where):
+    monkeypatch.setattr("llmasos.syscalls.address.socket_address", lambda: where)
+    with pytest.raises(errors.InvalidArgument, match="names no file"):
+        main._endpoint()
 
 
 def test_a_home_that_cannot_be_made_is_1(tmp_path):
