@@ -135,6 +135,8 @@ class Sockets:
         self._home = home
         self._running = True
         self._poller = zmq.Poller()
+        self._wake = _signals()  # before anybody is told that we are ready, and could send one
+        self._poller.register(self._wake, zmq.POLLIN)
         self._workers: dict[int, Worker] = {}
         self._programs: dict[int, Running] = {}
         self._context = zmq.Context()
@@ -184,14 +186,6 @@ class Sockets:
         """Serves until the kernel exits, SIGTERM drained it, or the supervisor's pipe closes. SIGHUP has
         `reload` read the configuration, for this kernel and, in `in_force`, the next. Tells systemd's
         watchdog that the loop turns."""
-        wake, ring = os.pipe()
-        for fd in (wake, ring):
-            os.set_blocking(fd, False)
-        signal.set_wakeup_fd(ring)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self._poller.register(wake, zmq.POLLIN)
         if supervisor is not None:
             self._poller.register(supervisor, zmq.POLLIN)
         alive_s, alive_due = systemd.watchdog_s(), 0.0
@@ -199,8 +193,8 @@ class Sockets:
             ready = dict(self._poller.poll(self._timeout(min(alive_s or LONGEST_SLEEP_S, self._edge_due()))))
             if supervisor in ready and not os.read(supervisor or 0, 1):
                 break
-            if ready.pop(wake, 0):
-                numbers = os.read(wake, 64)
+            if ready.pop(self._wake, 0):
+                numbers = os.read(self._wake, 64)
                 if signal.SIGHUP in numbers:
                     self._kernel.reconfigure(reload)
                     in_force.keep(self._kernel.config)
@@ -419,6 +413,18 @@ class Sockets:
         for worker in self._workers.values():
             worker.socket.close()
         self._context.destroy(LINGER_MS)
+
+
+def _signals() -> int:
+    """Where the numbers of SIGTERM and SIGHUP are read as they come; SIGINT is the supervisor's."""
+    wake, ring = os.pipe()
+    for fd in (wake, ring):
+        os.set_blocking(fd, False)
+    signal.set_wakeup_fd(ring)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return wake
 
 
 def clock() -> float:

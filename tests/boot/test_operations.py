@@ -92,6 +92,19 @@ def test_it_stops_also_between_two_kernels(daemons):
     assert daemon.process.wait(5) == 70
 
 
+def test_a_signal_that_came_while_the_kernel_started_does_not_kill_it(daemons):
+    """It is passed on at the moment of readiness."""
+    daemon = daemons('devices=["null"]', slow=SLOW)
+    for _ in range(6):
+        before = daemon.kernel().pid
+        os.kill(before, signal.SIGKILL)
+        until(lambda before=before: any(c.pid != before for c in daemon.children("--kernel")))
+        daemon.process.send_signal(signal.SIGHUP)
+        with daemon.client() as client:
+            until(lambda client=client: "configuration reloaded" in log(client))
+    assert b"kernel ended with -1" not in (daemon.home / "log").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
