@@ -21,6 +21,9 @@ from msgspec import Struct
 
 BLOCK_TOKENS = t.BLOCK_TOKENS
 
+MOST_RANKS = 64
+"""Devices of a group, that compute a model together."""
+
 MOST_LAYERS = 512
 LONGEST_CONTEXT = 1 << 24
 _LAYERS = {"n_layer", "n_layers", "num_layers", "num_hidden_layers", "decoder_layers"}

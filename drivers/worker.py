@@ -43,8 +43,6 @@ KERNEL_TIMEOUT_S = 60.0
 
 RETRY_S = 0.02
 
-MOST_RANKS = 64
-
 Note = Callable[[str, str], None]
 
 
@@ -259,8 +257,9 @@ def main() -> int:
 def _kind(device: str) -> str:
     """Raises NoSuchDevice unless `device` names a group."""
     kind, _, size = device.partition("*")
-    if kind not in ("cpu", "cuda") or not size.isdecimal() or not 2 <= int(size) <= MOST_RANKS:
-        raise errors.NoSuchDevice(f"no group {device!r}", hint=f"cpu*N or cuda*N, of 2 to {MOST_RANKS} ranks")
+    if kind not in ("cpu", "cuda") or not size.isdecimal() or not 2 <= int(size) <= base.MOST_RANKS:
+        ranks = f"cpu*N or cuda*N, of 2 to {base.MOST_RANKS} ranks"
+        raise errors.NoSuchDevice(f"no group {device!r}", hint=ranks)
     return kind
 
 

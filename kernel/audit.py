@@ -5,6 +5,9 @@ model, process ended by somebody else, and peer shut out. Acts of an administrat
 are done (`before`): an effect would come after. So when the disk is full they are refused, while inference
 goes on; other records are then counted, and the count is told when there is room again.
 
+Whoever moves, removes or replaces the file (to rotate it, or to hide something) has the chain go on where the
+path then leads, with a record that tells where it was.
+
 Never raises but from `before`. Refusals are bounded, so that nobody can fill the disk by being refused.
 """
 
@@ -15,6 +18,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from llmasos.syscalls import chain, errors
@@ -30,16 +34,13 @@ class Audit:
 
     def __init__(self, path: Path, wall: Callable[[], float] = time.time) -> None:
         self._wall = wall
+        self._path = path
         self._seq, self._head = 0, chain.GENESIS
         self._lost = 0
         self._dirty = False
         self._minute = 0
         self._seen: dict[tuple[str, str], int] = {}
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-        weakref.finalize(self, os.close, self._file)
-        self._size = os.fstat(self._file).st_size
-        self._continue()
+        self._open()
 
     def before(self, event: str, subject: str, **facts: str | int) -> None:
         """Records what is about to be done, durably. Raises Unavailable when that cannot be."""
@@ -78,6 +79,8 @@ class Audit:
 
     def read(self, offset: int, length: int) -> tuple[int, bytes]:
         """(size of the log in bytes, up to `length` bytes from `offset`)."""
+        with suppress(OSError):
+            self._follow()
         return self._size, os.pread(self._file, max(0, min(length, self._size - offset)), offset)
 
     def _try(self, event: str, subject: str, facts: dict[str, str | int]) -> None:
@@ -98,6 +101,7 @@ class Audit:
         self._write(event, subject, facts)
 
     def _write(self, event: str, subject: str, facts: dict[str, str | int]) -> None:
+        self._follow()
         short = {name: str(value)[:LONGEST_FACT] for name, value in facts.items()}
         record = chain.Record(self._seq + 1, round(self._wall(), 3), event, subject, short, self._head)
         line, digest = chain.seal(record)
@@ -109,6 +113,25 @@ class Audit:
             raise
         self._seq, self._head = record.seq, digest
         self._size += len(line)
+
+    def _open(self) -> None:
+        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._close = weakref.finalize(self, os.close, self._file)
+        self._size = os.fstat(self._file).st_size
+        self._seq, self._head = 0, chain.GENESIS
+        self._continue()
+
+    def _follow(self) -> None:
+        """Opens the file anew if the path leads to another one."""
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self._path), os.fstat(self._file)):
+                return
+        was: dict[str, str | int] = {"records": self._seq, "head": self._head}
+        close = self._close
+        self._open()
+        close()
+        self._write("log replaced", "kernel", was)
 
     def _continue(self) -> None:
         """Takes the chain up where the file ends. What a power cut tore is cut off and told."""

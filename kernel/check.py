@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import grp
 import os
-import re
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,11 +14,11 @@ import zmq
 from llmasos.syscalls import address, errors
 
 from .config import Config
+from .journal import is_foreign, of_another_version
+from .ledger import schema
 
 LEAST_DISK = 1 << 30
 LEAST_FILES = 4096
-
-_DEVICE = re.compile(r"(cpu|cuda:(\d+)|(cpu|cuda)\*\d+|null(:\d+)?|simulated(:\d+)?)")
 
 
 def check(configured: Callable[[], tuple[Config, str]], device_names: Callable[[Config], list[str]]) -> int:
@@ -52,15 +51,17 @@ def _findings(
         yield _folder(what, folder)
     yield _disk(home)
     yield _files()
-    yield True, f"another daemon: {'runs' if _serves(runtime / 'lock') else 'none'}"
+    serves = _serves(runtime / "lock")
+    if not serves and is_foreign(home / "journal", schema()):
+        yield False, f"journal: {of_another_version(home / 'journal')}"
+    yield True, f"another daemon: {'runs' if serves else 'none'}"
 
 
 def _device(name: str) -> tuple[bool, str]:
-    match = _DEVICE.fullmatch(name)
-    if match is None:
-        return False, f"device {name!r}: there is no such kind; use cpu or cuda:0 in the setting `devices`"
-    if match[2] and not Path(f"/dev/nvidia{match[2]}").exists():
-        return False, f"device {name}: no /dev/nvidia{match[2]}; load its driver or change `devices`"
+    if name.startswith("cuda:"):
+        card = Path(f"/dev/nvidia{name.removeprefix('cuda:')}")
+        if not card.exists():
+            return False, f"device {name}: no {card}; load its driver or change `devices`"
     return True, f"device {name}"
 
 
@@ -68,6 +69,8 @@ def _socket(path: str, group: str) -> tuple[bool, str]:
     folder = Path(path).parent
     if folder != address.runtime_folder() and not os.access(folder, os.W_OK | os.X_OK):
         return False, f"socket: {folder} cannot be written to; make it or change {address.SOCKET_VARIABLE}"
+    if Path(path).exists() and not Path(path).is_socket():
+        return False, f"socket: {path} is there and no socket; change {address.SOCKET_VARIABLE}"
     if group:
         try:
             grp.getgrnam(group)

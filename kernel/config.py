@@ -5,19 +5,25 @@ Precedence: --set, then the file, then the defaults here. Unknown names are erro
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from pathlib import Path
 from typing import Annotated
 
 import msgspec
+from llmasos.drivers.base import MOST_RANKS
 from llmasos.syscalls.errors import InvalidArgument
-from llmasos.syscalls.types import Capability, Quota
+from llmasos.syscalls.types import Capability, OwnerPath, Quota
 from msgspec import Meta
 
 Count = Annotated[int, Meta(ge=0)]
 Limit = Annotated[int, Meta(ge=1)]
 
+_DEVICE = re.compile(r"cpu|cuda:[0-9]+|(cpu|cuda)\*(?P<ranks>[0-9]+)|null(:[0-9]+)?|simulated(:[0-9]+)?")
+
+MOST_INTEGER = 2**63 - 1
+"""What travels and what C takes."""
 
 LIVE = frozenset(
     (
@@ -98,7 +104,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     max_processes_per_owner: Limit = 2048
     """Processes of one user, those of its labels included."""
 
-    quotas: dict[str, Quota] = {}
+    quotas: dict[OwnerPath, Quota] = {}
     """Limits by owner path: `[quotas."alice"]`, `[quotas."alice/agent"]`. They count for all below a path."""
 
     max_imports: Limit = 4
@@ -119,6 +125,18 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     crash_limit: Limit = 2
     """A request that was running in this many driver deaths is failed instead of recomputed."""
 
+    def __post_init__(self) -> None:
+        for name in self.devices:
+            match = _DEVICE.fullmatch(name)
+            if match is None:
+                raise ValueError(f"`devices`: there is no kind {name!r}; use cpu, cuda:0 or cpu*2")
+            if match["ranks"] and not 2 <= int(match["ranks"]) <= MOST_RANKS:
+                raise ValueError(f"`devices`: a group has 2 to {MOST_RANKS} devices, not {name}")
+            if self.devices.count(name) > 1:
+                raise ValueError(f"`devices` names {name} twice")
+        if self.listen and not 1 <= int(self.listen.rpartition(":")[2]) <= 65535:
+            raise ValueError(f"`listen` has a port from 1 to 65535, not {self.listen}")  # libzmq wraps it
+
 
 def changed(old: Config, new: Config) -> list[str]:
     """The names of the settings in which two configurations differ."""
@@ -133,18 +151,53 @@ def load(path: Path, overrides: list[str]) -> Config:
     values: dict[str, object] = {}
     try:
         if path.exists():
+            if not path.is_file():  # a pipe would never end
+                raise InvalidArgument(f"configuration: {path} is no file")
             values.update(tomllib.loads(path.read_text()))
         for override in overrides:
             name, equals, value = override.partition("=")
             if not equals:
                 raise InvalidArgument(f"--set {override}: expected name=value", field=name)
             values.update(_override(name.strip(), value.strip()))
+        _fits(values)
         return msgspec.convert(values, Config)
-    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as problem:
+    except OSError as problem:
+        raise InvalidArgument(f"configuration: {path} cannot be read: {problem.strerror}") from None
+    except (UnicodeDecodeError, RecursionError):
+        raise InvalidArgument(f"configuration: {path} is no text in TOML") from None
+    except (ValueError, msgspec.ValidationError) as problem:
         names = [override.partition("=")[0].strip() for override in overrides]
         told = [name for name in names if re.search(rf"`(\$\.)?{re.escape(name)}\b", str(problem))]
         said = f"--set {told[0]}" if told else path
         raise InvalidArgument(f"configuration: {problem}", hint=f"see {said} and `llmasosd --help`") from None
+
+
+class InForce:
+    """The configuration that counts, where a kernel that is started again finds it: the file may hold by then
+    what nobody asked to be read, or what cannot be. `fd` is a file without a name that outlives kernels."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+
+    def keep(self, config: Config) -> None:
+        data = msgspec.msgpack.encode(config)
+        os.pwrite(self.fd, data, 0)
+        os.ftruncate(self.fd, len(data))
+
+    def read(self) -> Config:
+        return msgspec.msgpack.decode(os.pread(self.fd, os.fstat(self.fd).st_size, 0), type=Config)
+
+
+def _fits(value: object, name: str = "") -> None:
+    """Raises ValueError when a number below `value` needs more than 64 bits."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _fits(item, name or key)
+    elif isinstance(value, list):
+        for item in value:
+            _fits(item, name)
+    elif isinstance(value, int) and abs(value) > MOST_INTEGER:
+        raise ValueError(f"`{name}` has a number that does not fit into 64 bits")
 
 
 def _override(name: str, value: str) -> dict[str, object]:

@@ -15,8 +15,9 @@ import hashlib
 import os
 import sqlite3
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
+from urllib.parse import quote
 
 from llmasos.syscalls import errors
 
@@ -28,6 +29,27 @@ _NUMBER_BYTES = 8
 
 RESERVE_BYTES = 4 << 20
 """As much as SQLite's log has before it begins anew."""
+
+
+def is_foreign(folder: Path, schema: int) -> bool:
+    """Whether the journal in `folder`, which nobody has open, has rows of another schema. Changes nothing."""
+    source = f"file:{quote(str(folder / 'kernel.db'))}?immutable=1"
+    try:
+        with closing(sqlite3.connect(source, uri=True)) as db:
+            (written,) = db.execute("PRAGMA user_version").fetchone()
+            (rows,) = db.execute("SELECT count(*) FROM rows WHERE name != ?", (_HEAD,)).fetchone()
+            return bool(rows) and written != schema
+    except sqlite3.Error:
+        return False
+
+
+def of_another_version(folder: Path) -> errors.Corrupt:
+    """What is said of a journal that is foreign."""
+    return errors.Corrupt(
+        f"the journal in {folder} is of another version of LLMasOS",
+        hint="start that version, or start without the processes and limits that it holds: "
+        f"mv {folder} {folder}.old",
+    )
 
 
 class Journal:
@@ -78,11 +100,7 @@ class Journal:
             raise self._damaged("its pages do not fit together")
         if is_other:
             self._db.close()
-            raise errors.Corrupt(
-                f"the journal in {folder} is of another version of LLMasOS",
-                hint="start that version, or start without the processes that it holds: "
-                f"mv {folder} {folder}.old",
-            )
+            raise of_another_version(folder)
         self._digests: dict[str, int] = {}
         self.rows = self._verified(found)
         self._number, self._total = self._verified_head(self.rows.pop(_HEAD, None))
@@ -171,8 +189,8 @@ class Journal:
     def _damaged(self, what: str) -> errors.Corrupt:
         return errors.Corrupt(
             f"the journal in {self._folder} is damaged: {what}",
-            hint="put a copy of the folder in its place, or start without the processes that it holds: "
-            f"mv {self._folder} {self._folder}.damaged",
+            hint="put a copy of the folder in its place, or start without the processes and limits that it "
+            f"holds: mv {self._folder} {self._folder}.damaged",
         )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import tomllib
+from contextlib import suppress
 from pathlib import Path
 
 import msgspec
@@ -33,6 +34,7 @@ class Keyring:
         self._folder = folder
         self._entries: dict[str, KeyInfo] = {}
         self._stamp: list[tuple[str, int, int]] = []
+        self._unreadable = ""
         self.problems: list[str] = []  # files that let nobody in; whoever logs them empties the list
         self.refresh()
 
@@ -44,23 +46,33 @@ class Keyring:
         entry = self._entries.get(key)
         if entry is None:
             return None
-        rights = frozenset({Capability.CONNECT, *entry.rights}) - {Capability.ADMIN}
-        return Subject(entry.tenant, -1, -1, False, rights, key)
+        return Subject(entry.tenant, -1, -1, False, frozenset({Capability.CONNECT, *entry.rights}), key)
 
     def refresh(self) -> set[str]:
         """Reads the folder if it has changed. Returns the keys that lost or changed what they had."""
-        stamp = sorted((f.name, f.stat().st_mtime_ns, f.stat().st_ino) for f in self._files())
-        if stamp == self._stamp:
+        unreadable = ""
+        stamp = []
+        try:
+            for file in self._files():
+                with suppress(FileNotFoundError):  # it went meanwhile
+                    stamp.append((file.name, file.stat().st_mtime_ns, file.stat().st_ino))
+        except OSError as problem:
+            unreadable = f"folder {self._folder} lets nobody in: {problem.strerror}"
+        stamp.sort()
+        if (stamp, unreadable) == (self._stamp, self._unreadable):
             return set()
-        before, self._stamp = self._entries, stamp
+        before, self._stamp, self._unreadable = self._entries, stamp, unreadable
+        if unreadable:
+            self.problems.append(unreadable)
         self._entries = {}
         for name, _, _ in stamp:
             try:
                 entry = msgspec.convert(tomllib.loads((self._folder / name).read_text()), KeyInfo)
-            except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, msgspec.ValidationError) as problem:
+            except (OSError, ValueError, msgspec.ValidationError, RecursionError) as problem:
                 self.problems.append(f"{name} lets nobody in: {type(problem).__name__}")
                 continue
-            self._entries[entry.public] = entry
+            rights = tuple(right for right in entry.rights if right is not Capability.ADMIN)
+            self._entries[entry.public] = msgspec.structs.replace(entry, rights=rights)
         return {key for key, entry in before.items() if self._entries.get(key) != entry}
 
     def authorize(self, entry: KeyInfo) -> set[str]:
@@ -76,14 +88,17 @@ class Keyring:
         text = f'tenant = "{entry.tenant}"\npublic = "{entry.public}"\nrights = [{rights}]\n'
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._remove([entry.public])
             path = self._folder / f"{entry.tenant}-{entry.public[:8]}{SUFFIX}"
             unfinished = path.with_suffix(".new")
-            with open(unfinished, "w") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.rename(path)
+            try:
+                with open(unfinished, "w") as file:
+                    file.write(text)
+                    file.flush()
+                    os.fsync(file.fileno())
+                unfinished.rename(path)
+            finally:
+                unfinished.unlink(missing_ok=True)
+            self._remove([entry.public], path.name)
             self._sync()
         except OSError as problem:
             raise errors.Unavailable(f"the key cannot be kept: {problem.strerror}") from None
@@ -108,8 +123,10 @@ class Keyring:
             return []
         return [file for file in files if file.name.endswith(SUFFIX) and file.is_file()]
 
-    def _remove(self, keys: list[str]) -> None:
+    def _remove(self, keys: list[str], but: str = "") -> None:
         for file in self._files():
+            if file.name == but:
+                continue
             text = Path(file.path).read_text(errors="replace")
             if any(key in text for key in keys):
                 os.unlink(file.path)

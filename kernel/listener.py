@@ -91,7 +91,7 @@ class Listener(ABC):
         """Lets nobody in; returns the sessions that this ends, of which the monitor tells nothing."""
         if self.phase is not Phase.OPEN or self._router is None:
             return []
-        self._router.unbind(self.address)
+        self._router.unbind(self._router.get_string(zmq.LAST_ENDPOINT))  # of *:5570, what it became
         self.phase = Phase.SHUT
         gone = list(self._known)
         self._bury(gone)

@@ -23,7 +23,7 @@ from pathlib import Path
 from llmasos.syscalls import address, errors, garbage, turns
 
 from . import systemd
-from .config import Config, load
+from .config import Config, InForce, load
 
 USAGE = """\
 The kernel of LLMasOS: runs models as processes, for the shell llsh and every other client.
@@ -59,12 +59,14 @@ def main() -> int:
     )
     parser.add_argument("--systemd-unit", action="store_true", help="print a unit for systemd and exit")
     parser.add_argument("--fsck", action="store_true", help="verify the model filesystem and exit")
-    parser.add_argument("--kernel", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--kernel", type=int, metavar="FD", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 
     def configured() -> tuple[Config, str]:
         return load(address.config_file(), arguments.set), _endpoint()
 
+    if arguments.kernel is not None:
+        return run_kernel(InForce(arguments.kernel), _endpoint(), lambda: configured()[0])
     if arguments.systemd_unit:
         print(systemd.unit(), end="")
         return 0
@@ -73,20 +75,23 @@ def main() -> int:
 
         return 1 if check(configured, device_names) else 0
     try:
-        config, endpoint = configured()
+        config, _ = configured()
     except errors.InvalidArgument as problem:
         print(f"llmasosd: {problem}", file=sys.stderr)
         return 2
     if arguments.fsck:
         return _fsck()
-    if arguments.kernel:
-        return run_kernel(config, endpoint, lambda: configured()[0])
     return run_supervisor(config, arguments.set)
 
 
 def _endpoint() -> str:
     endpoint = address.socket_address()
     path = endpoint.removeprefix("ipc://")
+    if not path or path.startswith("@"):  # those of Linux that have no file have no mode: all could connect
+        raise errors.InvalidArgument(
+            f"{endpoint} names no file, whose mode says who may connect",
+            hint=f"set {address.SOCKET_VARIABLE} to ipc:// and the path of one",
+        )
     if path == endpoint:
         raise errors.InvalidArgument(f"{endpoint}: the daemon listens on ipc:// only", field="socket")
     if len(path.encode()) > address.LONGEST_SOCKET_PATH:
@@ -131,16 +136,19 @@ def run_supervisor(config: Config, overrides: list[str]) -> int:
         except BlockingIOError:
             print(f"llmasosd: another daemon serves {address.socket_address()}", file=sys.stderr)
             return 75
-        kernel = [sys.executable, "-m", "llmasos.kernel.main", "--kernel"]
+        in_force = InForce(os.memfd_create("llmasos-configuration"))
+        in_force.keep(config)
+        kernel = [sys.executable, "-m", "llmasos.kernel.main", "--kernel", str(in_force.fd)]
         for override in overrides:
             kernel += ["--set", override]
         bus = str(runtime / "bus.sock")
         worker = [sys.executable, "-m", "llmasos.drivers.worker", "--bus", bus]
         worker += ["--parent", str(os.getpid()), "--device"]
-        return Supervisor(kernel, {name: [*worker, name] for name in device_names(config)}).run()
+        workers = {name: [*worker, name] for name in device_names(config)}
+        return Supervisor(kernel, in_force.fd, workers).run()
 
 
-def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> int:
+def run_kernel(in_force: InForce, endpoint: str, reload: Callable[[], Config]) -> int:
     """The kernel process: standard input is the supervisor's pipe, one line on standard output says ready.
     `reload` reads the configuration again."""
     from .faults import keep_prompts_private
@@ -169,6 +177,7 @@ def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> i
         print(f"llmasosd: {problem}", file=sys.stderr, flush=True)
         return DAMAGED if isinstance(problem, errors.Corrupt) else 1
     born = clock()
+    config = in_force.read()
     bus = address.runtime_folder() / "bus.sock"
     kernel = Kernel(
         config,
@@ -187,7 +196,7 @@ def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> i
         where = ", ".join(filter(None, (endpoint, config.listen)))
         kernel.log.info(f"listening on {where}, devices {', '.join(kernel.devices)}")
         print(f"ready, listening on {endpoint}", flush=True)
-        sockets.run(sys.stdin.fileno(), reload)
+        sockets.run(sys.stdin.fileno(), reload, in_force)
     except errors.Unavailable as problem:
         # Nobody was told of what is not in the journal, so the next kernel goes on from there.
         print(f"llmasosd: {problem}", file=sys.stderr, flush=True)
@@ -200,8 +209,16 @@ def run_kernel(config: Config, endpoint: str, reload: Callable[[], Config]) -> i
 def _fsck() -> int:
     from .modelfs.store import ModelFS
 
-    store = ModelFS(address.home_folder())
-    problems, garbage = store.fsck(), store.garbage()
+    home = address.home_folder()
+    if not home.is_dir():
+        print(f"llmasosd: there is no folder {home}", file=sys.stderr)
+        return 1
+    try:
+        store = ModelFS(home)
+        problems, garbage = store.fsck(), store.garbage()
+    except OSError as problem:
+        print(f"llmasosd: {problem}", file=sys.stderr)
+        return 1
     for line in problems + garbage:
         print(line)
     if garbage:  # of an import that was killed, for instance: it takes room and harms nothing

@@ -28,7 +28,7 @@ from llmasos.syscalls import errors, turns, wire
 from llmasos.syscalls.types import Capability
 
 from . import guard, systemd
-from .config import Config
+from .config import Config, InForce
 from .effects import Dump, Effect, Exited, KillWorker, ToWorker
 from .journal import Journal
 from .keyring import server_pair
@@ -135,6 +135,8 @@ class Sockets:
         self._home = home
         self._running = True
         self._poller = zmq.Poller()
+        self._wake = _signals()  # before anybody is told that we are ready, and could send one
+        self._poller.register(self._wake, zmq.POLLIN)
         self._workers: dict[int, Worker] = {}
         self._programs: dict[int, Running] = {}
         self._context = zmq.Context()
@@ -180,17 +182,10 @@ class Sockets:
         self._poller.register(bus.fileno(), zmq.POLLIN)
         return bus
 
-    def run(self, supervisor: int | None, reload: Callable[[], Config]) -> None:
+    def run(self, supervisor: int | None, reload: Callable[[], Config], in_force: InForce) -> None:
         """Serves until the kernel exits, SIGTERM drained it, or the supervisor's pipe closes. SIGHUP has
-        `reload` read the configuration. Tells systemd's watchdog that the loop turns."""
-        wake, ring = os.pipe()
-        for fd in (wake, ring):
-            os.set_blocking(fd, False)
-        signal.set_wakeup_fd(ring)
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: None)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        self._poller.register(wake, zmq.POLLIN)
+        `reload` read the configuration, for this kernel and, in `in_force`, the next. Tells systemd's
+        watchdog that the loop turns."""
         if supervisor is not None:
             self._poller.register(supervisor, zmq.POLLIN)
         alive_s, alive_due = systemd.watchdog_s(), 0.0
@@ -198,10 +193,11 @@ class Sockets:
             ready = dict(self._poller.poll(self._timeout(min(alive_s or LONGEST_SLEEP_S, self._edge_due()))))
             if supervisor in ready and not os.read(supervisor or 0, 1):
                 break
-            if ready.pop(wake, 0):
-                numbers = os.read(wake, 64)
+            if ready.pop(self._wake, 0):
+                numbers = os.read(self._wake, 64)
                 if signal.SIGHUP in numbers:
                     self._kernel.reconfigure(reload)
+                    in_force.keep(self._kernel.config)
                 if signal.SIGTERM in numbers:
                     self._kernel.drain(DRAIN_S)
             self._serve(ready)
@@ -417,6 +413,18 @@ class Sockets:
         for worker in self._workers.values():
             worker.socket.close()
         self._context.destroy(LINGER_MS)
+
+
+def _signals() -> int:
+    """Where the numbers of SIGTERM and SIGHUP are read as they come; SIGINT is the supervisor's."""
+    wake, ring = os.pipe()
+    for fd in (wake, ring):
+        os.set_blocking(fd, False)
+    signal.set_wakeup_fd(ring)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return wake
 
 
 def clock() -> float:

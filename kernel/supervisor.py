@@ -44,9 +44,10 @@ class Child:
     due: float = 0.0
     pause: float = FIRST_PAUSE_S
     longest: float = LONGEST_PAUSE_S
+    fds: tuple[int, ...] = ()  # of ours, which it inherits
 
     def start(self, stdin: int, stdout: int | None) -> None:
-        self.process = subprocess.Popen(self.command, stdin=stdin, stdout=stdout)
+        self.process = subprocess.Popen(self.command, stdin=stdin, stdout=stdout, pass_fds=self.fds)
         self.pidfd = os.pidfd_open(self.process.pid)
         self.started = time.monotonic()
 
@@ -69,8 +70,9 @@ class Child:
 class Supervisor:
     """Runs one kernel and its workers until the kernel ends by itself or a signal says stop."""
 
-    def __init__(self, kernel_command: list[str], worker_commands: dict[str, list[str]]) -> None:
-        self._kernel = Child("kernel", kernel_command, longest=KERNEL_PAUSE_S)
+    def __init__(self, kernel: list[str], fd: int, worker_commands: dict[str, list[str]]) -> None:
+        """The commands; the kernel inherits `fd`."""
+        self._kernel = Child("kernel", kernel, longest=KERNEL_PAUSE_S, fds=(fd,))
         self._workers = [Child(name, command) for name, command in worker_commands.items()]
         self._stopping = False
         self._served = False

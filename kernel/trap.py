@@ -120,14 +120,14 @@ def _session(kernel: Kernel, session_id: bytes, subject: Subject, request: wire.
     """The session of a request; the first one has to be a hello. Raises NotGreeted, QueueFull."""
     session = kernel.sessions.by_id.get(session_id)
     if session is None:
-        if not isinstance(request.call, table.Hello):
-            raise errors.NotGreeted("the first call of a connection is hello", hint="connect again")
         if subject.key:
             # What the key may do now, not when its connection came.
             current = kernel.keys.subject(subject.key)
             if current is None:
                 raise errors.PermissionDenied("the key was revoked")
             subject = current
+        if not isinstance(request.call, table.Hello):
+            raise errors.NotGreeted("the first call of a connection is hello", hint="connect again")
         if len(kernel.sessions.by_id) >= kernel.config.max_sessions:
             raise errors.QueueFull("too many connections", hint="the limit is max_sessions")
         session = kernel.sessions.by_id[session_id] = Session(session_id, subject, session_id)

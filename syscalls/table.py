@@ -662,7 +662,7 @@ class SetQuota(Call, frozen=True):
     name = "set_quota"
     needs = t.Capability.ADMIN
     Reply = QuotasReply
-    path: Annotated[str, Meta(min_length=1, max_length=256)]
+    path: t.OwnerPath
     quota: t.Quota | None = None
 
 

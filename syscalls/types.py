@@ -35,15 +35,18 @@ Label = Annotated[str, Meta(max_length=64)]
 
 _SNAPSHOT = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,95}\Z"
 _TENANT = r"^[a-z0-9][a-z0-9._-]*\Z"
+_OWNER = r"^[^/]+(/[^/]+)*\Z"
 _KEY = r"^[0-9a-f]{64}\Z"
 SnapshotName = Annotated[str, Meta(pattern=_SNAPSHOT)]
 Tenant = Annotated[str, Meta(max_length=64, pattern=_TENANT)]
+OwnerPath = Annotated[str, Meta(max_length=256, pattern=_OWNER)]
 PublicKey = Annotated[str, Meta(max_length=64, pattern=_KEY)]
 """32 bytes in hexadecimal: what a shell passes on as it is, unlike Z85."""
 
 IN_WORDS = {
     _SNAPSHOT: "a name: letters, digits, `.`, `_`, `-`, at most 96, the first a letter or a digit",
     _TENANT: "a name: small letters, digits, `.`, `_`, `-`, at most 64, the first a letter or a digit",
+    _OWNER: "a tenant, or names below it with a `/` between them, as alice/agent",
     _KEY: "64 hexadecimal digits",
 }
 """What a value has to be, by the pattern that it did not match."""

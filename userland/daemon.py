@@ -48,6 +48,7 @@ def ensure_daemon(
 
 def _started(address: str, label: str, timeout_s: float) -> Client:
     log = addresses.log_file()
+    before = log.stat().st_size if log.exists() else 0
     daemon = _start(address, log)
     until = time.monotonic() + timeout_s
     while time.monotonic() < until:
@@ -55,7 +56,7 @@ def _started(address: str, label: str, timeout_s: float) -> Client:
             return Client(address, label=label, timeout_s=max(1.0, until - time.monotonic()))
         # Two clients may start a daemon at the same moment: one makes way, and both wait for the other.
         if daemon.poll() not in (None, ANOTHER_RUNS):
-            tail = log.read_bytes()[-_TAIL_BYTES:].decode("utf-8", "replace").strip()
+            tail = log.read_bytes()[before:][-_TAIL_BYTES:].decode("utf-8", "replace").strip()
             raise errors.DaemonUnreachable(
                 f"llmasosd exited with status {daemon.returncode} before it answered:\n{tail}",
                 hint=f"its log is {log}",

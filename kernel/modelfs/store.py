@@ -378,7 +378,9 @@ class ModelFS:
 
     @contextlib.contextmanager
     def _lock(self, how: int) -> Iterator[bool]:
-        with (self.folder / "imports.lock").open("ab") as file:
+        path = self.folder / "imports.lock"
+        is_kept = path.exists() and not os.access(path, os.W_OK)  # a copy on a disk that is read-only
+        with path.open("rb" if is_kept else "ab") as file:
             try:
                 fcntl.flock(file, how)
             except BlockingIOError:

@@ -14,8 +14,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from llmasos.kernel import config
-from llmasos.syscalls import table
+from llmasos.kernel import config, main
+from llmasos.kernel.journal import Journal
+from llmasos.kernel.modelfs.store import ModelFS
+from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 
 TINY = {"llmasos_null_blocks": 64, "max_position_embeddings": 512}
@@ -90,6 +92,19 @@ def test_it_stops_also_between_two_kernels(daemons):
     assert daemon.process.wait(5) == 70
 
 
+def test_a_signal_that_came_while_the_kernel_started_does_not_kill_it(daemons):
+    """It is passed on at the moment of readiness."""
+    daemon = daemons('devices=["null"]', slow=SLOW)
+    for _ in range(6):
+        before = daemon.kernel().pid
+        os.kill(before, signal.SIGKILL)
+        until(lambda before=before: any(c.pid != before for c in daemon.children("--kernel")))
+        daemon.process.send_signal(signal.SIGHUP)
+        with daemon.client() as client:
+            until(lambda client=client: "configuration reloaded" in log(client))
+    assert b"kernel ended with -1" not in (daemon.home / "log").read_bytes()
+
+
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
@@ -116,6 +131,29 @@ def test_fsck_tells_of_garbage_which_is_no_problem(tmp_path):
     assert "is clean" in done.stdout
 
 
+def test_fsck_of_a_home_that_is_not_there_is_1_and_makes_none(tmp_path):
+    done = llmasosd(tmp_path / "typo", "--fsck")
+    assert done.returncode == 1
+    assert "there is no folder" in done.stderr
+    assert not (tmp_path / "typo").exists()
+
+
+def test_fsck_of_a_backup_that_cannot_be_written_to(tmp_path, monkeypatch):
+    """As on a disk that is mounted read-only, which root could not have otherwise."""
+    store = ModelFS(tmp_path)
+    store.gc(set())
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    opened = Path.open
+
+    def open_(self, mode="r", *rest, **named):
+        if "a" in mode:
+            raise OSError(30, "Read-only file system", str(self))
+        return opened(self, mode, *rest, **named)
+
+    monkeypatch.setattr(Path, "open", open_)
+    assert store.garbage() == []
+
+
 @pytest.mark.parametrize(
     "setting", ['listen="tcp://192.0.2.1:5570"', 'listen="tcp://127.0.0.1:{port}"', 'socket_group="nobodys"']
 )
@@ -129,6 +167,13 @@ def test_an_address_that_cannot_be_had_is_told_once_and_is_1(tmp_path, setting):
         done = llmasosd(tmp_path, "--check", *words)
         assert done.returncode == 1
         assert done.stdout.count("\nbad") == 1
+
+
+@pytest.mark.parametrize("where", ["ipc://", "ipc://@llmasos"])
+def test_a_socket_without_a_file_is_refused_as_everybody_could_connect(tmp_path, monkeypatch, where):
+    monkeypatch.setattr("llmasos.syscalls.address.socket_address", lambda: where)
+    with pytest.raises(errors.InvalidArgument, match="names no file"):
+        main._endpoint()
 
 
 def test_a_home_that_cannot_be_made_is_1(tmp_path):
@@ -145,8 +190,9 @@ def test_sighup_takes_a_new_configuration_whole_or_not_at_all(daemons, tmp_path)
     daemon = daemons(slow=SLOW, home=_home(tmp_path, 'devices = ["null"]\n'))
     file = daemon.home / "config.toml"
 
-    def reload(text: str, says: str) -> None:
-        file.write_text(text)
+    def reload(text: str | None, says: str) -> None:
+        if text is not None:
+            file.write_text(text)
         daemon.process.send_signal(signal.SIGHUP)
         until(lambda: says in log(client))
 
@@ -159,12 +205,61 @@ def test_sighup_takes_a_new_configuration_whole_or_not_at_all(daemons, tmp_path)
         reload(
             'devices = ["null"]\nmax_processes = "many"\n', "configuration not reloaded, the old one stays: c"
         )
-        reload('devices = ["null"\n', "configuration not reloaded, the old one stays: configuration: ")
+        for text in ('devices = ["null"\n', "\xff", f"quotas = {'[' * 20_000}", "log_lines = 1e9"):
+            file.write_bytes(text.encode("latin-1"))
+            reload(None, "configuration not reloaded, the old one stays: configuration: ")
+        file.unlink()
+        file.mkdir()
+        reload(None, "is no file")
+        file.rmdir()
         with pytest.raises(Exception, match="processes"):
             client.call(table.SpawnModel("slow"))
         reload('devices = ["null"]\n', "max_processes = 4096")
         client.call(table.SpawnModel("slow"))
         assert first.pid in {row.pid for row in client.ps()}, "nothing was restarted"
+
+
+@pytest.mark.parametrize("text", ["nonsense", 'devices = ["null:1"]\n', "max_processes = 9\n"])
+def test_a_kernel_that_is_started_again_has_the_configuration_that_counted(daemons, tmp_path, text):
+    """Whatever the file holds by then: nobody asked for that to be read."""
+    daemon = daemons(slow=SLOW, home=_home(tmp_path, 'devices = ["null"]\n'))
+    file = daemon.home / "config.toml"
+    with daemon.client() as client:
+        file.write_text('devices = ["null"]\nmax_processes = 1\n')
+        daemon.process.send_signal(signal.SIGHUP)
+        until(lambda: "max_processes = 1" in log(client))
+        client.call(table.SpawnModel("slow"))
+        file.write_text(text)
+        before = daemon.kernel().pid
+        os.kill(before, signal.SIGKILL)
+        until(lambda: any(child.pid != before for child in daemon.children("--kernel")))
+        assert [device.name for device in client.call(table.Lsdev()).devices] == ["null"]
+        with pytest.raises(Exception, match="processes"):
+            client.call(table.SpawnModel("slow"))
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"step_ms = 50.0 # \xff", "is no text in TOML"),
+        (b"quotas = " + b"[" * 20_000, "is no text in TOML"),
+        (b'devices = ["abacus"]', "there is no kind 'abacus'"),
+        (b'devices = ["cpu", "cpu"]', "names cpu twice"),
+        (b'devices = ["cpu*1"]', "a group has 2 to 64 devices, not cpu*1"),
+        (b'listen = "tcp://127.0.0.1:99999"', "a port from 1 to 65535"),
+        (b'listen = "tcp://*:0"', "a port from 1 to 65535"),
+        (b"flight_steps = 9223372036854775808", "`flight_steps` has a number that does not fit"),
+        (b"[quotas.alice]\ndisk_bytes = 9223372036854775808", "`quotas` has a number that does not fit"),
+        (b"[quotas.'alice/']\nqueue = 1", "quotas"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_2_and_a_sentence(tmp_path, text, says):
+    (tmp_path / "config.toml").write_bytes(text)
+    done = llmasosd(tmp_path)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert llmasosd(tmp_path, "--check").returncode == 1
 
 
 def test_what_is_live_is_a_setting():
@@ -191,12 +286,11 @@ def test_check_says_what_is_good(tmp_path):
 
 
 def test_check_says_what_is_wrong_and_what_to_do(tmp_path):
-    done = llmasosd(tmp_path, "--check", "--set", 'devices=["cuda:77", "abacus"]')
+    done = llmasosd(tmp_path, "--check", "--set", 'devices=["cpu", "cuda:77"]')
     assert done.returncode == 1
     bad = [line for line in done.stdout.splitlines() if line.startswith("bad")]
-    assert len(bad) == 2
+    assert len(bad) == 1
     assert "/dev/nvidia77; load its driver or change `devices`" in bad[0]
-    assert "use cpu" in bad[1]
     (tmp_path / "config.toml").write_text("step_ms = 'fast'")
     done = llmasosd(tmp_path, "--check")
     assert done.returncode == 1
@@ -206,6 +300,18 @@ def test_check_says_what_is_wrong_and_what_to_do(tmp_path):
     done = llmasosd(tmp_path / "blocked" / "home", "--check")
     assert done.returncode == 1
     assert "cannot be written to" in done.stdout
+
+
+def test_check_sees_a_journal_that_a_start_would_refuse(tmp_path):
+    journal = Journal(tmp_path / "journal", 7)
+    journal.commit({"process 1": b""})
+    journal.close()
+    before = {file: file.read_bytes() for file in (tmp_path / "journal").iterdir()}
+    done = llmasosd(tmp_path, "--check", "--set", 'devices=["null"]')
+    assert done.returncode == 1
+    assert "bad  journal: the journal in" in done.stdout
+    assert {file: file.read_bytes() for file in (tmp_path / "journal").iterdir()} == before
+    assert llmasosd(tmp_path, "--set", 'devices=["null"]').returncode == 65
 
 
 def test_check_sees_a_running_daemon(daemons):

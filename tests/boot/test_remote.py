@@ -66,7 +66,7 @@ def test_a_key_is_its_tenant_and_loses_its_sessions_with_its_rights(daemon, remo
             with pytest.raises(errors.LLMasOSError, match="revoked"):
                 stream.result()
             assert [p.pid for p in admin.ps()] == [mine]
-            with pytest.raises(errors.LLMasOSError):
+            with pytest.raises(errors.PermissionDenied, match="revoked"):
                 alice.call(table.Whoami(), timeout_s=3)
         with pytest.raises(errors.PermissionDenied):
             Client(remote)

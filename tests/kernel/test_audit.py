@@ -87,6 +87,32 @@ def test_the_chain_goes_on_after_a_restart_and_a_torn_write(tmp_path: Path) -> N
     assert chain.unseal(lines[1])[0].facts == {"bytes": "12"}
 
 
+def test_a_log_that_was_moved_away_goes_on_in_a_new_one_that_names_it(tmp_path: Path) -> None:
+    path, rotated = tmp_path / "audit.log", tmp_path / "audit.log.1"
+    audit = Audit(path)
+    audit.before("unlink", "root")
+    path.rename(rotated)
+    audit.before("shutdown", "root")
+    count, head = chain.verify(rotated.read_bytes().splitlines())
+    first, second = (chain.unseal(line)[0] for line in path.read_bytes().splitlines())
+    assert (first.event, first.facts) == ("log replaced", {"records": str(count), "head": head})
+    assert second.event == "shutdown"
+    assert chain.verify(audit.read(0, 4096)[1].splitlines())[0] == 2
+
+
+def test_a_file_put_in_the_log_s_place_is_the_one_that_is_verified(tmp_path: Path) -> None:
+    """As `sed -i` and editors do it."""
+    path = tmp_path / "audit.log"
+    audit = Audit(path)
+    for _ in range(3):
+        audit.before("unlink", "mallory")
+    text = path.read_text()
+    path.unlink()
+    path.write_text(text.replace("mallory", "innocent", 1))
+    with pytest.raises(errors.Corrupt, match="line 1:"):
+        chain.verify(audit.read(0, 4096)[1].splitlines())
+
+
 def drop(lines: list[bytes], dice: random.Random) -> list[bytes]:
     del lines[dice.randrange(len(lines) - 1)]
     return lines

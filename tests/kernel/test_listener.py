@@ -6,11 +6,15 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from socket import create_server
 
 import pytest
 import zmq
-from llmasos.kernel.listener import MOST_MESSAGES, LocalListener, Phase
+from llmasos.kernel.keyring import Keyring
+from llmasos.kernel.listener import MOST_MESSAGES, LocalListener, Phase, RemoteListener
 from llmasos.kernel.tenants import Subject
+from llmasos.syscalls.keys import KeyPair
+from zmq.utils import z85
 
 
 @pytest.fixture
@@ -92,3 +96,18 @@ def test_nobody_is_let_in_until_it_is_open_again(listener: LocalListener) -> Non
     assert listener.phase is Phase.CLOSED
     for one in (socket, late):
         one.close()
+
+
+@pytest.mark.parametrize("host", ["*", "lo", "localhost"])
+def test_an_address_that_libzmq_spells_in_another_way_can_be_shut(tmp_path: Path, host: str) -> None:
+    with create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    public, secret = (z85.decode(key).hex() for key in zmq.curve_keypair())
+    keys = Keyring(tmp_path / "keys")
+    with zmq.Context() as context:
+        made = RemoteListener(context, zmq.Poller(), f"tcp://{host}:{port}", KeyPair(public, secret), keys)
+        assert made.open()
+        assert made.shut() == []
+        assert made.phase is Phase.SHUT
+        made.drop()
+        made._zap.close(0)

@@ -102,6 +102,14 @@ def test_a_quota_is_set_while_the_kernel_runs_and_use_is_told_by_node(world: Wor
     assert world.error(setting, b"\0b") is errors.PermissionDenied
 
 
+@pytest.mark.parametrize("path", ["", "/", "alice/", "/alice", "alice//agent"])
+def test_limits_of_a_path_that_nobody_can_have_are_refused(tmp_path: Path, path: str) -> None:
+    world = World(tmp_path)
+    setting = world.send(table.SetQuota(path, t.Quota(queue=1)))
+    world.flush()
+    assert world.error(setting) is errors.InvalidArgument
+
+
 def test_an_owner_keeps_within_its_blocks_and_still_gets_on(tmp_path: Path) -> None:
     world = World(tmp_path, quotas={"alice": t.Quota(kv_max=8)})
     world.model("tiny")

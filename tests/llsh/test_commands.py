@@ -531,3 +531,5 @@ def test_quotas_are_set_shown_and_taken_away(llsh):
         assert llsh.code == 1
         assert told in llsh.err
     assert llsh.json("quota", "somebody", "none") == []
+    llsh("quota", "somebody", "queue=3")
+    assert llsh.json("quota", "somebody", "queue=") == [], "the last limit was taken away"

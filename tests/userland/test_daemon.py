@@ -24,6 +24,9 @@ def test_a_daemon_that_fails_shows_its_log(folder: Path, monkeypatch: pytest.Mon
     with pytest.raises(errors.DaemonUnreachable, match=r"status 3(.|\n)*no room on the disk") as caught:
         daemon.ensure_daemon(f"ipc://{folder}/none.sock")
     assert "llmasosd.log" in caught.value.hint
+    with pytest.raises(errors.DaemonUnreachable) as again:
+        daemon.ensure_daemon(f"ipc://{folder}/none.sock")
+    assert str(again.value).count("no room") == 1, "what an earlier one wrote is not why this one ended"
 
 
 def test_a_daemon_that_hangs_is_given_up(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,9 +70,10 @@ def _changed(quota: Quota | None, words: list[str]) -> Quota | None:
         else:
             values.pop(name, None)
     try:
-        return msgspec.convert(values, Quota, strict=False)
+        changed = msgspec.convert(values, Quota, strict=False)
     except msgspec.ValidationError as problem:
         raise errors.InvalidArgument(" ".join(refused(problem, Quota))) from None
+    return changed if changed != Quota() else None
 
 
 def _cells(node: QuotaInfo) -> list[str]:
