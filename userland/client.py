@@ -133,11 +133,14 @@ class Stream(Generic[I, R]):
         """The next item, None at the end. Raises the call's error, queue.Empty after the timeout."""
         if self.ended:
             return None
-        _, what, value = self._events.get(timeout=timeout_s)
+        self._connection.check_process()
+        event = self._events.get(timeout=timeout_s)
+        _, what, value = event
         if what == "item":
             if granted := self._window.take():
                 self._connection.grant(self._ticket, granted)
             return cast(I, value)
+        self._events.put(event)  # another thread may read this stream, or close it
         if what == "done":
             self._reply = value
             return None

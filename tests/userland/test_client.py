@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -134,6 +137,54 @@ def test_many_threads_share_a_client(client: Client) -> None:
     for thread in threads:
         thread.join()
     assert results == {n: list(range(n))[::-1] for n in range(20, 36)}
+
+
+def test_a_stream_that_another_thread_reads_can_be_closed(client: Client, kernel: Any) -> None:
+    kernel.endless = {"tiny:latest"}
+    stream = client.stream(infer(3))
+    reader = threading.Thread(target=lambda: list(stream), daemon=True)
+    closer = threading.Thread(target=stream.close, daemon=True)
+    others = [threading.Thread(target=lambda: list(stream), daemon=True) for _ in range(3)]
+    threads = [reader, *others, closer]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in threads)
+    assert stream.reply.finish is t.Finish.CANCELLED
+
+
+def test_a_fork_is_told_to_connect_itself(client: Client, kernel: Any) -> None:
+    kernel.endless = {"tiny:latest"}
+    stream = client.stream(infer(3))
+    next(stream)
+    forks = multiprocessing.get_context("fork")
+    told: Any = forks.SimpleQueue()
+
+    def use() -> None:
+        for read in (client.ps, lambda: list(stream)):
+            try:
+                read()
+            except errors.ConnectionLost as lost:
+                told.put(str(lost))
+        stream.close()
+        client.close()
+
+    child = forks.Process(target=use)
+    child.start()
+    child.join(5)
+    if child.exitcode is None:
+        child.kill()
+    assert child.exitcode == 0
+    assert f"belongs to process {os.getpid()}" in told.get()
+    assert f"belongs to process {os.getpid()}" in told.get()
+    assert kernel.cancelled == []
+    assert len(client.ps()) == 1
+
+
+def test_a_client_is_not_pickled(client: Client) -> None:
+    with pytest.raises(TypeError, match="make a Client, or an LLM"):
+        pickle.dumps(client)
 
 
 def test_a_restarted_kernel_is_noticed_and_found_again(client: Client, kernel: Any) -> None:
