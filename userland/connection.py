@@ -95,7 +95,8 @@ class Connection:
     """A connection to the kernel at `address` (a ZeroMQ endpoint) that mends itself.
 
     `greeted` resolves with the first `hello`, or fails with DaemonUnreachable, PermissionDenied (the daemon
-    does not know our key) or VersionMismatch. Raises NoSuchFile, NoSuchKey without the keys that tcp needs.
+    does not know our key) or VersionMismatch. Raises InvalidArgument for what is no address, NoSuchFile,
+    NoSuchKey without the keys that tcp needs.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Connection:
         rights: t.Rights | None = None,
     ) -> None:
         self.address = address or addresses.socket_address()
+        addresses.check(self.address)
         self._credentials = keys.credentials(self.address)
         self.timeout_s = timeout_s
         self.greeted: concurrent.futures.Future[table.HelloReply] = concurrent.futures.Future()

@@ -15,6 +15,7 @@ import pytest
 from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 from llmasos.userland.client import Client
+from llmasos.userland.daemon import ensure_daemon
 
 
 @pytest.fixture
@@ -40,6 +41,17 @@ def test_nobody_there_says_how_to_start_it(folder: Path) -> None:
         Client(f"ipc://{folder}/none.sock")
     assert caught.value.hint == "start it with: llmasosd"
     assert time.monotonic() - started < 2  # without a socket there is nothing to wait for
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["run/kernel.sock", "http://localhost:8000", "tcp://localhost", "ipc://", f"ipc://{'x' * 108}", 5],
+)
+def test_what_is_no_address_is_refused(address: Any) -> None:
+    for connect in (Client, ensure_daemon):
+        with pytest.raises(errors.InvalidArgument, match="ipc://PATH"):
+            connect(address)
+    assert not [one for one in threading.enumerate() if one.name == "llmasos-connection"]
 
 
 def test_a_kernel_that_does_not_answer_is_given_up(kernel: Any) -> None:
