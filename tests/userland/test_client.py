@@ -107,6 +107,13 @@ def test_closing_early_cancels_and_is_confirmed(client: Client, kernel: Any) -> 
     assert kernel.streams == {}
 
 
+def test_a_stream_is_read_though_nobody_holds_its_client(kernel: Any) -> None:
+    streams = Client(kernel.address).stream(infer(300), window=8), Client(kernel.address).gather([infer(300)])
+    assert [len(list(stream)) for stream in streams] == [300, 300]
+    del streams
+    until(lambda: not [one for one in threading.enumerate() if one.name == "llmasos-connection"])
+
+
 def test_a_dropped_stream_is_cancelled(client: Client, kernel: Any) -> None:
     next(client.stream(infer(300), window=4))
     until(lambda: not kernel.streams)
