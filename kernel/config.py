@@ -13,6 +13,7 @@ from typing import Annotated
 import msgspec
 from llmasos.syscalls.errors import InvalidArgument
 from llmasos.syscalls.types import Capability, Quota
+from llmasos.syscalls.wire import MAX_REQUESTS
 from msgspec import Meta
 
 Count = Annotated[int, Meta(ge=0)]
@@ -89,7 +90,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     endless parts takes memory without bound, and the peer that sends it cannot be told from others."""
 
     max_sessions: Limit = 1024
-    max_requests: Limit = 1024
+    max_requests: Limit = MAX_REQUESTS
     """Open requests of one session."""
 
     max_processes: Limit = 4096

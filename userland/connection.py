@@ -28,7 +28,7 @@ from llmasos.syscalls import types as t
 from zmq.utils.monitor import parse_monitor_message
 
 from . import keys
-from .session import Broken, Event, Failed, Greeted, Item, Phase, Refused, Replied, Session
+from .session import Broken, Event, Failed, Forgotten, Greeted, Item, Phase, Refused, Replied, Session
 
 CONNECT_TIMEOUT_S = 5.0
 RETRY_S = 0.05
@@ -368,6 +368,9 @@ class Connection:
                 case Refused(error):
                     self._drop_socket()
                     self._dispatch(self._refuse(error))
+                case Forgotten():
+                    self._drop_socket()
+                    self._dispatch(self._session.offline())
                 case Broken(error):
                     self._drop_socket()
                     self._dispatch(self._session.broken(error.message))
