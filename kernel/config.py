@@ -15,6 +15,7 @@ import msgspec
 from llmasos.drivers.base import MOST_RANKS
 from llmasos.syscalls.errors import InvalidArgument
 from llmasos.syscalls.types import Capability, OwnerPath, Quota
+from llmasos.syscalls.wire import MAX_REQUESTS
 from msgspec import Meta
 
 Count = Annotated[int, Meta(ge=0)]
@@ -95,7 +96,7 @@ class Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     endless parts takes memory without bound, and the peer that sends it cannot be told from others."""
 
     max_sessions: Limit = 1024
-    max_requests: Limit = 1024
+    max_requests: Limit = MAX_REQUESTS
     """Open requests of one session."""
 
     max_processes: Limit = 4096

@@ -7,7 +7,10 @@ LLMASOS_SOCKET (the daemon's address, a ZeroMQ endpoint). Without them the XDG f
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
+
+from . import errors
 
 HOME_VARIABLE = "LLMASOS_HOME"
 SOCKET_VARIABLE = "LLMASOS_SOCKET"
@@ -44,6 +47,19 @@ def runtime_folder() -> Path:
 def socket_address() -> str:
     """ZeroMQ endpoint of the daemon: $LLMASOS_SOCKET or ipc:// in the runtime folder."""
     return os.environ.get(SOCKET_VARIABLE) or f"ipc://{runtime_folder() / 'kernel.sock'}"
+
+
+def check(address: str) -> None:
+    """Raises InvalidArgument for what cannot be the address of a daemon."""
+    path = address.removeprefix("ipc://") if isinstance(address, str) else ""
+    local = path != address and 0 < len(os.fsencode(path)) <= LONGEST_SOCKET_PATH
+    if not local and not re.fullmatch(r"tcp://\S+:[0-9]+", str(address)):
+        raise errors.InvalidArgument(
+            f"{address!r} is no address of a daemon",
+            hint=f"ipc://PATH, of at most {LONGEST_SOCKET_PATH} bytes, or tcp://HOST:PORT; if none is given, "
+            f"${SOCKET_VARIABLE} or one in ${HOME_VARIABLE}",
+            field="address",
+        )
 
 
 def keys_folder() -> Path:

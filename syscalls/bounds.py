@@ -3,11 +3,14 @@ want to know what would be right."""
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
 
 from .types import IN_WORDS
+
+_LISTED = re.compile(r"\^\(([\w|]+)\)\$")
 
 
 def refused(problem: msgspec.ValidationError, kind: type) -> tuple[str, str]:
@@ -47,6 +50,8 @@ def _wanted(kind: msgspec.inspect.Type | None) -> str:
     match kind:
         case msgspec.inspect.EnumType():
             return f"one of {', '.join(str(one.value) for one in kind.cls)}"
+        case msgspec.inspect.StrType(pattern=str(pattern)) if listed := _LISTED.fullmatch(pattern):
+            return f"one of {', '.join(word for word in listed[1].split('|') if word)}"
         case msgspec.inspect.BoolType():
             return "true or false"
         case msgspec.inspect.IntType() | msgspec.inspect.FloatType():

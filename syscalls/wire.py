@@ -31,6 +31,7 @@ MAX_CONTROL = 64 * 1024
 MAX_PAYLOAD = 1024 * 1024
 MAX_REPLY = 16 * 1024 * 1024  # control frames from the kernel, which the client trusts more
 MAX_CREDITS = 4096
+MAX_REQUESTS = 1024  # open ones of a connection, unless the kernel is told otherwise
 MAX_ID = 2**53
 
 # Of a control frame: no legitimate argument has more items than this.

@@ -111,6 +111,8 @@ class Agent:
         max_steps: int = 3,
         on_step: Callable[[Step], None] = lambda step: None,
     ) -> None:
+        if not all(isinstance(one, Tool) for one in tools):
+            raise errors.InvalidArgument("a tool is a function with @tool(example=…) above it", field="tools")
         names = [one.name for one in tools]
         if not tools or len({*names, ANSWER}) != len(names) + 1:
             raise errors.InvalidArgument(
@@ -121,7 +123,11 @@ class Agent:
         self._max_steps = max_steps
         self._on_step = on_step
         self._base = llm.process(_instructions(system, tools))
-        self._prior = self._blank_scores()
+        try:
+            self._prior = self._blank_scores()
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, question: str) -> str:
         """The answer to a question, after at most `max_steps` uses of tools."""
@@ -184,8 +190,13 @@ class Agent:
             for child, ids in zip(children, tokens, strict=True)
         ]
         sums = [0.0] * len(candidates)
-        for index, event in self._llm.client.gather(calls):
-            sums[index] += sum(chosen.logprob for chosen in event.prompt_logprobs)
+        try:
+            for index, event in self._llm.client.gather(calls):
+                sums[index] += sum(chosen.logprob for chosen in event.prompt_logprobs)
+        except BaseException:
+            for child in children:
+                child.close()
+            raise
         for child in children:
             child.wait()
         pids = {name: child.pid for name, child in zip(candidates, children, strict=True)}

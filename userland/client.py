@@ -74,11 +74,14 @@ class Stream(Generic[I, R]):
     """The items of one call, in order; `reply` is there when they have ended.
 
     A reader that stops reading lets only this stream wait. Leaving the `with` block or dropping the object
-    early cancels the call in the kernel.
+    early cancels the call in the kernel. It keeps `client`, which else ends when nobody holds it.
     """
 
-    def __init__(self, connection: Connection, call: table.Call, window: int) -> None:
+    def __init__(
+        self, connection: Connection, call: table.Call, window: int, client: Client | None = None
+    ) -> None:
         self._connection = connection
+        self._client = client
         self._events: queue.SimpleQueue[tuple[int, str, Any]] = queue.SimpleQueue()
         self._window = Window(window)
         self._reply: R | None = None
@@ -133,11 +136,14 @@ class Stream(Generic[I, R]):
         """The next item, None at the end. Raises the call's error, queue.Empty after the timeout."""
         if self.ended:
             return None
-        _, what, value = self._events.get(timeout=timeout_s)
+        self._connection.check_process()
+        event = self._events.get(timeout=timeout_s)
+        _, what, value = event
         if what == "item":
             if granted := self._window.take():
                 self._connection.grant(self._ticket, granted)
             return cast(I, value)
+        self._events.put(event)  # another thread may read this stream, or close it
         if what == "done":
             self._reply = value
             return None
@@ -160,11 +166,15 @@ class Stream(Generic[I, R]):
 class Gather(Generic[I, R]):
     """Several streams read as one: yields (index of the call, item) in order of arrival.
 
-    `replies[i]` is the final answer of call i. The first error cancels the rest and is raised.
+    `replies[i]` is the final answer of call i. The first error cancels the rest and is raised. It keeps
+    `client`, as a Stream does.
     """
 
-    def __init__(self, connection: Connection, calls: Sequence[table.Call], window: int) -> None:
+    def __init__(
+        self, connection: Connection, calls: Sequence[table.Call], window: int, client: Client | None = None
+    ) -> None:
         self._connection = connection
+        self._client = client
         self._events: queue.SimpleQueue[tuple[int, str, Any]] = queue.SimpleQueue()
         self._windows = [Window(window) for _ in calls]
         self.replies: list[R | None] = [None] * len(calls)
@@ -270,11 +280,11 @@ class Client:
 
     def stream(self, call: Streams[I, R], *, window: int = ITEM_WINDOW) -> Stream[I, R]:
         """Starts a syscall that streams. At most `window` items are under way ahead of the reader."""
-        return Stream(self.connection, cast(table.Call, call), window)
+        return Stream(self.connection, cast(table.Call, call), window, self)
 
     def gather(self, calls: Sequence[Streams[I, R]], *, window: int = ITEM_WINDOW) -> Gather[I, R]:
         """Starts several syscalls that stream and reads them together."""
-        return Gather(self.connection, cast(Sequence[table.Call], calls), window)
+        return Gather(self.connection, cast(Sequence[table.Call], calls), window, self)
 
     def ps(self) -> list[t.ProcessInfo]:
         """All processes the caller may see, by pid."""

@@ -18,7 +18,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import msgspec
 import zmq
@@ -28,7 +28,7 @@ from llmasos.syscalls import types as t
 from zmq.utils.monitor import parse_monitor_message
 
 from . import keys
-from .session import Broken, Event, Failed, Greeted, Item, Phase, Refused, Replied, Session
+from .session import Broken, Event, Failed, Forgotten, Greeted, Item, Phase, Refused, Replied, Session
 
 CONNECT_TIMEOUT_S = 5.0
 RETRY_S = 0.05
@@ -95,7 +95,8 @@ class Connection:
     """A connection to the kernel at `address` (a ZeroMQ endpoint) that mends itself.
 
     `greeted` resolves with the first `hello`, or fails with DaemonUnreachable, PermissionDenied (the daemon
-    does not know our key) or VersionMismatch. Raises NoSuchFile, NoSuchKey without the keys that tcp needs.
+    does not know our key) or VersionMismatch. Raises InvalidArgument for what is no address, NoSuchFile,
+    NoSuchKey without the keys that tcp needs.
     """
 
     def __init__(
@@ -107,6 +108,7 @@ class Connection:
         rights: t.Rights | None = None,
     ) -> None:
         self.address = address or addresses.socket_address()
+        addresses.check(self.address)
         self._credentials = keys.credentials(self.address)
         self.timeout_s = timeout_s
         self.greeted: concurrent.futures.Future[table.HelloReply] = concurrent.futures.Future()
@@ -118,6 +120,7 @@ class Connection:
         os.set_blocking(self._write_end, False)
         self._closing = threading.Lock()
         self._closed = False
+        self._pid = os.getpid()
         self._context = zmq.Context()
         self._poller = zmq.Poller()
         self._poller.register(self._read_end, zmq.POLLIN)
@@ -152,14 +155,14 @@ class Connection:
         self._command(_Grant(ticket, n))
 
     def cancel(self, ticket: Ticket) -> None:
-        """Asks the kernel to end a call. Does nothing after `close`; safe in a destructor."""
-        if not self._closed:
+        """Asks the kernel to end a call. Does nothing after `close` or fork; safe in a destructor."""
+        if not self._closed and self._pid == os.getpid():
             self._command(_Cancel(ticket))
 
     def close(self) -> None:
         """Ends the connection; calls under way fail with ConnectionLost."""
         with self._closing:
-            if self._closed:
+            if self._closed or self._pid != os.getpid():
                 return
             self._commands.append(_Stop())
             self._wake()
@@ -167,7 +170,23 @@ class Connection:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
+    def check_process(self) -> None:
+        """Raises ConnectionLost in a fork of the process that connected: the thread did not come along, so
+        whoever waits here would wait for ever."""
+        if self._pid != os.getpid():
+            raise errors.ConnectionLost(
+                f"this connection belongs to process {self._pid}, of which this is a fork",
+                hint="connect in the child: make the Client, or the LLM, there",
+            )
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a connection to the kernel cannot be pickled or copied: make a Client, or an LLM with "
+            "from_pretrained, where it is needed"
+        )
+
     def _command(self, command: Ticket | _Grant | _Cancel) -> None:
+        self.check_process()
         if self._closed:
             raise errors.ConnectionLost("the client is closed")
         self._commands.append(command)
@@ -349,6 +368,9 @@ class Connection:
                 case Refused(error):
                     self._drop_socket()
                     self._dispatch(self._refuse(error))
+                case Forgotten():
+                    self._drop_socket()
+                    self._dispatch(self._session.offline())
                 case Broken(error):
                     self._drop_socket()
                     self._dispatch(self._session.broken(error.message))

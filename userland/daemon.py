@@ -41,6 +41,7 @@ def ensure_daemon(
     Raises DaemonUnreachable, with the end of the log when the daemon exits before it answers.
     """
     where = address or addresses.socket_address()
+    addresses.check(where)
     if is_listening(where):
         return Client(where, label=label)
     return _started(where, label, timeout_s)
@@ -62,6 +63,11 @@ def _started(address: str, label: str, timeout_s: float) -> Client:
                 hint=f"its log is {log}",
             )
         time.sleep(0.02)
+    if daemon.poll() == ANOTHER_RUNS:
+        raise errors.DaemonUnreachable(
+            f"the llmasosd of {addresses.home_folder()} runs, but does not listen at {address}",
+            hint=f"leave the address out, or set {addresses.HOME_VARIABLE} for a daemon of its own",
+        )
     raise errors.DaemonUnreachable(
         f"llmasosd was started but did not answer in {timeout_s:g} s", hint=f"its log is {log}"
     )

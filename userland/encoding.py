@@ -6,7 +6,7 @@ the other. What is too long is an error, or is cut where somebody asks for that:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llmasos.syscalls import errors, table
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float32]
 
-Texts = Sequence[str | tuple[str, str]]
+Texts = str | Sequence[str | tuple[str, str]]
 
 CALL_TEXTS = 256
 CALL_TOKENS = 1 << 16
@@ -31,8 +31,14 @@ CALL_TOKENS = 1 << 16
 
 def framed(tokenizer: Tokenizer, texts: Texts, context_length: int, truncate: bool) -> list[Framed]:
     """Texts as the model wants them. Raises ContextOverflow for what is too long unless it is to be cut at
-    its end, InvalidArgument where nothing is left of a text."""
-    found = tokenizer.frame(texts, context_length if truncate else None)
+    its end, InvalidArgument for what is neither a text nor a pair, and where nothing is left of a text."""
+    if not isinstance(texts, Iterable) or isinstance(texts, bytes):
+        raise errors.InvalidArgument(f"texts are a list, not {type(texts).__name__}", field="texts")
+    listed = [texts] if isinstance(texts, str) else list(texts)
+    for index, text in enumerate(listed):
+        if isinstance(text, tuple | list) and len(text) != 2:
+            raise errors.InvalidArgument(f"text {index} is no pair: it has {len(text)} parts", field="texts")
+    found = tokenizer.frame(listed, context_length if truncate else None)
     for index, one in enumerate(found):
         if not one.ids:
             raise errors.InvalidArgument(f"text {index} is empty", field="texts")

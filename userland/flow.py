@@ -50,13 +50,21 @@ Flow = Generator[Do | Run, Any, Result]
 
 
 def reap(pids: Sequence[int]) -> Flow[None]:
-    """Kills and reaps processes, whatever state they are in."""
+    """Kills and reaps processes, whatever state they are in. Only what was killed is waited for: nothing else
+    is sure to end."""
     for pid in pids:
-        for call in (table.Kill(pid, t.Signal.KILL), table.Wait(pid)):
-            try:
-                yield Do(call)
-            except errors.LLMasOSError:
-                pass  # it has ended, or the session did and took it along
+        try:
+            yield Do(table.Kill(pid, t.Signal.KILL))
+        except errors.ProcessEnded:
+            pass  # a zombie, still to be reaped
+        except errors.Unavailable:
+            return  # no kernel is there; the rest goes with the session
+        except errors.LLMasOSError:
+            continue  # it has ended, or the session did and took it along
+        try:
+            yield Do(table.Wait(pid))
+        except errors.LLMasOSError:
+            pass
 
 
 def drive(client: Client, flow: Flow[Result]) -> Result:

@@ -9,8 +9,9 @@ stops at 20 tokens with the prompt, which surprises everyone).
 from __future__ import annotations
 
 import difflib
+import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, TypeVar
 
@@ -34,7 +35,12 @@ class Options(TypedDict, total=False):
     """Tokens of prompt and answer together."""
     max_new_tokens: int | None
     """Tokens of the answer; wins over max_length."""
+    min_length: int | None
+    """Tokens of prompt and answer together before which no stop token ends the answer."""
     min_new_tokens: int | None
+    """Tokens of the answer before which none does; wins over min_length."""
+    eos_token_id: int | Sequence[int] | None
+    """Stop tokens, instead of the model's own."""
     num_beams: int | None
     """Above 1: beam search."""
     do_sample: bool | None
@@ -68,7 +74,8 @@ class Options(TypedDict, total=False):
 
 # Hugging Face's defaults; `logprobs`, `seed` and the lengths have none.
 _DEFAULTS: dict[str, Any] = {
-    "min_new_tokens": 0,
+    "min_length": 0,
+    "min_new_tokens": None,
     "num_beams": 1,
     "do_sample": False,
     "temperature": 1.0,
@@ -88,12 +95,23 @@ _ELSEWHERE = {
     "inputs": "prompt",
     "stop_sequences": "stop",
     "max_tokens": "max_new_tokens",
+    "n": "num_return_sequences",
+    "stop_token_ids": "eos_token_id",
     "regex": "structured_outputs={'regex': …}",
     "choice": "structured_outputs={'choice': […]}",
     "grammar": "structured_outputs={'grammar': …}",
     "json_schema": "structured_outputs={'json': …}",
     "schema": "structured_outputs={'json': …}",
     "json": "structured_outputs={'json': …}",
+}
+# What Hugging Face has and nobody needs here.
+_UNNEEDED = {
+    "pad_token_id": "nothing is padded, leave it out",
+    "attention_mask": "nothing is padded, leave it out",
+    "use_cache": "it always is, leave it out",
+    "streamer": "stream() yields the text as it comes",
+    "return_dict_in_generate": "the result has tokens, finish and, with logprobs=0, scores",
+    "output_scores": "logprobs=0 gives the scores of the tokens",
 }
 _ONLY_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 _ONLY_BEAMS = ("length_penalty", "early_stopping")
@@ -136,6 +154,7 @@ def check_names(options: Mapping[str, Any], caller: str) -> None:
             near = [_ELSEWHERE[name]] if name in _ELSEWHERE else []
             near = near or difflib.get_close_matches(name, Options.__annotations__, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f": {_UNNEEDED[name]}" if name in _UNNEEDED else hint
             raise TypeError(f"{caller}() has no option {name!r}{hint}")
 
 
@@ -145,6 +164,9 @@ def plan(options: Options, model: Model, *, prompt_tokens: int, results: int = 1
     Raises InvalidArgument naming the option, ContextOverflow when the prompt fills the context.
     """
     given = {name: value for name, value in options.items() if value is not None}
+    for name in ("do_sample", "return_full_text"):
+        if given.get(name, True) not in (True, False):
+            raise _invalid(name, f"must be True or False, not {given[name]!r}")
     chosen = (
         _DEFAULTS | {k: v for k, v in model.generation.items() if k in _DEFAULTS and v is not None} | given
     )
@@ -154,7 +176,7 @@ def plan(options: Options, model: Model, *, prompt_tokens: int, results: int = 1
     _warn_unused(given, chosen)
     return Plan(
         max_tokens=_max_tokens(given, model, prompt_tokens),
-        sampling=_sampling(chosen, model.eos_ids, _grammar(options)),
+        sampling=_sampling(chosen, _stop_ids(given, model), prompt_tokens, _grammar(options)),
         beams=beams,
         samples=results if beams is None else 1,
         stop=_stops(options.get("stop")),
@@ -165,14 +187,14 @@ def plan(options: Options, model: Model, *, prompt_tokens: int, results: int = 1
 def _deadline_ms(max_time: float | None) -> int | None:
     if max_time is None:
         return None
-    if not 0 < max_time < 2**31 / 1000:
+    if not isinstance(max_time, int | float) or not 0 < max_time < 2**31 / 1000:
         raise _invalid("max_time", "must be seconds, above 0 and below 2147483 (24 days)")
     return max(1, round(1000 * max_time))
 
 
 def _beams(chosen: Mapping[str, Any], results: int) -> t.Beams | None:
-    if results < 1:
-        raise _invalid("num_return_sequences", "must be at least 1")
+    if not isinstance(results, int) or results < 1:
+        raise _invalid("num_return_sequences", f"must be a whole number, at least 1, not {results!r}")
     if (num_beams := chosen["num_beams"]) == 1:
         if results > 1 and not chosen["do_sample"]:
             raise _invalid(
@@ -188,7 +210,7 @@ def _beams(chosen: Mapping[str, Any], results: int) -> t.Beams | None:
         t.Beams,
         num_beams=num_beams,
         num_return_sequences=results,
-        length_penalty=float(chosen["length_penalty"]),
+        length_penalty=chosen["length_penalty"],
         early_stopping=str(stopping).lower() if isinstance(stopping, bool) else stopping,
     )
     if results > num_beams:
@@ -200,25 +222,32 @@ def _grammar(options: Options) -> t.Grammar | None:
     return grammar_of(options.get("response_format"), options.get("structured_outputs"))
 
 
-def _sampling(chosen: Mapping[str, Any], eos_ids: Sequence[int], grammar: t.Grammar | None) -> t.Sampling:
+def _stop_ids(given: Mapping[str, Any], model: Model) -> list[int]:
+    ids = given.get("eos_token_id", model.eos_ids)
+    ids = [ids] if isinstance(ids, int) else ids
+    if not isinstance(ids, Collection) or not all(isinstance(id_, int) and 0 <= id_ < 2**31 for id_ in ids):
+        raise _invalid("eos_token_id", f"must be a token's id, or a list of some, not {ids!r}")
+    return list(ids)
+
+
+def _sampling(
+    chosen: Mapping[str, Any], stop_ids: list[int], prompt_tokens: int, grammar: t.Grammar | None
+) -> t.Sampling:
     noise: dict[str, Any] = {}
     if chosen["do_sample"]:
         if chosen["temperature"] == 0:
             raise _invalid("temperature", "must be above 0 to sample", "do_sample=False takes the likeliest")
         noise = {name: chosen[name] for name in _ONLY_SAMPLING}
-    same = (
-        "repetition_penalty",
-        "presence_penalty",
-        "frequency_penalty",
-        "no_repeat_ngram_size",
-        "min_new_tokens",
-    )
+    same = ("repetition_penalty", "presence_penalty", "frequency_penalty", "no_repeat_ngram_size")
+    if (least := chosen["min_new_tokens"]) is None:
+        least = max(0, _natural("min_length", chosen["min_length"]) - prompt_tokens)
     return _checked(
         t.Sampling,
         **noise,
         **{name: chosen[name] for name in same},
+        min_new_tokens=least,
         seed=chosen.get("seed"),
-        stop_token_ids=list(eos_ids),
+        stop_token_ids=stop_ids,
         logprobs=chosen.get("logprobs"),
         grammar=grammar,
     )
@@ -230,7 +259,7 @@ def _max_tokens(given: Mapping[str, Any], model: Model, prompt_tokens: int) -> i
         raise too_long(prompt_tokens, model.context_length)
     if (new := given.get("max_new_tokens")) is not None:
         if "max_length" in given:
-            warnings.warn("both max_new_tokens and max_length are given: max_new_tokens wins", stacklevel=2)
+            _warn("both max_new_tokens and max_length are given: max_new_tokens wins")
         return _natural("max_new_tokens", new)
     if (length := given.get("max_length")) is not None:
         if _natural("max_length", length) <= prompt_tokens:
@@ -250,17 +279,25 @@ def _max_tokens(given: Mapping[str, Any], model: Model, prompt_tokens: int) -> i
 def _warn_unused(given: Mapping[str, Any], chosen: Mapping[str, Any]) -> None:
     unused = [name for name in _ONLY_SAMPLING if name in given and not chosen["do_sample"]]
     if unused:
-        warnings.warn(f"{', '.join(unused)}: no effect without do_sample=True", stacklevel=2)
+        _warn(f"{', '.join(unused)}: no effect without do_sample=True")
     unused = [name for name in _ONLY_BEAMS if name in given and chosen["num_beams"] == 1]
     if unused:
-        warnings.warn(f"{', '.join(unused)}: no effect without num_beams", stacklevel=2)
+        _warn(f"{', '.join(unused)}: no effect without num_beams")
+
+
+def _warn(words: str) -> None:
+    """Of the line that called this package."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("llmasos."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(words, stacklevel=level)
 
 
 def _stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
-    stops = () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
-    if not all(isinstance(one, str) and one for one in stops):
-        raise _invalid("stop", "must be strings that are not empty")
-    return stops
+    stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
+    if not isinstance(stops, Collection) or not all(isinstance(one, str) and one for one in stops):
+        raise _invalid("stop", f"must be a string, or a list of some, none of them empty, not {stop!r:.100}")
+    return tuple(stops)
 
 
 def _natural(name: str, value: Any) -> int:

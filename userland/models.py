@@ -1,8 +1,8 @@
 """Names of models, and making sure that a model is in the model filesystem before it is used.
 
 A name is one of the catalogue ("smollm2"), an adapter of such a model ("smollm2+mine"), a Hugging Face
-repository ("owner/name"), or a local folder or .gguf file, which is imported under a name that changes when
-the files do.
+repository ("owner/name", or its address), or a local folder or .gguf file, which is imported under a name
+that changes when the files do.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColum
 from rich.progress import TransferSpeedColumn as SpeedColumn
 
 from .client import Client
+
+# A repository as sources are written, or as a browser shows it.
+_HUB = re.compile(r"(?:hf:|https://huggingface\.co/)([^/:@]+/[^/:@]+)(?:@([^/:@]+))?/?")
 
 # The ends of class names in config.json's `architectures`. What ends in Model has no head, but for GPT-2's.
 _ENCODERS = (
@@ -58,6 +61,8 @@ class Reference:
 def reference(name_or_path: str | os.PathLike[str]) -> Reference:
     """What a user means by a name or a path. Raises NoSuchFile for a path that does not exist."""
     text = os.fspath(name_or_path)
+    if isinstance(text, str) and text.startswith("file:"):
+        return _local(Path(text.removeprefix("file:")).expanduser().absolute())
     if isinstance(name_or_path, os.PathLike) or _looks_local(text):
         return _local(Path(text).expanduser().absolute())
     return remote(text)
@@ -65,6 +70,8 @@ def reference(name_or_path: str | os.PathLike[str]) -> Reference:
 
 def remote(text: str) -> Reference:
     """What somebody means by a name who is elsewhere: it is never taken for a path of this machine."""
+    if copied := _HUB.fullmatch(text):
+        text = ":".join(filter(None, copied.groups()))
     full = full_name(text)
     name, _, tag = full.partition(":")
     if "/" not in name or "+" in tag:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from llmasos.syscalls import errors, table
@@ -94,8 +94,9 @@ class Decision:
 
 def check_choices(choices: Sequence[str]) -> None:
     """Raises InvalidArgument."""
-    if not 1 <= len(choices) <= MOST_CHOICES or isinstance(choices, str):
-        raise errors.InvalidArgument(f"1 to {MOST_CHOICES} choices, in a list", field="choices")
+    listed = isinstance(choices, Collection) and all(isinstance(one, str) for one in choices)
+    if not listed or isinstance(choices, str) or not 1 <= len(choices) <= MOST_CHOICES:
+        raise errors.InvalidArgument(f"choices are 1 to {MOST_CHOICES} strings, in a list", field="choices")
     if not all(choices) or len(set(choices)) < len(choices):
         raise errors.InvalidArgument("no choice may be empty, or there twice", field="choices")
 
@@ -107,7 +108,11 @@ def trial(
     `most`. Raises ContextOverflow, InvalidArgument."""
     at = min(_shared(prompt, whole) for whole in wholes)
     if at + len(head) == 0:
-        raise errors.InvalidArgument("there is no prompt to score behind", field="prompt")
+        raise errors.InvalidArgument(
+            "no token of the prompt is left to score behind",
+            hint="prompt and choices are one text: a space between them keeps the prompt's tokens",
+            field="prompt",
+        )
     if any(len(whole) == at for whole in wholes):
         raise errors.InvalidArgument("a choice has no tokens of its own", field="choices")
     check_length(len(head) + max(map(len, wholes)), most)

@@ -4,6 +4,7 @@ States: OFFLINE --online()--> GREETING --hello's reply--> OPEN, and back to OFFL
 A request waits until OPEN, is sent, and ends with exactly one Replied or Failed. When the connection
 breaks, what has been sent waits and is sent again under its id: the kernel knows the session by its token and
 answers what it has done already as it did; an infer brings the tokens that arrived and goes on behind them.
+No more work is asked for at once than the kernel takes of a connection.
 Sequence numbers of stream items are checked, so an item is never lost or repeated unseen.
 
 Never touches a socket, a clock or a thread: `connection.py` does.
@@ -11,6 +12,7 @@ Never touches a socket, a clock or a thread: `connection.py` does.
 
 from __future__ import annotations
 
+import collections
 import enum
 import itertools
 from array import array
@@ -23,6 +25,9 @@ from llmasos.syscalls.types import Wire
 
 ITEM_WINDOW = 64
 """Stream items that may be under way before their reader has taken any."""
+MOST_WORK = wire.MAX_REQUESTS - 64
+"""Calls that devices work on and that the kernel is asked at once; further ones wait here for an answer. The
+rest of its requests is for calls like `kill`, which must not wait for work."""
 
 
 class Phase(enum.Enum):
@@ -54,6 +59,11 @@ class Broken:
 
 
 @dataclass(frozen=True, slots=True)
+class Forgotten:
+    """The kernel does not know this connection any more; over another one everything goes on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Item:
     id: int
     item: Wire
@@ -71,7 +81,7 @@ class Failed:
     error: errors.LLMasOSError
 
 
-Event = Greeted | Refused | Broken | Item | Replied | Failed
+Event = Greeted | Refused | Broken | Forgotten | Item | Replied | Failed
 
 
 @dataclass(slots=True)
@@ -89,6 +99,10 @@ class _Pending:
     seen: array[int] = field(default_factory=lambda: array("I"))
     scored: int = 0
     line: int = 0
+
+    @property
+    def is_work(self) -> bool:
+        return isinstance(self.call, table.Infer | table.Encode)
 
     def take(self, item: Wire) -> None:
         self.next_seq += 1
@@ -145,6 +159,8 @@ class Session:
     _hello_id: int = 0
     _pending: dict[int, _Pending] = field(default_factory=dict)
     _out: list[list[bytes]] = field(default_factory=list)
+    _working: set[int] = field(default_factory=set)
+    _held: collections.deque[int] = field(default_factory=collections.deque)
 
     @property
     def waiting(self) -> bool:
@@ -164,10 +180,32 @@ class Session:
         except (TypeError, ValueError) as problem:
             raise errors.InvalidArgument(f"{call.name}: {problem}") from None
         pending = self._pending[id_] = _Pending(call, window)
-        if self.phase is Phase.OPEN:
+        if self.phase is Phase.OPEN and self._has_room(id_, pending):
             pending.asked, pending.sent = pending.asked + 1, True
             self._out.append(frames)
         return id_
+
+    def _has_room(self, id_: int, pending: _Pending) -> bool:
+        """Whether a call may be sent now; else it is held until an answer makes room."""
+        if not pending.is_work:
+            return True
+        if len(self._working) >= MOST_WORK:
+            self._held.append(id_)
+            return False
+        self._working.add(id_)
+        return True
+
+    def _over(self, id_: int) -> _Pending:
+        self._working.discard(id_)
+        return self._pending.pop(id_)
+
+    def _send_held(self) -> list[Event]:
+        events: list[Event] = []
+        while self._held and len(self._working) < MOST_WORK and self.phase is Phase.OPEN:
+            id_ = self._held.popleft()
+            if pending := self._pending.get(id_):
+                events += self._send(id_, pending, False)
+        return events
 
     def grant(self, id_: int, n: int) -> None:
         """Lets the kernel send `n` more items of stream `id_`."""
@@ -185,7 +223,7 @@ class Session:
             if pending.sent:
                 self._out.append(wire.encode_cancel(id_))
             return []
-        del self._pending[id_]
+        self._over(id_)
         return [Failed(id_, errors.ConnectionLost(f"{pending.call.name}: cancelled before it was sent"))]
 
     def online(self) -> None:
@@ -201,6 +239,8 @@ class Session:
         """The connection is gone. Fails what must not be sent twice; the rest waits."""
         self.phase = Phase.OFFLINE
         self._out = []
+        self._working.clear()
+        self._held.clear()
         for pending in self._pending.values():
             pending.sent = False
         once = [id_ for id_, p in self._pending.items() if p.asked and isinstance(p.call, table.Shutdown)]
@@ -212,7 +252,7 @@ class Session:
         return [self._lost(id_, reason) for id_ in sent] + self.offline()
 
     def _lost(self, id_: int, reason: str) -> Failed:
-        pending = self._pending.pop(id_)
+        pending = self._over(id_)
         hint = "it may or may not have been done; see `llsh ps` and `llsh dmesg`"
         return Failed(
             id_, errors.ConnectionLost(f"{reason} while {pending.call.name} was under way", hint=hint)
@@ -222,6 +262,8 @@ class Session:
         """Fails everything that waits: no connection can be had."""
         events: list[Event] = [Failed(id_, error) for id_ in self._pending]
         self._pending.clear()
+        self._working.clear()
+        self._held.clear()
         return events
 
     def outgoing(self) -> list[list[bytes]]:
@@ -242,6 +284,7 @@ class Session:
                 if (pending := self._pending.get(answer.id)) is None or not pending.sent:
                     raise errors.BadFrame(f"answer to request {answer.id}, which is not under way")
                 events.append(self._answer(answer, pending))
+            events += self._send_held()
         except errors.BadFrame as problem:
             events.append(Broken(errors.ConnectionLost(f"protocol error: {problem.message}")))
         return events
@@ -254,8 +297,10 @@ class Session:
         assert isinstance(hello, table.HelloReply)
         restarted = self.hello is not None and self.hello.boot_id != hello.boot_id
         self.hello, self.phase, self._hello_id = hello, Phase.OPEN, 0
-        failed = [self._send(id_, pending, restarted) for id_, pending in list(self._pending.items())]
-        return [Greeted(hello, restarted), *(event for event in failed if event)]
+        events: list[Event] = [Greeted(hello, restarted)]
+        for id_, pending in list(self._pending.items()):
+            events += self._send(id_, pending, restarted)
+        return events
 
     def _answer(self, answer: wire.FromKernel, pending: _Pending) -> Event:
         match answer.kind:
@@ -269,28 +314,32 @@ class Session:
                 return Item(answer.id, item)
             case wire.Kind.REPLY:
                 reply = wire.typed_reply(type(pending.call), answer)
-                del self._pending[answer.id]
+                self._over(answer.id)
                 return Replied(answer.id, reply)
             case _:
-                del self._pending[answer.id]
                 error = _error(answer)
+                if isinstance(error, errors.NotGreeted):
+                    return Forgotten()
+                self._over(answer.id)
                 again = pending.asked > 1 and isinstance(pending.call, table.Unlink)
                 if again and isinstance(error, errors.NoSuchModel | errors.NoSuchFile):
                     # The name went the first time, but the kernel died before that was in its journal.
                     return Replied(answer.id, table.Done())
                 return Failed(answer.id, error)
 
-    def _send(self, id_: int, pending: _Pending, restarted: bool) -> Failed | None:
+    def _send(self, id_: int, pending: _Pending, restarted: bool) -> list[Event]:
+        if not self._has_room(id_, pending):
+            return []
         call = pending.again(restarted)
         try:
             frames = wire.encode_request(id_, call, pending.credits - pending.next_seq)
         except errors.InvalidArgument:
-            return self._lost(id_, "what arrived is too much to go on with")
+            return [self._lost(id_, "what arrived is too much to go on with")]
         pending.asked, pending.sent = pending.asked + 1, True
         self._out.append(frames)
         if pending.cancelled:
             self._out.append(wire.encode_cancel(id_))
-        return None
+        return []
 
 
 def _error(answer: wire.FromKernel) -> errors.LLMasOSError:

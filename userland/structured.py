@@ -55,6 +55,8 @@ def grammar_of(
 
 
 def _from_outputs(wanted: Mapping[str, Any]) -> t.Grammar:
+    if not isinstance(wanted, Mapping):
+        raise _invalid("structured_outputs", f"an object with one of {', '.join(_KINDS)}")
     given = {name: value for name, value in wanted.items() if value is not None and value is not False}
     if unknown := given.keys() - _KINDS.keys():
         raise _invalid("structured_outputs", f"there is no {sorted(unknown)[0]!r}, only {', '.join(_KINDS)}")
@@ -80,7 +82,10 @@ def json_schema(schema: Any, field: str) -> t.Grammar:
     """The grammar of JSON texts that match `schema`: an object, or its JSON. Raises InvalidArgument."""
     if hasattr(schema, "model_json_schema"):
         schema = schema.model_json_schema()
-    text = schema if isinstance(schema, str) else json.dumps(schema, separators=(",", ":"))
+    try:
+        text = schema if isinstance(schema, str) else json.dumps(schema, separators=(",", ":"))
+    except (TypeError, ValueError) as problem:
+        raise _invalid(field, f"it is no JSON: {problem}") from None
     return _checked(t.GrammarKind.JSON_SCHEMA, text, field)
 
 

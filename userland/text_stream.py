@@ -71,6 +71,8 @@ class TextStream(Iterator[str]):
             self._end()
 
     def _end(self) -> str:
+        if self._ended:  # by another thread
+            return ""
         self._ended = True
         for sequence in self._stream.reply.sequences[:1]:  # beams bring their tokens all at once
             piece = self._answer.feed(t.InferEvent(tokens=sequence.tokens)) + self._answer.flush()

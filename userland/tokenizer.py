@@ -509,15 +509,14 @@ def _keeps(step: Mapping[str, Any]) -> bool:
 
 
 def _encoded(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+    for text in texts:
+        if not isinstance(text, str):  # of two in a list it would make a pair
+            raise errors.InvalidArgument(f"a text is a str, not {type(text).__name__}", field="prompt")
     try:
         # `encode` keeps all other threads from running, `encode_batch` does not, and costs no more.
         return tokenizer.encode_batch(texts, add_special_tokens=False)
-    except TypeError:
-        why = "the text is not valid Unicode"  # half a surrogate pair, which JSON can spell
-        for text in texts:
-            if not isinstance(text, str):
-                why = f"a text is a str, not {type(text).__name__}"
-        raise errors.InvalidArgument(why, field="prompt") from None
+    except TypeError:  # half a surrogate pair, which JSON can spell
+        raise errors.InvalidArgument("the text is not valid Unicode", field="prompt") from None
     except BaseException as problem:
         if type(problem).__name__ != "PanicException":  # Rust's, which is no Exception and cannot be imported
             raise

@@ -9,7 +9,6 @@ tmp/ is swept by `ModelFS.gc`. It speaks JSON lines (progress.py), exits 0 or 1,
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import os
 import resource
@@ -36,7 +35,7 @@ from . import (
     source_run,
 )
 from .manifest import SCHEMA, Manifest
-from .names import ModelName, parse_name
+from .names import ModelName, did_you_mean, parse_name
 from .origin import GGUF, Origin
 from .progress import Progress
 from .staging import Staging, staging
@@ -102,8 +101,8 @@ def pull(store: ModelFS, model: ModelName, source: str, progress: Progress, owne
 
 
 def _nearest(name: str, known: catalogue.Catalogue) -> str:
-    near = difflib.get_close_matches(name, known.models, n=1)
-    return f"did you mean {near[0]}? Or " if near else ""
+    near = did_you_mean(name, known.models)
+    return f"did you mean {near}? Or " if near else ""
 
 
 def _held(store: ModelFS, model: ModelName, place: str) -> Manifest | None:

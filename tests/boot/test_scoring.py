@@ -174,7 +174,7 @@ def test_many_texts_are_decided_in_waves(llm: LLM) -> None:
     assert llm.decide_all([], question) == []
 
 
-@pytest.mark.parametrize("choices", [[], ["a", "a"], ["", "a"], "ab", ["x"] * 257])
+@pytest.mark.parametrize("choices", [[], ["a", "a"], ["", "a"], "ab", ["x"] * 257, [1, 2], None])
 def test_choices_that_cannot_be_scored_are_refused(llm: LLM, choices) -> None:
     with pytest.raises(errors.InvalidArgument):
         llm.score("A prompt", choices)

@@ -232,6 +232,8 @@ def test_sources_that_are_none(bring: Bring, tmp_path: Path) -> None:
         bring(__file__)
     with pytest.raises(PullFailed, match="no source is known"):
         bring("")
+    with pytest.raises(PullFailed, match="did you mean smollm2"):
+        bring("", "SmolLM2")
     for source in (
         "s3:bucket",
         "hf:alone",

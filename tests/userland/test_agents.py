@@ -55,6 +55,18 @@ def test_a_tool_is_chosen_called_and_answered_from(llm: LLM, kernel: Any) -> Non
     assert kernel.processes == {}
 
 
+def test_choosing_that_fails_leaves_no_process(
+    llm: LLM, kernel: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(calls: object) -> None:
+        raise errors.DeviceFault("broken")
+
+    monkeypatch.setattr(llm.client, "gather", fails)
+    with pytest.raises(errors.DeviceFault):
+        Agent(llm, [add])
+    assert kernel.processes == {}
+
+
 def test_a_tools_failure_is_its_result() -> None:
     assert isinstance(add, Tool)
     assert add.call(["1", "two"]).startswith("error: invalid literal")
@@ -78,5 +90,7 @@ def test_a_tool_must_be_typed_and_described() -> None:
 def test_tools_need_names_of_their_own(llm: LLM) -> None:
     with pytest.raises(errors.InvalidArgument):
         Agent(llm, [add, add])
+    with pytest.raises(errors.InvalidArgument, match="@tool"):
+        Agent(llm, [len])  # type: ignore[list-item]
     with pytest.raises(errors.InvalidArgument):
         Agent(llm, [])

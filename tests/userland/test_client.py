@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -12,6 +15,7 @@ import pytest
 from llmasos.syscalls import errors, table
 from llmasos.syscalls import types as t
 from llmasos.userland.client import Client
+from llmasos.userland.daemon import ensure_daemon
 
 
 @pytest.fixture
@@ -37,6 +41,18 @@ def test_nobody_there_says_how_to_start_it(folder: Path) -> None:
         Client(f"ipc://{folder}/none.sock")
     assert caught.value.hint == "start it with: llmasosd"
     assert time.monotonic() - started < 2  # without a socket there is nothing to wait for
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["run/kernel.sock", "http://localhost:8000", "tcp://localhost", "ipc://", f"ipc://{'x' * 108}", 5],
+)
+def test_what_is_no_address_is_refused(address: Any) -> None:
+    before = threading.active_count()
+    for connect in (Client, ensure_daemon):
+        with pytest.raises(errors.InvalidArgument, match="ipc://PATH"):
+            connect(address)
+    assert threading.active_count() <= before
 
 
 def test_a_kernel_that_does_not_answer_is_given_up(kernel: Any) -> None:
@@ -92,6 +108,14 @@ def test_closing_early_cancels_and_is_confirmed(client: Client, kernel: Any) -> 
     assert kernel.streams == {}
 
 
+def test_a_stream_is_read_though_nobody_holds_its_client(kernel: Any) -> None:
+    before = threading.active_count()
+    streams = Client(kernel.address).stream(infer(300), window=8), Client(kernel.address).gather([infer(300)])
+    assert [len(list(stream)) for stream in streams] == [300, 300]
+    del streams
+    until(lambda: threading.active_count() <= before)
+
+
 def test_a_dropped_stream_is_cancelled(client: Client, kernel: Any) -> None:
     next(client.stream(infer(300), window=4))
     until(lambda: not kernel.streams)
@@ -134,6 +158,54 @@ def test_many_threads_share_a_client(client: Client) -> None:
     for thread in threads:
         thread.join()
     assert results == {n: list(range(n))[::-1] for n in range(20, 36)}
+
+
+def test_a_stream_that_another_thread_reads_can_be_closed(client: Client, kernel: Any) -> None:
+    kernel.endless = {"tiny:latest"}
+    stream = client.stream(infer(3))
+    reader = threading.Thread(target=lambda: list(stream), daemon=True)
+    closer = threading.Thread(target=stream.close, daemon=True)
+    others = [threading.Thread(target=lambda: list(stream), daemon=True) for _ in range(3)]
+    threads = [reader, *others, closer]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(5)
+    assert not any(thread.is_alive() for thread in threads)
+    assert stream.reply.finish is t.Finish.CANCELLED
+
+
+def test_a_fork_is_told_to_connect_itself(client: Client, kernel: Any) -> None:
+    kernel.endless = {"tiny:latest"}
+    stream = client.stream(infer(3))
+    next(stream)
+    forks = multiprocessing.get_context("fork")
+    told: Any = forks.SimpleQueue()
+
+    def use() -> None:
+        for read in (client.ps, lambda: list(stream)):
+            try:
+                read()
+            except errors.ConnectionLost as lost:
+                told.put(str(lost))
+        stream.close()
+        client.close()
+
+    child = forks.Process(target=use)
+    child.start()
+    child.join(5)
+    if child.exitcode is None:
+        child.kill()
+    assert child.exitcode == 0
+    assert f"belongs to process {os.getpid()}" in told.get()
+    assert f"belongs to process {os.getpid()}" in told.get()
+    assert kernel.cancelled == []
+    assert len(client.ps()) == 1
+
+
+def test_a_client_is_not_pickled(client: Client) -> None:
+    with pytest.raises(TypeError, match="make a Client, or an LLM"):
+        pickle.dumps(client)
 
 
 def test_a_restarted_kernel_is_noticed_and_found_again(client: Client, kernel: Any) -> None:

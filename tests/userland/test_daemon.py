@@ -45,3 +45,10 @@ def test_a_daemon_that_makes_way_for_another_is_no_failure(
     threading.Timer(0.5, kernel.start).start()
     with daemon.ensure_daemon(kernel.address) as client:
         assert client.hello.subject == "me"
+
+
+def test_a_daemon_that_listens_elsewhere_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMASOS_HOME", str(folder / "home"))
+    monkeypatch.setattr(daemon, "COMMAND", [sys.executable, "-c", "exit(75)"])
+    with pytest.raises(errors.DaemonUnreachable, match="runs, but does not listen at"):
+        daemon.ensure_daemon(f"ipc://{folder}/other.sock", timeout_s=0.5)

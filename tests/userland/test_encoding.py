@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,17 @@ def test_texts_and_pairs_get_the_models_frame() -> None:
     assert tokenizer("[SEP] [SEP]", told=False).frame([("a b", "c")]) == [
         Framed([CLS, *ids("ab"), SEP, SEP, *ids("c"), SEP])
     ]
+
+
+@pytest.mark.parametrize("texts", [["a", ("b", "c", "d")], [("a",)], None, b"ab"])
+def test_what_is_neither_a_text_nor_a_pair_is_refused(texts: Any) -> None:
+    with pytest.raises(errors.InvalidArgument):
+        encoding.framed(TOKENIZER, texts, 10, truncate=False)
+
+
+def test_one_text_is_not_taken_for_a_list_of_letters() -> None:
+    whole = encoding.framed(TOKENIZER, "a b", 10, truncate=False)
+    assert whole == encoding.framed(TOKENIZER, ["a b"], 10, truncate=False)
 
 
 def test_a_persons_text_holds_no_special_token() -> None:

@@ -74,6 +74,17 @@ def test_whenever_it_is_cancelled_nothing_is_left(again: int | None) -> None:
         assert not asyncio.run(cancelled_after(turns, again)).left, turns
 
 
+@pytest.mark.parametrize("problem", [errors.DaemonUnreachable("gone"), errors.PermissionDenied("no")])
+def test_what_could_not_be_killed_is_not_waited_for(problem: errors.LLMasOSError) -> None:
+    flow = reap([1, 2])
+    assert next(flow) == Do(table.Kill(1, t.Signal.KILL))
+    if isinstance(problem, errors.Unavailable):
+        with pytest.raises(StopIteration):
+            flow.throw(problem)
+    else:
+        assert flow.throw(problem) == Do(table.Kill(2, t.Signal.KILL))
+
+
 def test_an_encode_is_cut_off_at_once() -> None:
     async def never(call: table.Call) -> None:
         await asyncio.Event().wait()

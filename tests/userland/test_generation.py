@@ -109,9 +109,23 @@ def test_several_samples_have_seeds_of_their_own() -> None:
         ({"max_new_tokens": 2.5}, 1, "max_new_tokens"),
         ({"stop": ["a", ""]}, 1, "stop"),
         ({"max_time": float("inf")}, 1, "max_time: must be seconds, above 0"),
+        ({"max_time": "soon"}, 1, "max_time: must be seconds, above 0"),
+        ({"do_sample": "False"}, 1, "do_sample: must be True or False, not 'False'"),
+        ({"return_full_text": "no"}, 1, "return_full_text: must be True or False"),
+        ({"num_beams": 2}, "2", "num_return_sequences: must be a whole number"),
+        ({"do_sample": True}, 2.0, "num_return_sequences: must be a whole number"),
+        ({"num_beams": 2, "length_penalty": "long"}, 1, "length_penalty: must be a number from -10 to 10"),
+        ({"num_beams": 2, "early_stopping": 1}, 1, "early_stopping: must be one of true, false, never"),
+        ({"min_length": -1}, 1, "min_length"),
+        ({"eos_token_id": "."}, 1, "eos_token_id: must be a token's id, or a list of some"),
+        ({"eos_token_id": [3, -1]}, 1, "eos_token_id"),
+        ({"stop": 5}, 1, "stop: must be a string, or a list of some"),
+        ({"stop": b"end"}, 1, "stop: must be a string, or a list of some"),
+        ({"structured_outputs": "json"}, 1, "structured_outputs: an object with one of json"),
+        ({"structured_outputs": {"json": {"enum": {1}}}}, 1, "structured_outputs.json: it is no JSON"),
     ],
 )
-def test_mistakes_are_named(options: Any, results: int, told: str) -> None:
+def test_mistakes_are_named(options: Any, results: Any, told: str) -> None:
     with pytest.raises(errors.InvalidArgument) as caught:
         make(options, results=results)
     assert str(caught.value).startswith(told)
@@ -125,13 +139,35 @@ def test_unknown_names_are_type_errors_with_a_suggestion() -> None:
         check_names({"max_tokens": 3}, "generate")
     with pytest.raises(TypeError, match=r"structured_outputs=\{'json'"):
         check_names({"json_schema": {}}, "chat")
+    with pytest.raises(TypeError, match=r"no option 'streamer': stream\(\) yields"):
+        check_names({"streamer": None}, "generate")
     with pytest.raises(TypeError, match=r"no option 'zzz'$"):
         check_names({"zzz": 3}, "generate")
 
 
-def test_unused_beam_options_warn() -> None:
-    with pytest.warns(UserWarning, match="length_penalty"):
+def test_unused_beam_options_warn_of_the_callers_line() -> None:
+    with pytest.warns(UserWarning, match="length_penalty") as caught:
         make({"length_penalty": 2.0})
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    ("options", "generation", "expected"),
+    [
+        ({"min_length": 25}, {}, 15),  # counts the prompt
+        ({"min_length": 5}, {}, 0),
+        ({"min_length": 25, "min_new_tokens": 3}, {}, 3),
+        ({}, {"min_length": 25}, 15),
+        ({"min_length": 0}, {"min_length": 25}, 0),
+    ],
+)
+def test_least_lengths(options: Any, generation: Any, expected: int) -> None:
+    assert make(options, **generation).sampling.min_new_tokens == expected
+
+
+@pytest.mark.parametrize(("ids", "expected"), [(7, [7]), ([7, 8], [7, 8]), ([], []), (None, [2])])
+def test_stop_tokens_can_be_others_than_the_models(ids: Any, expected: list[int]) -> None:
+    assert make({"eos_token_id": ids}).sampling.stop_token_ids == expected
 
 
 @given(

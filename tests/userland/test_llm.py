@@ -77,8 +77,10 @@ def test_mistakes_never_reach_the_kernel(llm: LLM, kernel: Any) -> None:
         for call in (llm.generate, llm.embed):
             with pytest.raises(errors.InvalidArgument, match=f"a text is a str.*, not {what}"):
                 call(nothing)  # type: ignore[arg-type]
-    with pytest.raises(errors.InvalidArgument, match="a text is a str, not NoneType"):
-        llm.stream(None)  # type: ignore[arg-type]
+    for nothing, what in ((None, "NoneType"), (["A"], "list"), (["A", "B"], "list")):
+        for read in (llm.stream, llm.astream, llm.logprobs):
+            with pytest.raises(errors.InvalidArgument, match=f"a text is a str, not {what}"):
+                read(nothing)  # type: ignore[arg-type]
     with pytest.raises(errors.InvalidArgument, match="messages are a list"):
         llm.chat(None)  # type: ignore[arg-type]
     with pytest.raises(errors.InvalidArgument, match="not valid Unicode"):

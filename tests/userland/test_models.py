@@ -16,6 +16,10 @@ from llmasos.userland.models import Reference, reference
         ("smollm2:q4", "smollm2:q4", ""),
         ("openai-community/gpt2", "openai-community/gpt2:latest", "hf:openai-community/gpt2"),
         ("owner/repo:v1", "owner/repo:v1", "hf:owner/repo@v1"),
+        ("hf:owner/repo", "owner/repo:latest", "hf:owner/repo"),
+        ("hf:owner/repo@v1", "owner/repo:v1", "hf:owner/repo@v1"),
+        ("https://huggingface.co/owner/repo", "owner/repo:latest", "hf:owner/repo"),
+        ("hf:q4", "hf:q4", ""),
     ],
 )
 def test_names(text: str, name: str, source: str) -> None:
@@ -30,7 +34,7 @@ def test_a_changed_folder_is_another_model(tmp_path: Path, monkeypatch: pytest.M
     first = reference(folder)
     assert first.name.startswith("My-Model--1--")
     assert first.source == f"file:{folder}"
-    assert reference(str(folder)) == first
+    assert reference(str(folder)) == reference(f"file:{folder}") == first
     monkeypatch.chdir(tmp_path)
     assert reference("My Model (1)") == first  # a folder with a model in it wins over a name
     (folder / "config.json").write_text('{"a": 1}')

@@ -8,7 +8,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from llmasos.syscalls import errors, table, wire
 from llmasos.syscalls import types as t
-from llmasos.userland.session import Broken, Failed, Greeted, Item, Phase, Refused, Replied, Session, Window
+from llmasos.userland.session import (
+    MOST_WORK,
+    Broken,
+    Failed,
+    Forgotten,
+    Greeted,
+    Item,
+    Phase,
+    Refused,
+    Replied,
+    Session,
+    Window,
+)
 
 
 def greet(session: Session, boot_id: str = "b1") -> list[object]:
@@ -258,3 +270,34 @@ def test_credits_bound_what_is_unread_and_never_run_dry(window: int, moves: list
             credit += grant.n
         assert credit + unread <= window
         assert credit or unread  # a reader that reads on is never stalled for ever
+
+
+def test_no_more_work_is_asked_for_than_the_kernel_takes(session: Session) -> None:
+    def asked() -> list[int | None]:
+        return [wire.decode_request(frames).id for frames in session.outgoing()]
+
+    ids = [session.request(table.Infer("m", max_tokens=1)) for _ in range(MOST_WORK + 3)]
+    kill = session.request(table.Kill(7))
+    assert MOST_WORK < wire.MAX_REQUESTS
+    assert asked() == [*ids[:MOST_WORK], kill]  # which does not wait for work
+    (event,) = session.cancel(ids[MOST_WORK])
+    assert isinstance(event, Failed)
+    session.receive(wire.encode_reply(ids[5], table.Infer, infer_reply()))
+    assert asked() == [ids[MOST_WORK + 1]]
+    session.offline()
+    greet(session)
+    again = asked()
+    assert len(again) == MOST_WORK + 1
+    for id_ in ids[:3]:
+        session.receive(wire.encode_error(id_, errors.QueueFull("no")))
+    assert asked() == [ids[-1]]
+    assert {*again, ids[-1]} == {*ids, kill} - {ids[5], ids[MOST_WORK]}
+
+
+def test_a_kernel_that_forgot_the_connection_is_asked_over_another(session: Session) -> None:
+    id_ = session.request(table.Ps())
+    session.outgoing()
+    assert session.receive(wire.encode_error(id_, errors.NotGreeted("hello first"))) == [Forgotten()]
+    assert session.offline() == []
+    greet(session)
+    assert [wire.decode_request(frames).id for frames in session.outgoing()] == [id_]
