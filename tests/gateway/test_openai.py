@@ -224,7 +224,18 @@ def test_a_body_that_is_no_json_is_told_where(http: httpx.Client) -> None:
 
 def test_options_that_ask_for_nothing_are_taken(http: httpx.Client) -> None:
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 1, "store": False, "logit_bias": {}}
+    body |= {"verbosity": "medium", "prompt_cache_retention": "in_memory"}
     assert http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def test_what_clients_tell_of_themselves_changes_nothing(ai: openai.OpenAI) -> None:
+    """OpenAI's successors of `user`, which its other clients send unasked."""
+    told = {"prompt_cache_key": "conversation-1", "safety_identifier": "alice"}
+    ai.chat.completions.create(model="tiny", messages=HELLO, max_tokens=1, **told)
+    include = ["reasoning.encrypted_content"]
+    made = ai.responses.create(model="tiny", input="w1", max_output_tokens=1, include=include, **told)
+    assert made.output
+    assert (made.prompt_cache_key, made.safety_identifier) == tuple(told.values())
 
 
 def test_errors_have_the_class_that_clients_know(ai: openai.OpenAI, gateway: Gateway) -> None:

@@ -35,13 +35,11 @@ class ChatRequest(Sampled, Constrained):
         "modalities": (["text"],),
         "moderation": (),
         "prediction": (),
-        "prompt_cache_key": (),
         "prompt_cache_options": (),
-        "prompt_cache_retention": (),
+        "prompt_cache_retention": ("in_memory",),
         "reasoning_effort": ("none",),
-        "safety_identifier": (),
         "store": (False,),
-        "verbosity": (),
+        "verbosity": ("medium",),
         "web_search_options": (),
     }
 

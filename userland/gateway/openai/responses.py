@@ -63,11 +63,9 @@ class ResponseRequest(Sampling, FlatlyConstrained):
         "max_tool_calls": (),
         "moderation": (),
         "prompt": (),
-        "prompt_cache_key": (),
         "prompt_cache_options": (),
-        "prompt_cache_retention": (),
+        "prompt_cache_retention": ("in_memory",),
         "reasoning": ({}, {"effort": "none"}),
-        "safety_identifier": (),
         "truncation": ("disabled",),
     }
 
@@ -77,7 +75,9 @@ class ResponseRequest(Sampling, FlatlyConstrained):
     instructions: str | None = Field(None, description="A system message. It does not carry over.")
     previous_response_id: str | None = Field(None, max_length=128)
     max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = Field(
+        None, description="Of reasoning there is none, so it adds nothing."
+    )
     top_logprobs: int | None = Field(None, ge=0, le=20)
     metadata: Metadata | None = None
     store: bool = True
@@ -135,7 +135,9 @@ async def prepare(
         "output": [],
         "parallel_tool_calls": True if body.parallel_tool_calls is None else body.parallel_tool_calls,
         "previous_response_id": body.previous_response_id,
+        "prompt_cache_key": body.prompt_cache_key,
         "reasoning": {"effort": None, "summary": None},
+        "safety_identifier": body.safety_identifier,
         "service_tier": body.service_tier or "auto",
         "store": body.store,
         "temperature": body.temperature,

@@ -18,7 +18,7 @@ from ...tokenizer import Shown
 from .. import problems
 from ..answers import Usage, sampling_options
 from ..http import EventStream
-from ..options import Body, Placed
+from ..options import Body, Hinted, Placed
 
 DONE = b"data: [DONE]\n\n"
 
@@ -43,7 +43,7 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class Sampling(Placed):
+class Sampling(Placed, Hinted):
     """How tokens are chosen. `top_k`, `min_p`, `repetition_penalty`, `min_tokens` and `structured_outputs`
     are extensions, as in vLLM."""
 
@@ -54,7 +54,6 @@ class Sampling(Placed):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    user: str | None = Field(None, max_length=512)
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 or -1: off.")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
