@@ -179,8 +179,7 @@ async def ask(
             raise errors.ContextOverflow(
                 f"This model's maximum context length is {llm.context_length} tokens. However, you requested "
                 f"{len(prompt) + plan.max_tokens} tokens ({len(prompt)} in the prompt, {plan.max_tokens} in "
-                "the answer). Please reduce the length of the prompt or of the answer.",
-                field="messages",
+                "the answer). Please reduce the length of the prompt or of the answer."
             )
     if body.pid is not None or body.fork_of is not None:
         if len(prompts) * n != 1:

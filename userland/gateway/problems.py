@@ -7,8 +7,9 @@ Ollama     {"error": "…"}
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +82,16 @@ def problem_of(error: errors.LLMasOSError) -> Problem:
         _FIELDS.get(field, field) if isinstance(field, str) else None,
         max(1, math.ceil(float(seconds))) if status in (429, 503) else None,
     )
+
+
+@contextlib.contextmanager
+def too_long_in(field: str) -> Iterator[None]:
+    """A prompt that does not fit came in this field."""
+    try:
+        yield
+    except errors.ContextOverflow as problem:
+        problem.details["field"] = field
+        raise
 
 
 _ANTHROPIC = {

@@ -22,6 +22,7 @@ from ..errors_doc import documented
 from ..http import EventStream, aside, attend, json, new_id
 from ..options import Body
 from ..patience import patiently
+from ..problems import too_long_in
 from ..store import Kept, Store
 from ..works import Works
 from .constraints import FlatlyConstrained
@@ -108,7 +109,7 @@ async def prepare(
     most = llm.context_length
     scores = (body.top_logprobs or 0) if body.scored else None
     shape = body.format
-    try:
+    with too_long_in("input"):
         tokens = await aside(
             lambda: encode_chat(llm.tokenizer, messages, model=llm.model, tools=tools, most=most),
             more=bool(told),
@@ -116,9 +117,6 @@ async def prepare(
         longest = body.max_output_tokens or max(most - len(tokens), 0)
         options = body.options(llm, longest, scores, shape if shape["type"] != "text" else None)
         asked = await ask(caller, llm, [tokens], options, body, toolbox=toolbox)
-    except errors.ContextOverflow as problem:
-        problem.details["field"] = "input"
-        raise
     response: dict[str, Any] = {
         "id": new_id("resp_"),
         "object": "response",
