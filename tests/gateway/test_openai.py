@@ -31,6 +31,8 @@ def test_a_chat_streams_what_it_answers_at_once(ai: openai.OpenAI) -> None:
     assert choice.message.role == "assistant"
     assert whole.usage is not None
     assert whole.usage.completion_tokens == 6
+    assert whole.usage.completion_tokens_details is not None
+    assert whole.usage.completion_tokens_details.reasoning_tokens == 0
     chunks = list(
         ai.chat.completions.create(
             model="tiny",

@@ -102,6 +102,7 @@ def usage(used: Usage) -> dict[str, Any]:
         "completion_tokens": used.generated,
         "total_tokens": used.prompt + used.generated,
         "prompt_tokens_details": {"cached_tokens": used.cached},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 
