@@ -27,7 +27,7 @@ from ..store import Kept, Store
 from ..works import Works
 from .constraints import FlatlyConstrained
 from .files import CallerOf, StoreOf, listing
-from .items import Item, as_messages, shown
+from .items import Item, ReferenceItem, as_messages, response_of, shown
 from .shared import Metadata, Sampling
 from .telling import ENDED, Event, fail, tell
 
@@ -87,6 +87,11 @@ class ResponseRequest(Sampling, FlatlyConstrained):
     stream_options: StreamOptions | None = None
 
     @property
+    def refers(self) -> bool:
+        """Whether there is more in the input than came with the request."""
+        return any(isinstance(item, ReferenceItem) for item in self.input)
+
+    @property
     def scored(self) -> bool:
         return LOGPROBS in (self.include or ()) or self.top_logprobs is not None
 
@@ -97,7 +102,7 @@ async def prepare(
     """What is to be generated, the response that it is to fill, and the input as it is kept. Raises what is
     wrong with the request."""
     llm = await caller.llm(body.model_name(body.model))
-    items = shown(body.input)
+    items = await _items(caller, store, shown(body.input))
     told = await _history(caller, store, body.previous_response_id)
     messages = as_messages([*told, *items])
     if body.instructions is not None:
@@ -112,7 +117,7 @@ async def prepare(
     with too_long_in("input"):
         tokens = await aside(
             lambda: encode_chat(llm.tokenizer, messages, model=llm.model, tools=tools, most=most),
-            more=bool(told),
+            more=bool(told) or body.refers,
         )
         longest = body.max_output_tokens or max(most - len(tokens), 0)
         options = body.options(llm, longest, scores, shape if shape["type"] != "text" else None)
@@ -150,6 +155,33 @@ async def prepare(
         **({"pid": asked.pid} if asked.pid is not None else {}),
     }
     return asked, response, items
+
+
+async def _items(caller: Caller, store: Store, shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The items, with what they refer to in place of references."""
+    found: list[dict[str, Any]] = []
+    last, outputs, size = "", {}, 0
+    for item in shown:
+        if item["type"] == "item_reference":
+            response = response_of(item["id"])
+            if response is not None and response != last:  # most come in order
+                with contextlib.suppress(errors.NotFound):
+                    kept = await store.get(caller.tenant, "response", response)
+                    last, outputs = response, {one["id"]: one for one in kept.body["output"]}
+            if item["id"] not in outputs:
+                raise errors.NotFound(
+                    f"Item with id '{item['id']}' not found.",
+                    hint="its response was not stored, was deleted, or has expired: send the item itself",
+                    field="input",
+                )
+            item = outputs[item["id"]]
+            size += len(msgspec.json.encode(item))
+            if size > MOST_HISTORY:
+                raise errors.InvalidArgument(
+                    f"what the items refer to is longer than {MOST_HISTORY} bytes", field="input"
+                )
+        found.append(item)
+    return found
 
 
 async def _history(caller: Caller, store: Store, last: str | None) -> list[dict[str, Any]]:
