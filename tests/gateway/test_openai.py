@@ -246,6 +246,7 @@ def test_what_is_wrong_has_the_name_that_the_client_gave_it(http: httpx.Client) 
     assert told("/v1/rerank", documents=["w1"], query=[]).startswith("query: ")
     refused = http.post("/v1/completions", json={"model": "tiny", "prompt": [9999]}).json()["error"]
     assert refused["param"] == "prompt"
+    assert "/tokenize" in refused["message"]
     unknown = http.get("/v1/chat/completions")
     assert unknown.status_code == 405
     assert "GET /v1/chat/completions" in unknown.json()["error"]["message"]

@@ -92,6 +92,8 @@ def checked(vocab_size: int, tokens: list[int], field: str) -> list[int]:
     """Raises InvalidArgument for a token that the model does not have, in this field."""
     if tokens and max(tokens) >= vocab_size:
         raise errors.InvalidArgument(
-            f"token {max(tokens)} is not in the vocabulary of {vocab_size}", field=field
+            f"token {max(tokens)} is not in the vocabulary of {vocab_size}",
+            hint="send texts, or this model's own tokens (/tokenize), not those of another one",
+            field=field,
         )
     return tokens
