@@ -199,6 +199,13 @@ def test_logprobs_come_when_they_are_asked_for(ai: openai.OpenAI) -> None:
         ({"background": True, "store": False}, "store"),
         ({"input": []}, "input"),
         ({"text": {"verbosity": "low"}}, "verbosity"),
+        (
+            {
+                "model": "bytes",
+                "text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "x"}}},
+            },
+            "text.format",
+        ),
     ],
 )
 def test_what_is_not_done_is_named(http: httpx.Client, body: dict, param: str) -> None:

@@ -63,10 +63,6 @@ _TABLE: list[tuple[type[errors.LLMasOSError], int, str, str | None]] = [
 ]
 
 
-# What the kernel calls otherwise.
-_FIELDS = {"sampling.grammar": "response_format"}
-
-
 def problem_of(error: errors.LLMasOSError) -> Problem:
     """What HTTP says of an error of the kernel."""
     status, type_, code = next(
@@ -79,7 +75,7 @@ def problem_of(error: errors.LLMasOSError) -> Problem:
         type_,
         code,
         f"{error.message} ({error.hint})" if error.hint else error.message,
-        _FIELDS.get(field, field) if isinstance(field, str) else None,
+        field if isinstance(field, str) else None,
         max(1, math.ceil(float(seconds))) if status in (429, 503) else None,
     )
 
@@ -91,6 +87,19 @@ def too_long_in(field: str) -> Iterator[None]:
         yield
     except errors.ContextOverflow as problem:
         problem.details["field"] = field
+        raise
+
+
+@contextlib.contextmanager
+def grammar_of(field: str | None) -> Iterator[None]:
+    """A grammar that cannot be used was made of this field; None: of several."""
+    try:
+        yield
+    except errors.InvalidArgument as problem:
+        if problem.details.get("field") == "sampling.grammar":
+            del problem.details["field"]
+            if field is not None:
+                problem.details["field"] = field
         raise
 
 

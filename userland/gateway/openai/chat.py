@@ -80,7 +80,10 @@ async def prepare(caller: Caller, body: ChatRequest) -> tuple[Asked, dict[str, A
     shape = body.response_format.model_dump(by_alias=True) if body.response_format else None
     options = body.options(llm, longest, scores, shape)
     with too_long_in("messages"):
-        asked = await ask(caller, llm, [tokens], options, body, n=body.n, toolbox=toolbox)
+        fields = [*(["tools"] if tools else []), *(["response_format"] if shape else [])]
+        asked = await ask(
+            caller, llm, [tokens], options, body, n=body.n, toolbox=toolbox, shape=body.shape(*fields)
+        )
     head = {
         "id": new_id("chatcmpl-"),
         "object": "chat.completion.chunk" if body.stream else "chat.completion",

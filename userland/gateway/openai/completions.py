@@ -72,6 +72,7 @@ async def prepare(caller: Caller, body: CompletionRequest) -> tuple[Asked, dict[
             n=body.n,
             prompt_scores=scored,
             no_tokens=longest == 0,
+            shape=body.shape(),
         )
     head = {
         "id": new_id("cmpl-"),

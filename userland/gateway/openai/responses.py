@@ -120,8 +120,10 @@ async def prepare(
             more=bool(told) or body.refers,
         )
         longest = body.max_output_tokens or max(most - len(tokens), 0)
-        options = body.options(llm, longest, scores, shape if shape["type"] != "text" else None)
-        asked = await ask(caller, llm, [tokens], options, body, toolbox=toolbox)
+        formed = shape["type"] != "text"
+        options = body.options(llm, longest, scores, shape if formed else None)
+        fields = [*(["tools"] if tools else []), *(["text.format"] if formed else [])]
+        asked = await ask(caller, llm, [tokens], options, body, toolbox=toolbox, shape=body.shape(*fields))
     response: dict[str, Any] = {
         "id": new_id("resp_"),
         "object": "response",

@@ -62,6 +62,11 @@ class Sampling(Placed, Hinted):
         None, description="As in vLLM: one of json (a schema), json_object, regex, choice, grammar (Lark)."
     )
 
+    def shape(self, *fields: str) -> str | None:
+        """The field that the answer's grammar is made of, of `fields` and its own; None if it is not one."""
+        given = [*fields, *(["structured_outputs"] if self.structured_outputs else [])]
+        return given[0] if len(given) == 1 else None
+
     def options(
         self,
         llm: LLM,
