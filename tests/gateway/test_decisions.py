@@ -220,7 +220,7 @@ def test_what_a_decision_cannot_do_is_refused_by_name(http: httpx.Client, kernel
     long = {**body, "input": "w" * 5000}
     many = {**body, "questions": [question] * 9000}
     big = {**body, "input": "w" * (1 << 20), "questions": [question] * 9}
-    for change in ({"pid": 7}, {"questions": [both]}, {"safety_identifier": "x"}):
+    for change in ({"pid": 7}, {"questions": [both]}, {"prompt_cache_options": {"ttl": "1h"}}):
         assert http.post("/v1/decisions", json={**body, **change}).status_code == 400
     for refused in (long, many, big):
         assert http.post("/v1/decisions", json=refused).status_code == 400

@@ -31,6 +31,8 @@ def test_a_chat_streams_what_it_answers_at_once(ai: openai.OpenAI) -> None:
     assert choice.message.role == "assistant"
     assert whole.usage is not None
     assert whole.usage.completion_tokens == 6
+    assert whole.usage.completion_tokens_details is not None
+    assert whole.usage.completion_tokens_details.reasoning_tokens == 0
     chunks = list(
         ai.chat.completions.create(
             model="tiny",
@@ -143,6 +145,7 @@ def test_stop_strings_end_an_answer(ai: openai.OpenAI) -> None:
         ({"n": 0}, "n", None),
         ({"stop": 5}, "stop", None),
         ({"stop": ["a", ""]}, "stop.1", None),
+        ({"prompt_cache_retention": "24h"}, "prompt_cache_retention", "unsupported_parameter"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content", None),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text", None),
         ({"messages": [{"role": "user", "colour": 1}]}, "messages.0.colour", None),
@@ -177,7 +180,50 @@ def test_a_text_that_is_far_too_long_is_refused_at_once(http: httpx.Client, path
     error = answer.json()["error"]
     assert "the prompt has at least" in (error if isinstance(error, str) else error["message"])
     if path.startswith("/v1/") and path != "/v1/messages":
-        assert error["code"] == "context_length_exceeded"
+        assert (error["code"], error["param"]) == ("context_length_exceeded", field)
+
+
+def test_a_text_that_no_vector_takes_is_told_what_helps_here(http: httpx.Client) -> None:
+    refused = http.post("/v1/embeddings", json={"model": "encoder", "input": "w " * 99})
+    assert refused.status_code == 400
+    error = refused.json()["error"]
+    assert error["message"].endswith("(cut it in pieces)")
+    assert error["param"] == "input"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "said"),
+    [
+        (
+            "/v1/responses",
+            {"input": "w1", "tools": [{"type": "web_search"}]},
+            "tools.0.type: Input should be",
+        ),
+        (
+            "/v1/chat/completions",
+            {"messages": HELLO, "tools": [{"type": "mcp", "url": "x"}]},
+            "tools.0.type: Input should be",
+        ),
+        (
+            "/v1/responses",
+            {"input": [{"type": "reasoning", "summary": []}]},
+            "input.0.type: 'reasoning' is none of 'message', 'function_call', 'function_call_output'",
+        ),
+        (
+            "/v1/messages",
+            {"max_tokens": 1, "messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "messages.0.content.0.type: 'image' is none of 'text', 'tool_use', 'tool_result'",
+        ),
+    ],
+)
+def test_a_kind_that_is_not_done_is_told_by_its_name(
+    http: httpx.Client, path: str, body: dict, said: str
+) -> None:
+    answer = http.post(path, json={"model": "tiny", **body})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["message"].startswith(said)
+    assert "param" not in error or error["message"].startswith(f"{error['param']}: ")
 
 
 def test_what_is_wrong_has_the_name_that_the_client_gave_it(http: httpx.Client) -> None:
@@ -193,8 +239,17 @@ def test_what_is_wrong_has_the_name_that_the_client_gave_it(http: httpx.Client) 
 
     assert told("/v1/messages", **said({**block, "text": 1})).startswith("messages.0.content.0.text: ")
     assert told("/v1/messages", **said(block, {**block, "x": 1})).endswith(": messages.0.content.1.x")
+    assert told("/v1/completions", prompt="w1", stop=["a"] * 17).startswith(
+        "stop: List should have at most 16"
+    )
     assert told("/v1/rerank", documents=["w1"]).startswith("query: ")
     assert told("/v1/rerank", documents=["w1"], query=[]).startswith("query: ")
+    refused = http.post("/v1/completions", json={"model": "tiny", "prompt": [9999]}).json()["error"]
+    assert refused["param"] == "prompt"
+    assert "/tokenize" in refused["message"]
+    unknown = http.get("/v1/chat/completions")
+    assert unknown.status_code == 405
+    assert "GET /v1/chat/completions" in unknown.json()["error"]["message"]
     limited = http.get("/v1/processes", params={"limit": 0}).json()["error"]
     assert limited["param"] == "limit"
 
@@ -215,6 +270,8 @@ def test_a_body_of_many_errors_costs_one(http: httpx.Client) -> None:
 
 def test_a_body_that_is_no_json_is_told_where(http: httpx.Client) -> None:
     headers = {"content-type": "application/json"}
+    nothing = http.post("/v1/chat/completions", headers=headers).json()["error"]["message"]
+    assert nothing.startswith("the body is not a JSON object")
     answer = http.post("/v1/chat/completions", content=b'{"model": }', headers=headers)
     assert answer.status_code == 400
     error = answer.json()["error"]
@@ -224,7 +281,18 @@ def test_a_body_that_is_no_json_is_told_where(http: httpx.Client) -> None:
 
 def test_options_that_ask_for_nothing_are_taken(http: httpx.Client) -> None:
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 1, "store": False, "logit_bias": {}}
+    body |= {"verbosity": "medium", "prompt_cache_retention": "in_memory"}
     assert http.post("/v1/chat/completions", json=body).status_code == 200
+
+
+def test_what_clients_tell_of_themselves_changes_nothing(ai: openai.OpenAI) -> None:
+    """OpenAI's successors of `user`, which its other clients send unasked."""
+    told = {"prompt_cache_key": "conversation-1", "safety_identifier": "alice"}
+    ai.chat.completions.create(model="tiny", messages=HELLO, max_tokens=1, **told)
+    include = ["reasoning.encrypted_content"]
+    made = ai.responses.create(model="tiny", input="w1", max_output_tokens=1, include=include, **told)
+    assert made.output
+    assert (made.prompt_cache_key, made.safety_identifier) == tuple(told.values())
 
 
 def test_errors_have_the_class_that_clients_know(ai: openai.OpenAI, gateway: Gateway) -> None:

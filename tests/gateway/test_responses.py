@@ -98,6 +98,40 @@ def test_conversations_are_bounded(ai: openai.OpenAI, monkeypatch: pytest.Monkey
     assert whole.usage is not None
 
 
+def test_items_are_referred_to(ai: openai.OpenAI, gateway: Gateway) -> None:
+    """As the AI SDK does from the second turn on."""
+    asking: dict[str, Any] = {"model": "bytes", "temperature": 0, "max_output_tokens": 200}
+    tool: Any = {"type": "function", "name": "f", "parameters": {"type": "object", "properties": {}}}
+    asked = {"type": "message", "role": "user", "content": "w1"}
+    said = ai.responses.create(**asking, input=[asked]).output[0]
+    calling = ai.responses.create(**asking, input=[asked], tools=[tool], tool_choice="required")
+    called = calling.output[0]
+    assert called.type == "function_call"
+    result = {"type": "function_call_output", "call_id": called.call_id, "output": "w2"}
+    later = {"type": "message", "role": "user", "content": "w3"}
+    whole = ai.responses.create(**asking, input=[asked, said, called, result, later])
+    references = [{"type": "item_reference", "id": item.id} for item in (said, called)]
+    referred = ai.responses.create(**asking, input=[asked, *references, result, later])
+    assert referred.output_text == whole.output_text
+    assert referred.usage is not None
+    assert whole.usage is not None
+    assert referred.usage.input_tokens == whole.usage.input_tokens
+    kept = ai.responses.input_items.list(referred.id, order="asc").data
+    assert [item.type for item in kept] == [
+        "message",
+        "message",
+        "function_call",
+        "function_call_output",
+        "message",
+    ]
+    bob = openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=gateway.keys["bob"], max_retries=0)
+    unkept = ai.responses.create(**asking, input=[asked], store=False).output[0]
+    unknown = said.id[:-1] + "f"
+    for client, id_ in ((bob, said.id), (ai, unkept.id), (ai, unknown), (ai, "msg_1")):
+        with pytest.raises(openai.NotFoundError, match="Item with id"):
+            client.responses.create(**asking, input=[asked, {"type": "item_reference", "id": id_}])
+
+
 def test_responses_are_kept_unless_not_wanted(ai: openai.OpenAI, gateway: Gateway) -> None:
     made = ai.responses.create(**SHORT, input="w1")
     assert ai.responses.retrieve(made.id).output_text == made.output_text
@@ -165,6 +199,13 @@ def test_logprobs_come_when_they_are_asked_for(ai: openai.OpenAI) -> None:
         ({"background": True, "store": False}, "store"),
         ({"input": []}, "input"),
         ({"text": {"verbosity": "low"}}, "verbosity"),
+        (
+            {
+                "model": "bytes",
+                "text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "x"}}},
+            },
+            "text.format",
+        ),
     ],
 )
 def test_what_is_not_done_is_named(http: httpx.Client, body: dict, param: str) -> None:
@@ -176,7 +217,6 @@ def test_what_is_not_done_is_named(http: httpx.Client, body: dict, param: str) -
 def test_nobody_knows_what_kind_of_item_that_is(http: httpx.Client) -> None:
     for item in (
         {"type": "reasoning", "summary": []},
-        {"type": "item_reference", "id": "x"},
         {"type": []},
         5,
     ):

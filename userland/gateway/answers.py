@@ -18,7 +18,7 @@ from ..completion import Answer, Completion
 from ..generation import Options
 from ..llm import LLM
 from ..tools import Piece, Toolbox
-from . import record
+from . import problems, record
 from .callers import Caller
 from .options import Placed
 
@@ -66,13 +66,14 @@ class _Part:
 @dataclass(slots=True)
 class Asked:
     """What is to be generated, ready to be run. `pid` is the process that stays behind it, `fresh` if it was
-    made for this."""
+    made for this. `shape` is the field that the answers' grammar is made of, if it is one."""
 
     caller: Caller
     parts: list[_Part] = field(default_factory=list)
     usage: Usage = field(default_factory=Usage)
     pid: int | None = None
     fresh: bool = False
+    shape: str | None = None
 
     async def deltas(self) -> AsyncGenerator[Delta]:
         """What comes, of all answers as it comes. Closing this ends them in the kernel. Raises what the
@@ -125,15 +126,16 @@ class Asked:
     async def _one(self, index: int, part: _Part) -> AsyncIterator[Delta]:
         answer = part.answer
         stream: AsyncStream[t.InferEvent, table.InferReply] = self.caller.aio.stream(part.call)
-        async with stream:
-            async for event in stream:
-                before = len(answer.tokens)
-                text = answer.feed(event)
-                if answer.stopped:
-                    stream.cancel()
-                if text or event.tokens:
-                    yield Delta(index, text, len(answer.tokens) - before, answer, answer.pieces)
-        reply = stream.reply
+        with problems.grammar_of(self.shape):
+            async with stream:
+                async for event in stream:
+                    before = len(answer.tokens)
+                    text = answer.feed(event)
+                    if answer.stopped:
+                        stream.cancel()
+                    if text or event.tokens:
+                        yield Delta(index, text, len(answer.tokens) - before, answer, answer.pieces)
+            reply = stream.reply
         text = answer.flush(reply.finish)
         done = answer.completion(reply)
         done.prompt_tokens = part.prompt
@@ -159,11 +161,12 @@ async def ask(
     no_tokens: bool = False,
     toolbox: Toolbox | None = None,
     call_prefix: str = "call_",
+    shape: str | None = None,
 ) -> Asked:
     """Plans the answers to `prompts`, `n` to each. `options` are those of `LLM.generate`. `prompt_scores`
     asks for the prompts' log probabilities too; with `no_tokens` that is all. With a
-    `toolbox`, of which the prompts tell, answers may be calls, whose ids begin with `call_prefix`. Raises
-    ContextOverflow, InvalidArgument, NoSuchProcess."""
+    `toolbox`, of which the prompts tell, answers may be calls, whose ids begin with `call_prefix`. `shape`:
+    the field that a grammar is made of. Raises ContextOverflow, InvalidArgument, NoSuchProcess."""
     if len(prompts) * n > MOST_ANSWERS:
         raise errors.InvalidArgument(f"more than {MOST_ANSWERS} answers in one request", field="n")
     if not all(prompts):
@@ -172,15 +175,14 @@ async def ask(
     form = call_format(llm.tokenizer.template)
     if toolbox is not None:
         options = toolbox.applied(options, form)
-    asked = Asked(caller)
+    asked = Asked(caller, shape=shape)
     plans = [llm.plan(options, len(prompt)) for prompt in prompts]
     for prompt, plan in zip(prompts, plans, strict=True):
         if plan.max_tokens > llm.context_length - len(prompt):
             raise errors.ContextOverflow(
                 f"This model's maximum context length is {llm.context_length} tokens. However, you requested "
                 f"{len(prompt) + plan.max_tokens} tokens ({len(prompt)} in the prompt, {plan.max_tokens} in "
-                "the answer). Please reduce the length of the prompt or of the answer.",
-                field="messages",
+                "the answer). Please reduce the length of the prompt or of the answer."
             )
     if body.pid is not None or body.fork_of is not None:
         if len(prompts) * n != 1:

@@ -22,7 +22,7 @@ from .errors_doc import documented
 from .http import MOST_BODY, attend, json
 from .ollama.shared import KeepAlive
 from .openai.items import Id, Status
-from .options import Body, Placed
+from .options import Body, Hinted, Placed
 
 router = APIRouter(tags=["decisions"])
 
@@ -175,12 +175,10 @@ class Deciding(Placed):
     )
 
 
-class DecisionRequest(Deciding):
+class DecisionRequest(Deciding, Hinted):
     NOT_DONE = {
         **Deciding.NOT_DONE,
-        "prompt_cache_key": (),
         "prompt_cache_options": (),
-        "safety_identifier": (),
     }
 
     input: Text | Annotated[list[Item], Field(min_length=1)] = Field(description="What is asked about.")

@@ -295,13 +295,20 @@ def invalid_problem(wrong: Sequence[Mapping[str, Any]], sent: Any) -> problems.P
     if first["type"] == "json_invalid":
         at = "".join(f", at character {place}" for place in first["loc"][1:])
         return _bad(400, f"the body is not valid JSON: {first['ctx']['error']}{at}")
+    for other in wrong:
+        if other["type"] == "literal_error" and other["loc"] == (*first["loc"][:-1], "type"):
+            first = other  # it is something else, so what it lacks says nothing
     place = _place(first, sent)
     for other in wrong:
-        if len(deeper := _place(other, sent)) > len(place) and deeper[: len(place)] == place:
+        deeper = _place(other, sent)
+        if deeper[: len(place)] == place and (len(deeper) > len(place) or _of_another_type(first, other)):
             first, place = other, deeper
     message = first["msg"].removeprefix("Value error, ")
-    if first["loc"] == ("body",) and first["type"] in ("model_attributes_type", "dict_type"):
+    if first["loc"] == ("body",) and first["type"] in ("model_attributes_type", "dict_type", "missing"):
         message = "the body is not a JSON object sent with content-type: application/json"
+    elif first["type"] == "union_tag_invalid":
+        place = [*place, "type"]
+        message = f"{'.'.join(place)}: {first['ctx']['tag']!r} is none of {first['ctx']['expected_tags']}"
     elif first["type"] == "extra_forbidden":
         message = f"Unrecognized request argument supplied: {'.'.join(place)}"
     elif place:
@@ -309,6 +316,11 @@ def invalid_problem(wrong: Sequence[Mapping[str, Any]], sent: Any) -> problems.P
     code = "unsupported_parameter" if first["type"] == "unsupported" else None
     param = str((first.get("ctx") or {}).get("param") or ".".join(place)) or None
     return problems.Problem(400, "invalid_request_error", code, message, param)
+
+
+def _of_another_type(error: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether `error` only says that the value is none of its member of a union, and `other` more."""
+    return error["type"].endswith("_type") and not other["type"].endswith("_type")
 
 
 def _place(error: Mapping[str, Any], sent: Any) -> list[str]:
@@ -355,9 +367,11 @@ def handle_errors(app: FastAPI) -> None:
 
     @on(HTTPException)
     async def plain(request: Request, error: HTTPException) -> Response:
-        message = str(error.detail)
+        message, asked = str(error.detail), f"{request.method} {request.url.path}"
         if error.status_code == 404:
-            message = f"Unknown request URL: {request.method} {request.url.path}"
+            message = f"Unknown request URL: {asked}"
+        elif error.status_code == 405:
+            message = f"{message}: {asked} (/docs shows what there is)"
         answer = refuse(request, _bad(error.status_code, message))
         answer.headers.update(error.headers or {})
         return answer

@@ -73,6 +73,14 @@ class Body(BaseModel):
         return kept
 
 
+class Hinted(Body):
+    """What clients tell of themselves. It changes nothing: equal beginnings are shared anyway."""
+
+    user: str | None = Field(None, max_length=512)
+    prompt_cache_key: str | None = Field(None, max_length=512)
+    safety_identifier: str | None = Field(None, max_length=512)
+
+
 class Placed(Body):
     """Extensions: how the answer stands among others, and in which process it is made."""
 

@@ -7,8 +7,9 @@ Ollama     {"error": "…"}
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,10 +64,6 @@ _TABLE: list[tuple[type[errors.LLMasOSError], int, str, str | None]] = [
 ]
 
 
-# What the kernel calls otherwise.
-_FIELDS = {"sampling.grammar": "response_format"}
-
-
 def problem_of(error: errors.LLMasOSError) -> Problem:
     """What HTTP says of an error of the kernel."""
     status, type_, code = next(
@@ -80,7 +77,7 @@ def problem_of(error: errors.LLMasOSError) -> Problem:
         type_,
         code,
         f"{error.message} ({hint})" if hint else error.message,
-        _FIELDS.get(field, field) if isinstance(field, str) else None,
+        field if isinstance(field, str) else None,
         max(1, math.ceil(float(seconds))) if status in (429, 503) else None,
     )
 
@@ -94,6 +91,29 @@ def _hint(error: errors.LLMasOSError) -> str:
     if right == t.Capability.ADMIN:
         return "no API key has it: the daemon's own user can, with llsh"
     return f"llsh key api new NAME --as {user_of(str(error.details.get('tenant', 'TENANT')))} --right {right}"
+
+
+@contextlib.contextmanager
+def too_long_in(field: str) -> Iterator[None]:
+    """A prompt that does not fit came in this field."""
+    try:
+        yield
+    except errors.ContextOverflow as problem:
+        problem.details["field"] = field
+        raise
+
+
+@contextlib.contextmanager
+def grammar_of(field: str | None) -> Iterator[None]:
+    """A grammar that cannot be used was made of this field; None: of several."""
+    try:
+        yield
+    except errors.InvalidArgument as problem:
+        if problem.details.get("field") == "sampling.grammar":
+            del problem.details["field"]
+            if field is not None:
+                problem.details["field"] = field
+        raise
 
 
 _ANTHROPIC = {

@@ -84,14 +84,16 @@ class Detokenize(Body):
 @router.post("/detokenize", summary="Text of tokens", responses=documented())
 async def detokenize(body: Detokenize, caller: Annotated[Caller, Depends(authenticated)]) -> Response:
     llm = await caller.llm(body.model)
-    tokens = checked(llm.tokenizer.vocab_size, body.tokens)
+    tokens = checked(llm.tokenizer.vocab_size, body.tokens, "tokens")
     return json({"prompt": await aside(lambda: llm.tokenizer.decode(tokens, special=True))})
 
 
-def checked(vocab_size: int, tokens: list[int]) -> list[int]:
-    """Raises InvalidArgument for a token that the model does not have."""
+def checked(vocab_size: int, tokens: list[int], field: str) -> list[int]:
+    """Raises InvalidArgument for a token that the model does not have, in this field."""
     if tokens and max(tokens) >= vocab_size:
         raise errors.InvalidArgument(
-            f"token {max(tokens)} is not in the vocabulary of {vocab_size}", field="tokens"
+            f"token {max(tokens)} is not in the vocabulary of {vocab_size}",
+            hint="send texts, or this model's own tokens (/tokenize), not those of another one",
+            field=field,
         )
     return tokens

@@ -20,9 +20,15 @@ if TYPE_CHECKING:
     from ..encoding import Floats
 
 
-async def framed_texts(llm: LLM, texts: Texts, *, truncate: bool = False) -> list[Framed]:
-    """Texts, or pairs of them, with the model's special tokens. Raises ContextOverflow, InvalidArgument."""
-    return await aside(lambda: framed(llm.tokenizer, texts, llm.context_length, truncate))
+async def framed_texts(llm: LLM, texts: Texts, *, truncate: bool | None = None) -> list[Framed]:
+    """Texts, or pairs of them, with the model's special tokens. `truncate` None: the API cannot ask for it.
+    Raises ContextOverflow, InvalidArgument."""
+    try:
+        return await aside(lambda: framed(llm.tokenizer, texts, llm.context_length, truncate or False))
+    except errors.ContextOverflow as problem:
+        if truncate is None:
+            problem.hint = "cut it in pieces"
+        raise
 
 
 async def vectors(

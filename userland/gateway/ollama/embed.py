@@ -62,12 +62,12 @@ async def embed(
 async def embeddings(
     request: Request, body: EmbeddingsRequest, caller: Annotated[Caller, Depends(authenticated)]
 ) -> Response:
-    made, _ = await attend(request, _embed(caller, body, [body.prompt], Clock(), truncate=False))
+    made, _ = await attend(request, _embed(caller, body, [body.prompt], Clock(), truncate=None))
     return json({"embedding": made[0][0].tolist()})
 
 
 async def _embed(
-    caller: Caller, body: Embedding, texts: list[str], clock: Clock, *, truncate: bool
+    caller: Caller, body: Embedding, texts: list[str], clock: Clock, *, truncate: bool | None
 ) -> tuple[list[Any], int]:
     llm = await caller.llm(body.model_name(body.model))
     cut = await framed_texts(llm, texts, truncate=truncate)

@@ -54,7 +54,7 @@ class GenerateRequest(Asking):
             prompt = encode_chat(tokenizer, said, model=llm.model, most=most)
         else:
             prompt = tokenizer.encode(self.prompt, start=not self.context, most=most)
-        return [*checked(tokenizer.vocab_size, self.context), *prompt]
+        return [*checked(tokenizer.vocab_size, self.context, "context"), *prompt]
 
 
 @router.post("", summary="Continue a text", responses=documented())

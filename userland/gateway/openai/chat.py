@@ -18,6 +18,7 @@ from ..answers import Asked, ask
 from ..callers import Caller, authenticated
 from ..errors_doc import documented
 from ..http import aside, attend, json, new_id
+from ..problems import too_long_in
 from .constraints import Constrained
 from .messages import Message, as_messages
 from .shared import DONE, REASONS, Sampled, chat_score, event, stream, usage
@@ -35,13 +36,11 @@ class ChatRequest(Sampled, Constrained):
         "modalities": (["text"],),
         "moderation": (),
         "prediction": (),
-        "prompt_cache_key": (),
         "prompt_cache_options": (),
-        "prompt_cache_retention": (),
+        "prompt_cache_retention": ("in_memory",),
         "reasoning_effort": ("none",),
-        "safety_identifier": (),
         "store": (False,),
-        "verbosity": (),
+        "verbosity": ("medium",),
         "web_search_options": (),
     }
 
@@ -69,9 +68,10 @@ async def prepare(caller: Caller, body: ChatRequest) -> tuple[Asked, dict[str, A
     tools = toolbox.tools if toolbox is not None else ()
     messages = as_messages(body.messages)
     most = llm.context_length
-    tokens = await aside(
-        lambda: encode_chat(llm.tokenizer, messages, model=llm.model, tools=tools, most=most)
-    )
+    with too_long_in("messages"):
+        tokens = await aside(
+            lambda: encode_chat(llm.tokenizer, messages, model=llm.model, tools=tools, most=most)
+        )
     if body.top_logprobs is not None and not body.logprobs:
         raise errors.InvalidArgument("top_logprobs needs logprobs: true", field="top_logprobs")
     scores = (body.top_logprobs or 0) if body.logprobs else None
@@ -79,7 +79,11 @@ async def prepare(caller: Caller, body: ChatRequest) -> tuple[Asked, dict[str, A
     longest = body.max_completion_tokens or body.max_tokens or max(room, 0)
     shape = body.response_format.model_dump(by_alias=True) if body.response_format else None
     options = body.options(llm, longest, scores, shape)
-    asked = await ask(caller, llm, [tokens], options, body, n=body.n, toolbox=toolbox)
+    with too_long_in("messages"):
+        fields = [*(["tools"] if tools else []), *(["response_format"] if shape else [])]
+        asked = await ask(
+            caller, llm, [tokens], options, body, n=body.n, toolbox=toolbox, shape=body.shape(*fields)
+        )
     head = {
         "id": new_id("chatcmpl-"),
         "object": "chat.completion.chunk" if body.stream else "chat.completion",

@@ -20,6 +20,7 @@ from ..callers import Caller, authenticated
 from ..errors_doc import documented
 from ..http import aside, attend, json, new_id
 from ..options import Token
+from ..problems import too_long_in
 from ..system import checked
 from .shared import DONE, REASONS, Sampled, event, stream, usage
 
@@ -53,23 +54,26 @@ async def prepare(caller: Caller, body: CompletionRequest) -> tuple[Asked, dict[
     """What is to be generated, the head of the answer, by which model, behind which texts. Raises what is
     wrong with the request."""
     llm = await caller.llm(body.model_name(body.model))
-    prompts = await aside(lambda: _prompts(llm, body.prompt))
+    with too_long_in("prompt"):
+        prompts = await aside(lambda: _prompts(llm, body.prompt))
     longest = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
     if longest == 0 and not body.echo:
         raise errors.InvalidArgument("max_tokens 0 needs echo", field="max_tokens")
     scored = body.echo and body.logprobs is not None
     if scored and body.stream:
         raise errors.InvalidArgument("echo with logprobs does not stream", field="stream")
-    asked = await ask(
-        caller,
-        llm,
-        prompts,
-        body.options(llm, longest, body.logprobs),
-        body,
-        n=body.n,
-        prompt_scores=scored,
-        no_tokens=longest == 0,
-    )
+    with too_long_in("prompt"):
+        asked = await ask(
+            caller,
+            llm,
+            prompts,
+            body.options(llm, longest, body.logprobs),
+            body,
+            n=body.n,
+            prompt_scores=scored,
+            no_tokens=longest == 0,
+            shape=body.shape(),
+        )
     head = {
         "id": new_id("cmpl-"),
         "object": "text_completion",
@@ -101,10 +105,10 @@ def _prompts(llm: LLM, given: Any) -> list[list[int]]:
     if not given:
         raise errors.InvalidArgument("the prompt is empty", field="prompt")
     if isinstance(given[0], int):
-        return [checked(llm.tokenizer.vocab_size, given)]
+        return [checked(llm.tokenizer.vocab_size, given, "prompt")]
     if isinstance(given[0], str):
         return [llm.tokenizer.encode(text, most=llm.context_length) for text in given]
-    return [checked(llm.tokenizer.vocab_size, tokens) for tokens in given]
+    return [checked(llm.tokenizer.vocab_size, tokens, "prompt") for tokens in given]
 
 
 def _choice(

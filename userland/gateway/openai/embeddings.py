@@ -16,6 +16,7 @@ from ..callers import Caller, authenticated
 from ..errors_doc import documented
 from ..http import attend, json
 from ..options import Placed, Token
+from ..problems import too_long_in
 from ..system import checked
 from ..vectors import framed_texts, shortened, vectors
 
@@ -70,9 +71,10 @@ async def _inputs(llm: LLM, given: Any) -> list[Framed]:
     if not 0 < len(given) <= MOST_INPUTS:
         raise errors.InvalidArgument(f"1 to {MOST_INPUTS} inputs", field="input")
     if isinstance(given[0], str):
-        return await framed_texts(llm, given)
+        with too_long_in("input"):
+            return await framed_texts(llm, given)
     for index, tokens in enumerate(given):
-        checked(llm.tokenizer.vocab_size, tokens)
+        checked(llm.tokenizer.vocab_size, tokens, "input")
         if not tokens:
             raise errors.InvalidArgument(f"input {index} is empty", field="input")
         if len(tokens) > llm.context_length:

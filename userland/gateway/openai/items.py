@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal, cast
 
@@ -59,6 +60,13 @@ class CallOutputItem(Body):
     status: Status | None = None
 
 
+class ReferenceItem(Body):
+    """An item of a response that was stored."""
+
+    type: Literal["item_reference"]
+    id: Id
+
+
 def _kind(item: Any) -> Any:
     given = item.get("type") if isinstance(item, dict) else getattr(item, "type", None)
     return "message" if given is None else given
@@ -67,7 +75,8 @@ def _kind(item: Any) -> Any:
 Item = Annotated[
     Annotated[MessageItem, Tag("message")]
     | Annotated[CallItem, Tag("function_call")]
-    | Annotated[CallOutputItem, Tag("function_call_output")],
+    | Annotated[CallOutputItem, Tag("function_call_output")]
+    | Annotated[ReferenceItem, Tag("item_reference")],
     Discriminator(_kind),
 ]
 
@@ -76,8 +85,22 @@ _ADDED: Any = {"parsed_arguments": True, "content": {"__all__": dict.fromkeys(_B
 PREFIXES = {"message": "msg_", "function_call": "fc_", "function_call_output": "fco_"}
 
 
+_OF_RESPONSE = re.compile(r"(?:msg|fc)_([0-9a-f]{32})[0-9a-f]{4,8}")
+
+
+def item_id(prefix: str, response_id: str, place: int) -> str:
+    """Of an item of that response's output. It tells where the item is kept."""
+    return f"{prefix}{response_id.removeprefix('resp_')}{place:04x}"
+
+
+def response_of(item: str) -> str | None:
+    """The response that an item with this id is of; None if it can be of none."""
+    found = _OF_RESPONSE.fullmatch(item)
+    return f"resp_{found[1]}" if found else None
+
+
 def shown(items: str | list[Item]) -> list[dict[str, Any]]:
-    """The input as it is kept and shown: each item with an id, texts as parts."""
+    """The input as it is kept and shown, but for references: each item with an id, texts as parts."""
     if isinstance(items, str):
         items = [MessageItem(role="user", content=items)]
     found = []

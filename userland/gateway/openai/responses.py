@@ -22,11 +22,12 @@ from ..errors_doc import documented
 from ..http import EventStream, aside, attend, json, new_id
 from ..options import Body
 from ..patience import patiently
+from ..problems import too_long_in
 from ..store import Kept, Store
 from ..works import Works
 from .constraints import FlatlyConstrained
 from .files import CallerOf, StoreOf, listing
-from .items import Item, as_messages, shown
+from .items import Item, ReferenceItem, as_messages, response_of, shown
 from .shared import Metadata, Sampling
 from .telling import ENDED, Event, fail, tell
 
@@ -63,11 +64,9 @@ class ResponseRequest(Sampling, FlatlyConstrained):
         "max_tool_calls": (),
         "moderation": (),
         "prompt": (),
-        "prompt_cache_key": (),
         "prompt_cache_options": (),
-        "prompt_cache_retention": (),
+        "prompt_cache_retention": ("in_memory",),
         "reasoning": ({}, {"effort": "none"}),
-        "safety_identifier": (),
         "truncation": ("disabled",),
     }
 
@@ -77,13 +76,20 @@ class ResponseRequest(Sampling, FlatlyConstrained):
     instructions: str | None = Field(None, description="A system message. It does not carry over.")
     previous_response_id: str | None = Field(None, max_length=128)
     max_output_tokens: int | None = Field(None, ge=1, lt=2**31)
-    include: list[Literal["message.output_text.logprobs"]] | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = Field(
+        None, description="Of reasoning there is none, so it adds nothing."
+    )
     top_logprobs: int | None = Field(None, ge=0, le=20)
     metadata: Metadata | None = None
     store: bool = True
     background: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
+
+    @property
+    def refers(self) -> bool:
+        """Whether there is more in the input than came with the request."""
+        return any(isinstance(item, ReferenceItem) for item in self.input)
 
     @property
     def scored(self) -> bool:
@@ -96,7 +102,7 @@ async def prepare(
     """What is to be generated, the response that it is to fill, and the input as it is kept. Raises what is
     wrong with the request."""
     llm = await caller.llm(body.model_name(body.model))
-    items = shown(body.input)
+    items = await _items(caller, store, shown(body.input))
     told = await _history(caller, store, body.previous_response_id)
     messages = as_messages([*told, *items])
     if body.instructions is not None:
@@ -108,17 +114,16 @@ async def prepare(
     most = llm.context_length
     scores = (body.top_logprobs or 0) if body.scored else None
     shape = body.format
-    try:
+    with too_long_in("input"):
         tokens = await aside(
             lambda: encode_chat(llm.tokenizer, messages, model=llm.model, tools=tools, most=most),
-            more=bool(told),
+            more=bool(told) or body.refers,
         )
         longest = body.max_output_tokens or max(most - len(tokens), 0)
-        options = body.options(llm, longest, scores, shape if shape["type"] != "text" else None)
-        asked = await ask(caller, llm, [tokens], options, body, toolbox=toolbox)
-    except errors.ContextOverflow as problem:
-        problem.details["field"] = "input"
-        raise
+        formed = shape["type"] != "text"
+        options = body.options(llm, longest, scores, shape if formed else None)
+        fields = [*(["tools"] if tools else []), *(["text.format"] if formed else [])]
+        asked = await ask(caller, llm, [tokens], options, body, toolbox=toolbox, shape=body.shape(*fields))
     response: dict[str, Any] = {
         "id": new_id("resp_"),
         "object": "response",
@@ -135,7 +140,9 @@ async def prepare(
         "output": [],
         "parallel_tool_calls": True if body.parallel_tool_calls is None else body.parallel_tool_calls,
         "previous_response_id": body.previous_response_id,
+        "prompt_cache_key": body.prompt_cache_key,
         "reasoning": {"effort": None, "summary": None},
+        "safety_identifier": body.safety_identifier,
         "service_tier": body.service_tier or "auto",
         "store": body.store,
         "temperature": body.temperature,
@@ -150,6 +157,33 @@ async def prepare(
         **({"pid": asked.pid} if asked.pid is not None else {}),
     }
     return asked, response, items
+
+
+async def _items(caller: Caller, store: Store, shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The items, with what they refer to in place of references."""
+    found: list[dict[str, Any]] = []
+    last, outputs, size = "", {}, 0
+    for item in shown:
+        if item["type"] == "item_reference":
+            response = response_of(item["id"])
+            if response is not None and response != last:  # most come in order
+                with contextlib.suppress(errors.NotFound):
+                    kept = await store.get(caller.tenant, "response", response)
+                    last, outputs = response, {one["id"]: one for one in kept.body["output"]}
+            if item["id"] not in outputs:
+                raise errors.NotFound(
+                    f"Item with id '{item['id']}' not found.",
+                    hint="its response was not stored, was deleted, or has expired: send the item itself",
+                    field="input",
+                )
+            item = outputs[item["id"]]
+            size += len(msgspec.json.encode(item))
+            if size > MOST_HISTORY:
+                raise errors.InvalidArgument(
+                    f"what the items refer to is longer than {MOST_HISTORY} bytes", field="input"
+                )
+        found.append(item)
+    return found
 
 
 async def _history(caller: Caller, store: Store, last: str | None) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from ...tokenizer import Shown
 from .. import problems
 from ..answers import Usage, sampling_options
 from ..http import EventStream
-from ..options import Body, Placed
+from ..options import Body, Hinted, Placed
 
 DONE = b"data: [DONE]\n\n"
 
@@ -43,7 +43,7 @@ class StreamOptions(Body):
     include_usage: bool = False
 
 
-class Sampling(Placed):
+class Sampling(Placed, Hinted):
     """How tokens are chosen. `top_k`, `min_p`, `repetition_penalty`, `min_tokens` and `structured_outputs`
     are extensions, as in vLLM."""
 
@@ -54,7 +54,6 @@ class Sampling(Placed):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
-    user: str | None = Field(None, max_length=512)
     top_k: int | None = Field(None, ge=-1, lt=2**31, description="0 or -1: off.")
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
@@ -62,6 +61,11 @@ class Sampling(Placed):
     structured_outputs: dict[str, Any] | None = Field(
         None, description="As in vLLM: one of json (a schema), json_object, regex, choice, grammar (Lark)."
     )
+
+    def shape(self, *fields: str) -> str | None:
+        """The field that the answer's grammar is made of, of `fields` and its own; None if it is not one."""
+        given = [*fields, *(["structured_outputs"] if self.structured_outputs else [])]
+        return given[0] if len(given) == 1 else None
 
     def options(
         self,
@@ -103,6 +107,7 @@ def usage(used: Usage) -> dict[str, Any]:
         "completion_tokens": used.generated,
         "total_tokens": used.prompt + used.generated,
         "prompt_tokens_details": {"cached_tokens": used.cached},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 

@@ -13,7 +13,7 @@ from llmasos.syscalls import types as t
 from ...tools import Arguments, Begun, Ended, Piece
 from .. import problems
 from ..answers import Asked, Usage
-from ..http import new_id
+from .items import item_id
 from .shared import chat_score
 
 Event = dict[str, Any]
@@ -40,6 +40,9 @@ class Teller:
         yield self._event("created", response=self.response)
         yield self._event("in_progress", response=self.response)
 
+    def _new_id(self, prefix: str) -> str:
+        return item_id(prefix, self.response["id"], len(self.response["output"]))
+
     def _open(self, item: dict[str, Any]) -> Iterator[Event]:
         yield from self.close()
         self._item = item
@@ -63,7 +66,7 @@ class Teller:
         """What the model says, in a message that goes on or begins."""
         if self._item is None or self._item["type"] != "message":
             message: dict[str, Any] = {
-                "id": new_id("msg_"),
+                "id": self._new_id("msg_"),
                 "type": "message",
                 "role": "assistant",
                 "status": "in_progress",
@@ -87,7 +90,7 @@ class Teller:
                 yield from self.text(piece, scores)
             case Begun(_, id_, name):
                 call = {
-                    "id": new_id("fc_"),
+                    "id": self._new_id("fc_"),
                     "type": "function_call",
                     "status": "in_progress",
                     "call_id": id_,
