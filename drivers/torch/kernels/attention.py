@@ -29,7 +29,7 @@ def _span(seen, SPLITS: tl.constexpr, LEAST: tl.constexpr, TILE: tl.constexpr):
     return tl.maximum(tl.cdiv(tl.cdiv(seen, SPLITS), TILE) * TILE, LEAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row"])  # differs from step to step: a kernel each would be compiled
 def _attend(
     query,
     kv,
@@ -228,7 +228,7 @@ def attend(
         CAPPED=softcap > 0,
         **fixed,
         num_warps=4,
-        num_stages=2,
+        num_stages=3,  # a page's number is read ahead of its keys
     )
     if splits > 1:
         _merge[(rows, heads)](lengths, sinks, out, parts, peaks, sums, HEADS=heads, **fixed, num_warps=4)
