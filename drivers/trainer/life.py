@@ -219,11 +219,12 @@ def most_ranks(kind: str) -> int:
 def _ranks(kind: str, place: Place) -> Ranks:
     import torch
 
+    from ..torch.host import claim
     from ..torch.ranks import Ranks
 
     device = torch.device(f"cuda:{place.local}" if kind == "cuda" else "cpu")
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        claim(device)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, host.physical_cores() // place.here))
     return Ranks(place, device)
