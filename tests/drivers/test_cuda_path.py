@@ -468,11 +468,15 @@ def test_float8_products_of_many_rows_are_near_the_kept_weight() -> None:
     torch.manual_seed(0)
     operators: Any = TorchOps()
     operators.multiplies_float8 = True
-    bias = torch.randn(48).bfloat16()
-    layer = quantised.quantise(torch.randn(48, 96).bfloat16(), bias, "float8", operators)
-    x = torch.randn(19, 96).bfloat16()
+    weight, bias, x = (torch.randn(*size).bfloat16().to(DEVICE) for size in ((48, 96), (48,), (19, 96)))
+    layer = quantised.quantise(weight, bias, "float8", operators)
     expected = x.float() @ layer.weight(torch.float32).T + bias
-    found = layer(x)
+    try:
+        found = layer(x)
+    except RuntimeError as problem:
+        if CUDA or "per-tensor scaling" not in str(problem):
+            raise
+        pytest.skip("this torch scales no rows on a CPU")
     assert found.shape == (19, 48)
     assert float((found - expected).norm() / expected.norm()) < 0.05
 
