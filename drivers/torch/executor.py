@@ -71,17 +71,9 @@ class TorchDriver:
 
     def __init__(self, device: str, static: bool | None = None, ranks: Ranks | None = None) -> None:
         self._name = device
-        self._device = torch.device(device)
+        self._device = host.device_of(device)
         self._ranks = ranks
-        if self._device.type == "cuda":
-            if not torch.cuda.is_available() or (self._device.index or 0) >= torch.cuda.device_count():
-                raise errors.NoSuchDevice(
-                    f"torch {torch.__version__} sees no {device}",
-                    hint="use --device cpu, or a CUDA build of torch",
-                )
-            self._device = torch.device("cuda", self._device.index or 0)
-            host.claim(self._device)
-        elif "OMP_NUM_THREADS" not in os.environ:
+        if self._device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, host.physical_cores() // self._here))
         self._static = has_triton(self._device) if static is None else static
         self._residents: dict[int, Resident] = {}

@@ -7,18 +7,38 @@ import sys
 from typing import NoReturn
 
 import torch
+from llmasos.syscalls import errors
 
 from .. import host
 from ..host import computes_bfloat16, cpu_name, physical_cores
 
-__all__ = ["claim", "cpu_name", "end_if_lost", "memory", "multiplies_bfloat16", "physical_cores"]
+__all__ = ["cpu_name", "device_of", "end_if_lost", "memory", "multiplies_bfloat16", "physical_cores"]
 
 
-def claim(device: torch.device) -> None:
-    """Makes a CUDA device the one of this process."""
+def device_of(name: str) -> torch.device:
+    """The device `cpu`, `cuda` or `cuda:<n>`; CUDA computes there from now on. Raises NoSuchDevice."""
+    device = torch.device(name)
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+        raise errors.NoSuchDevice(
+            f"torch {torch.__version__} sees no {name}{_why_not()}",
+            hint="use --device cpu, or a CUDA build of torch and a driver that is new enough for it",
+        )
+    device = torch.device("cuda", device.index or 0)
     torch.cuda.set_device(device)  # graphs and kernels go to the current device
     # cuDNN plans attention anew for each length it meets, and lengths are never the same.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
+def _why_not() -> str:
+    """Why CUDA does not start, in its own words."""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except (RuntimeError, AssertionError) as problem:  # the latter of builds without CUDA
+        return f": {str(problem).partition(chr(10))[0][:200]}"
+    return ""
 
 
 def memory(device: torch.device) -> tuple[int, int]:
