@@ -1,7 +1,7 @@
 #!/bin/sh
 # What works on a machine with a GPU: from a bare checkout, without a network, in less than ten minutes.
 #
-#     sh tests/bench/cuda_first.sh [a folder of wheels that the machine lacks: msgspec at least]
+#     sh tests/bench/cuda_first.sh [a folder of wheels that the machine lacks: msgspec, for grammars llguidance]
 #
 # The tests that need the device, then Llama 3.1 8B's shape: figures of cuda_decode.py, one JSON line each.
 set -u
