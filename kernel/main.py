@@ -104,8 +104,10 @@ def _endpoint() -> str:
 
 def device_names(config: Config) -> list[str]:
     """What to drive: the configured devices, or the cpu and every NVIDIA device that is there."""
-    cards = sorted(glob.glob("/dev/nvidia[0-9]*"))
-    return config.devices or ["cpu", *(f"cuda:{index}" for index in range(len(cards)))]
+    cards = len(glob.glob("/dev/nvidia[0-9]*"))
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:  # CUDA counts these from 0 on
+        cards = min(cards, len([name for name in visible.split(",") if name.strip() not in ("", "-1")]))
+    return config.devices or ["cpu", *(f"cuda:{index}" for index in range(cards))]
 
 
 def private_folder(folder: Path) -> None:

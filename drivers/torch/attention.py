@@ -252,7 +252,8 @@ class Plan:
         fill_tables(few, tables)
         lengths = (positions[:rows] + 1).astype(np.int32)
         device = self._pool.device
-        return PagedRows(send(tables, device), send(lengths, device), int(lengths.max()))
+        # Not what is the longest in this step: each number of splits is a kernel to compile.
+        return PagedRows(send(tables, device), send(lengths, device), self._pool.shape.context_length)
 
     def _batches(self, single: list[Piece]) -> list[list[Piece]]:
         """Cuts decoding sequences, shortest first, into groups with little padding that fit the workspace."""
@@ -285,7 +286,7 @@ class Plan:
             sequences=len(pieces),
             queries=queries,
             length=length,
-            table=torch.from_numpy(table.reshape(-1)).to(self._pool.device),
+            table=send(table.reshape(-1), self._pool.device),
             masks={window: self._mask(pieces, length, window) for window in self._windows},
         )
 
@@ -299,9 +300,8 @@ class Plan:
         if not narrow and (free if chunk else pieces[0].end == length):
             return None  # pieces are sorted: if the first is as long as the longest, all are
         device, dtype = self._pool.device, self._pool.dtype
-        query = torch.tensor([range(piece.start, piece.end) for piece in pieces], device=device)[
-            :, None, :, None
-        ]
+        places = np.array([range(piece.start, piece.end) for piece in pieces], np.int64)
+        query = send(places, device)[:, None, :, None]
         key = torch.arange(length, device=device)
         hidden = key > query
         if window:
@@ -387,8 +387,16 @@ class Plan:
         self, layer: int, group: _Group, query: torch.Tensor, scale: float, mask: torch.Tensor | None
     ) -> torch.Tensor:
         keys, values = self._context(layer, group)
-        from_start = group.length == group.queries
-        if mask is None and not from_start:
+        if mask is not None:
+            # The heads that share KV as a batch: not every torch has a CUDA kernel for enable_gqa and a mask,
+            # and without one the scores of all heads are written out.
+            grouped = query.view(len(query), len(keys), -1, query.shape[2]).permute(1, 2, 0, 3)
+            keys, values = (part.expand(-1, grouped.shape[1], -1, -1) for part in (keys, values))
+            found = functional.scaled_dot_product_attention(
+                grouped, keys, values, attn_mask=mask, scale=scale
+            )
+            return found.permute(2, 0, 1, 3).flatten(1, 2)
+        if group.length > group.queries:
             mask = _of_the_last(group.queries, group.length, query.device)
         found = functional.scaled_dot_product_attention(
             query.transpose(0, 1)[None],

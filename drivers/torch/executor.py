@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -33,7 +34,7 @@ from .flight import Flight
 from .graphs import StaticDecode
 from .lora import AdapterBank
 from .models import Model, build, family_of, is_ours
-from .ops import has_triton
+from .ops import has_triton, triton_trouble
 from .ranks import Ranks
 from .resident import Resident
 from .shards import Shard
@@ -71,20 +72,13 @@ class TorchDriver:
 
     def __init__(self, device: str, static: bool | None = None, ranks: Ranks | None = None) -> None:
         self._name = device
-        self._device = torch.device(device)
+        self._device = host.device_of(device)
         self._ranks = ranks
-        self._static = self._device.type == "cuda" and has_triton() if static is None else static
         if self._device.type == "cuda":
-            if not torch.cuda.is_available() or (self._device.index or 0) >= torch.cuda.device_count():
-                raise errors.NoSuchDevice(
-                    f"torch {torch.__version__} sees no {device}",
-                    hint="use --device cpu, or a CUDA build of torch",
-                )
-            self._device = torch.device("cuda", self._device.index or 0)
-            torch.cuda.set_device(self._device)  # graphs and kernels go to the current device
             importlib.import_module("torch.nn.attention.bias")  # so no chunk waits for it (attention.py)
         elif "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, host.physical_cores() // self._here))
+        self._static = has_triton(self._device) if static is None else static
         self._residents: dict[int, Resident] = {}
         self._encoders: dict[int, TorchEncoder] = {}
         self._tickets: dict[int, _Ticket] = {}
@@ -130,15 +124,15 @@ class TorchDriver:
             return own
         if self._device.type != "cuda":
             return self._engine(_DTYPES[name])
-        if not has_triton():
-            return f"torch {torch.__version__}, eager: there is no Triton here"
+        if trouble := triton_trouble(self._device):
+            return f"torch {torch.__version__}, eager: {trouble}"
         decode = "CUDA graphs" if static else "eager"
         return f"torch {torch.__version__}, {decode}, Triton paged attention, {name} weights"
 
     def _formats(self) -> tuple[str, ...]:
         """The quantised weights that this device computes with: without our kernels they would only be
         slow."""
-        if self._device.type != "cuda" or not has_triton():
+        if not has_triton(self._device) or not host.multiplies_bfloat16(self._device):
             return ()
         float8 = torch.cuda.get_device_capability(self._device) >= (8, 9)
         return quantised.FORMATS if float8 else tuple(f for f in quantised.FORMATS if f != "float8")
@@ -147,10 +141,8 @@ class TorchDriver:
         """What to compute in. Half the bytes are half the time only where they are multiplied as they are."""
         if spec.dtype:
             return spec.dtype
-        if self._device.type == "cuda":
-            return "bfloat16"
-        halved = checkpoint.stored in ("BF16", "F16")
-        return "bfloat16" if halved and host.computes_bfloat16() else "float32"
+        halved = self._device.type == "cuda" or checkpoint.stored in ("BF16", "F16")
+        return "bfloat16" if halved and host.multiplies_bfloat16(self._device) else "float32"
 
     def load(self, spec: LoadSpec) -> Loaded:
         known = (*_DTYPES, *self._formats())
@@ -162,7 +154,7 @@ class TorchDriver:
         self.unload(spec.handle)
         checkpoint = Checkpoint(spec.files)
         config = Config(checkpoint.config)
-        with torch.inference_mode():
+        with self._computing():
             if encoders.is_encoder(config):
                 return self._twice(lambda: self._load_encoder(spec, config, checkpoint), "loading a model")
             resident = self._twice(lambda: self._load(spec, config, checkpoint), "loading a model")
@@ -173,9 +165,7 @@ class TorchDriver:
         """In the type that the weights are stored in: it costs little, and others compare the vectors."""
         if self._ranks is not None:
             raise errors.UnsupportedModel("a group computes no encoders", hint="choose a single device")
-        halved = checkpoint.stored in ("BF16", "F16") and (
-            self._device.type == "cuda" or host.computes_bfloat16()
-        )
+        halved = checkpoint.stored in ("BF16", "F16") and host.multiplies_bfloat16(self._device)
         name = spec.dtype or ("bfloat16" if halved else "float32")
         if name not in _DTYPES:
             raise errors.UnsupportedModel(
@@ -276,7 +266,7 @@ class TorchDriver:
                 hint="merge the adapter into its model",
             )
         loras = peft.read(files, bank.decoder)
-        with torch.inference_mode():
+        with self._computing():
             size = self._twice(lambda: bank.put(adapter, loras), "loading an adapter")
         resident.mirror.adapters.add(adapter)
         return size
@@ -295,7 +285,7 @@ class TorchDriver:
             ticket.problem = errors.DeviceFault(f"no model is loaded under handle {batch.handle}")
             return batch.ticket
         try:
-            with torch.inference_mode():
+            with self._computing():
                 ticket.flight = self._launch(resident, batch)
                 resident.flights.append(ticket.flight)
         except BaseException as problem:
@@ -334,12 +324,12 @@ class TorchDriver:
     def collect(self, ticket: int, interrupt: Interrupt | None = None) -> StepResult:
         if (found := self._tickets.get(ticket)) is None:
             raise errors.DeviceFault(f"no step with ticket {ticket} was submitted")
-        with torch.inference_mode():
+        with self._computing():
             while found.resident is not None and found.outputs is None and found.problem is None:
                 self._settle(found.resident)
-        del self._tickets[ticket]
-        if found.problem is not None:
-            raise found.problem
+            del self._tickets[ticket]
+            if found.problem is not None:
+                raise found.problem
         assert found.outputs is not None
         return StepResult(ticket, found.outputs, found.seconds)
 
@@ -348,7 +338,7 @@ class TorchDriver:
             raise errors.DeviceFault(f"no encoder is loaded under handle {encode.handle}")
         begun = time.perf_counter()
         tokens = np.frombuffer(encode.tokens, "<u4")
-        with torch.inference_mode():
+        with self._computing():
             rows = self._twice(
                 lambda: encoder.encode(tokens, encode.lengths, encode.pairs),
                 f"encoding {len(tokens)} tokens",
@@ -357,11 +347,11 @@ class TorchDriver:
         return Encoded(encode.ticket, data, time.perf_counter() - begun)
 
     def export_blocks(self, handle: int, blocks: list[int]) -> bytes:
-        with torch.inference_mode():
+        with self._computing():
             return self._resident(handle).pool.read_blocks(blocks)
 
     def import_blocks(self, handle: int, blocks: list[int], data: bytes) -> None:
-        with torch.inference_mode():
+        with self._computing():
             self._resident(handle).pool.write_blocks(blocks, data)
 
     def close(self) -> None:
@@ -369,6 +359,15 @@ class TorchDriver:
         self._residents.clear()
         self._encoders.clear()
         self._drop_caches()
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        try:
+            with torch.inference_mode():
+                yield
+        except RuntimeError as problem:
+            host.end_if_lost(self._device, problem)
+            raise
 
     def _resident(self, handle: int) -> Resident:
         if (resident := self._residents.get(handle)) is None:
@@ -406,4 +405,6 @@ class TorchDriver:
 def _is_out_of_memory(problem: BaseException) -> bool:
     if isinstance(problem, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return "can't allocate memory" in str(problem)  # torch's CPU allocator has no class of its own
+    # torch's CPU allocator, CUDA itself (graphs, pinned memory) and its libraries have no class of their own.
+    texts = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return any(text in str(problem) for text in texts)

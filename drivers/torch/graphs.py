@@ -79,12 +79,8 @@ class DecodeGraph:
 
     def capture(self, pool: Any) -> None:
         """On padding alone. The first run, outside of the graph, lets libraries set themselves up and Triton
-        compile its kernels."""
-        aside = torch.cuda.Stream(self._logits.device)  # type: ignore[no-untyped-call]
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            self._compute()
-        torch.cuda.current_stream().wait_stream(aside)
+        compile its kernels. It needs no stream of its own: cuBLAS would keep a workspace for each."""
+        self._compute()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             self._compute()

@@ -14,13 +14,13 @@ import zlib
 from contextlib import suppress
 
 import msgspec
-import torch
 from llmasos.syscalls import errors
 from msgspec import Struct
 from msgspec.structs import replace
 
 from ..base import Batch, Description, Encode, Encoded, File, Interrupt, Loaded, LoadSpec, StepResult
 from ..launcher import BEAT_S, Place, end
+from . import host
 from .executor import TorchDriver
 from .ranks import Ranks
 
@@ -79,7 +79,7 @@ class _Rank:
 
     def __init__(self, kind: str, place: Place) -> None:
         own = f"cuda:{place.local}" if kind == "cuda" else kind
-        self.ranks = Ranks(place, torch.device(own))
+        self.ranks = Ranks(place, host.device_of(own))
         self.driver = TorchDriver(own, static=False, ranks=self.ranks)
         self.chosen = 0  # the checksum of the last step's tokens
         self.loaded: dict[int, Loaded] = {}  # as the kernel sees them

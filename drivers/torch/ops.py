@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -171,13 +172,28 @@ class TorchOps:
         return Drawn(tokens.to(logits.device), lambda: choices)
 
 
-def has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+@functools.cache
+def triton_trouble(device: torch.device) -> str:
+    """Why our kernels do not run on a CUDA device, or "". Triton wants a C compiler, Python's headers and a
+    driver that is new enough; only trying tells."""
+    if importlib.util.find_spec("triton") is None:
+        return "there is no Triton here"
+    try:
+        from .kernels import layer
+
+        layer.add_norm(torch.ones(1, 16, device=device), None, torch.ones(16, device=device), 0.0)
+    except Exception as problem:  # a compiler's, a linker's, a driver's
+        return f"Triton does not work here: {' '.join(str(problem).split())[:160] or type(problem).__name__}"
+    return ""
+
+
+def has_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and not triton_trouble(device)
 
 
 def ops_for(device: torch.device) -> Ops:
     """Triton's where there is a CUDA device and Triton, which every CUDA build of torch for Linux brings."""
-    if device.type == "cuda" and has_triton():
+    if has_triton(device):
         from .triton_ops import TritonOps
 
         return TritonOps(device)

@@ -88,7 +88,7 @@ class Scored:
 
 def score(logits: torch.Tensor, tokens: list[int], tops: list[int]) -> list[t.Chosen]:
     """See Scored."""
-    scored = Scored(logits, torch.tensor(tokens, device=logits.device), tops)
+    scored = Scored(logits, send(np.array(tokens), logits.device), tops)
     if logits.device.type == "cuda":
         torch.cuda.current_stream(logits.device).synchronize()
     return scored.chosen()
@@ -156,7 +156,7 @@ def _constrain(scores: torch.Tensor, rows: list[tuple[int, Sequence, int]]) -> N
         mask = blank(size)
         if not sequence.mask(position, mask):
             masks[row] = mask
-    bits = np.unpackbits(masks.view(np.uint8), axis=1, bitorder="little")[:, :size]
+    bits = np.unpackbits(masks.view(np.uint8), axis=1, count=size, bitorder="little")
     places = send(np.array([row for row, _, _ in rows]), scores.device)
     forbidden = send(bits, scores.device) == 0
     scores[places] = scores[places].masked_fill(forbidden, -math.inf)

@@ -219,12 +219,11 @@ def most_ranks(kind: str) -> int:
 def _ranks(kind: str, place: Place) -> Ranks:
     import torch
 
+    from ..torch.host import device_of
     from ..torch.ranks import Ranks
 
-    device = torch.device(f"cuda:{place.local}" if kind == "cuda" else "cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:
+    device = device_of(f"cuda:{place.local}" if kind == "cuda" else "cpu")
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, host.physical_cores() // place.here))
     return Ranks(place, device)
 

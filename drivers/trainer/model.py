@@ -28,6 +28,7 @@ from ..families.encoder import is_encoder
 from ..model_config import Config
 from ..native import pack
 from ..native.architecture import refusal
+from ..torch import host as torch_host
 from ..torch.models.transformers_code import load
 from ..torch.models.transformers_survey import Code, Survey, code_of, explained, freeze_rotary, survey_of
 from ..torch.weights import Checkpoint
@@ -216,15 +217,10 @@ def computes_bf16(recipe: Recipe, device: torch.device) -> bool:
     """Whether the run multiplies in bfloat16."""
     if recipe.bf16 is not None:
         return recipe.bf16
-    return torch.cuda.is_bf16_supported() if device.type == "cuda" else host.computes_bfloat16()
+    return torch_host.multiplies_bfloat16(device)
 
 
 def device_of(name: str) -> torch.device:
-    """Where a device of the kernel computes. Raises NoSuchDevice."""
+    """Where a device of the kernel computes: see torch/host.py. Raises NoSuchDevice."""
     kind = name.partition("*")[0]  # of a group
-    device = torch.device(kind if kind.startswith("cuda") else "cpu")
-    if device.type == "cuda" and (
-        not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count()
-    ):
-        raise errors.NoSuchDevice(f"torch {torch.__version__} sees no {name}")
-    return device
+    return torch_host.device_of(kind if kind.startswith("cuda") else "cpu")

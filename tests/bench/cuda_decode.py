@@ -12,6 +12,8 @@ Prints one JSON line a figure:
              read (weights and KV once) as a share of the nominal bandwidth and of the copy's
     batch    prompts continued together, from a sequence's first token to its last: milliseconds a step here
              (two under way) and by `generate_batch`, and their ratio; setup and prefill do not count
+    kernels  (--profile) microseconds a step that the device spends in each kernel, the longest first
+    failed   what could not be measured, and why; the others are
 
 Only verbs of the driver are called, as the kernel calls them, in this process. (A file named cuda.py would be
 imported by torch instead of NVIDIA's package.)
@@ -24,8 +26,11 @@ import gc
 import itertools
 import json
 import statistics
+import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +39,9 @@ from llmasos.drivers.families import describe
 from llmasos.drivers.torch import executor
 from llmasos.drivers.torch.config import Config
 from llmasos.syscalls import types as t
+from torch.profiler import ProfilerActivity, profile
+
+_BEGUN = time.perf_counter()
 
 # Llama 3.2 1B and 3B, Llama 3.1 8B.
 _LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "rope_theta": 5e5}
@@ -220,10 +228,20 @@ def nominal(device: str) -> float | None:
     return 2 * found.memory_clock_rate * 1000 * found.memory_bus_width / 8
 
 
+def kernels(options: argparse.Namespace, shape: str, dtype: str, sender: Sender, batch: int) -> None:
+    steps = 8
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        sender.run(steps, 1)
+    spent = {event.key[:48]: event.self_device_time_total / steps for event in found.key_averages()}
+    longest = sorted(spent, key=lambda name: -spent[name])[:12]
+    us = {name: round(spent[name], 1) for name in longest}
+    report("kernels", options, shape=shape, dtype=dtype, batch=batch, us=us)
+
+
 def decode(options: argparse.Namespace, shape: str, dtype: str, limits: dict[str, float]) -> None:
     driver, loaded, weights = load(shape, dtype, options.device)
     for batch in options.batches:
-        length = options.context + 2 * options.steps + 8
+        length = options.context + 2 * options.steps + 16
         sender = Sender(driver, loaded, batch, length)
         sender.open([list(range(options.context + 1))] * batch, options.context)
         sender.run(4, 1)  # captures the graph
@@ -244,6 +262,8 @@ def decode(options: argparse.Namespace, shape: str, dtype: str, limits: dict[str
             gb_per_step=round(read / 1e9, 4),
             **{f"of_{name}": round(read / ahead / limit, 3) for name, limit in limits.items()},
         )
+        if options.profile:
+            attempt(options, "kernels", partial(kernels, options, shape, dtype, sender, batch))
     release(driver)
 
 
@@ -334,6 +354,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--profile", action="store_true", help="say where a step's time goes")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin nothing more after so long")
     found = parser.parse_args()
     if found.device == "cpu":
         found.batches, found.peer_batches = [1, 4], [2]
@@ -351,18 +373,41 @@ def figures(options: argparse.Namespace) -> Iterator[tuple[str, str]]:
                 yield shape, dtype
 
 
-def main() -> None:
+def attempt(options: argparse.Namespace, what: str, measure: Callable[[], None]) -> bool:
+    """Measures, if there is time; tells what failed. Whether it did not fail."""
+    if time.perf_counter() - _BEGUN > options.seconds:
+        report("failed", options, what=what, why="there was no time left")
+        return False
+    try:
+        measure()
+    except Exception as problem:  # the other figures are still wanted
+        traceback.print_exc()
+        report("failed", options, what=what, why=f"{type(problem).__name__}: {str(problem)[:300]}")
+        return False
+    finally:
+        gc.collect()
+        if options.device != "cpu":
+            torch.cuda.empty_cache()
+    return True
+
+
+def main() -> int:
     options = arguments()
     limits = {"copy": copied(options.device)}
     if (peak := nominal(options.device)) is not None:
         limits["nominal"] = peak
     report("copy", options, **{f"{name}_gb_per_s": round(limit / 1e9, 1) for name, limit in limits.items()})
-    for shape, dtype in figures(options):
-        decode(options, shape, dtype, limits)
+    fine = [
+        attempt(options, f"decode {shape} {dtype}", partial(decode, options, shape, dtype, limits))
+        for shape, dtype in figures(options)
+    ]
     if options.peer == "transformers":
-        for shape in options.shapes.split(","):
-            against(options, shape)
+        fine += [
+            attempt(options, f"batch {shape}", partial(against, options, shape))
+            for shape in options.shapes.split(",")
+        ]
+    return 0 if all(fine) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -26,6 +26,9 @@ from llmasos.syscalls import types as t
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+"""Of the torch driver, on this machine."""
+
 VOCAB = 97
 _SMALL = {
     "vocab_size": VOCAB,

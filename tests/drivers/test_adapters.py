@@ -27,7 +27,7 @@ from llmasos.drivers.torch.executor import TorchDriver
 from llmasos.syscalls import errors
 from safetensors.torch import load_file, save_file
 
-from .conftest import NONSENSE, VOCAB, Kernel, Seq, Tiny, files_of, index_of, nonsense, start
+from .conftest import DEVICES, NONSENSE, VOCAB, Kernel, Seq, Tiny, files_of, index_of, nonsense, start
 
 # peft asks transformers for it.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
@@ -63,7 +63,7 @@ def make_adapter(model: Tiny, folder: Path, seed: int = 1, **config: Any) -> Ada
     return Adapter(folder, adapted)
 
 
-@pytest.fixture(params=["native", "cpu"], ids=["native", "torch"])
+@pytest.fixture(params=["native", *DEVICES], ids=lambda device: "torch" if device == "cpu" else device)
 def device(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 

@@ -27,7 +27,7 @@ from llmasos.syscalls import errors
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 
-from .conftest import Tiny, files_of, index_of, start
+from .conftest import DEVICES, Tiny, files_of, index_of, start
 
 VOCAB = 199
 _PLAIN: dict[str, Any] = {
@@ -162,11 +162,12 @@ def load(folder: Path, dtype: str = "float32") -> base.Loaded:
     return TorchDriver("cpu").load(base.LoadSpec(1, files_of(folder), dtype, 0.05))
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_greedy_equals_generate(name: str, tmp_path: Path) -> None:
+def test_greedy_equals_generate(name: str, device: str, tmp_path: Path) -> None:
     """Prefill in chunks, decoding of sequences of other lengths, and both in one step."""
     model = write(tmp_path, CONFIGS[name]())
-    kernel = start(TorchDriver("cpu"), model.files)
+    kernel = start(TorchDriver(device), model.files)
     made = kernel.generate([kernel.open(tokens) for tokens in prompts()], 12, chunk=9)
     for tokens, continuation in zip(prompts(), made, strict=True):
         with torch.inference_mode():

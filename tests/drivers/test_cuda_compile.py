@@ -48,6 +48,72 @@ def compiled(kernel: Any, types: dict[str, str], fixed: dict[str, Any], **option
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
+class _H100:
+    """What Triton asks a device's driver before it compiles."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the functions that launch kernels have compiled for an H100; nothing is launched."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    driver.set_active(_H100())
+    made: list[Any] = []
+    run: Any = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, warmup: bool, **options: Any) -> None:
+        made.append(run(self, *args, warmup=True, **options))
+        assert made[-1].metadata.shared <= SHARED_MEMORY
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    return made
+
+
+def test_what_differs_between_steps_compiles_no_kernel_anew(launched: list[Any]) -> None:
+    """Or the first steps of each batch size and context length would wait for a compiler."""
+    from llmasos.drivers.torch.kernels import attention, linear, sampling
+
+    half = torch.bfloat16
+    for rows, width in ((1, 1), (3, 16), (16, 40)):
+        query, kv = torch.zeros(rows, 8, 64, dtype=half), torch.zeros(4, 3, 16, 64, dtype=half)
+        tables, lengths = torch.zeros(rows, width, dtype=torch.int32), torch.ones(rows, dtype=torch.int32)
+        attention.attend(query, kv, tables, lengths, 0.1, 0, 0.0, None, 8)
+        weight = torch.zeros(256, 512, dtype=torch.int8)
+        linear.matmul(torch.zeros(rows, 512, dtype=half), weight, torch.ones(256), None, None, 132)
+        sampling.sample(torch.zeros(4, 300), torch.zeros(4, rows, dtype=torch.int64), torch.ones(3, rows))
+    assert len({id(kernel) for kernel in launched}) == len(launched) / 3
+
+
+def test_a_mixed_step_splits_by_the_context_that_the_model_has() -> None:
+    """Not by the longest in the batch: each number of splits is a kernel to compile."""
+    import array
+
+    from llmasos.drivers.mirror import Piece, Sequence
+    from llmasos.drivers.torch import attention
+    from llmasos.drivers.torch.config import Shape
+    from llmasos.drivers.torch.triton_ops import TritonOps
+    from llmasos.syscalls import types as t
+
+    cpu = torch.device("cpu")
+    pool = attention.KvPool(Shape(1, 2, 2, 8, 4096, 97), 9, torch.float32, cpu)
+    pool.ops = TritonOps(cpu)
+    sequence = Sequence(1, array.array("I", range(9)), 9, 8, 99, array.array("i", [0]), t.Sampling(seed=0))
+    plan: Any = attention.Plan(pool, [Piece(0, sequence, 8, 9, True, 0)], {0})
+    assert plan._paged.longest == 4096
+
+
 @pytest.mark.parametrize("type_", ["*bf16", "*fp32"])
 @pytest.mark.parametrize(("dim", "splits", "window"), [(64, 1, 0), (128, 64, 0), (256, 8, 1024)])
 def test_attention(type_: str, dim: int, splits: int, window: int) -> None:
@@ -57,7 +123,7 @@ def test_attention(type_: str, dim: int, splits: int, window: int) -> None:
     fixed = {"WINDOW": window, "DIM": dim, "DIM_PAD": dim, "LEAST": 128, "SPLITS": splits, "SUNK": window > 0}
     fixed["TILE"] = 64 if dim * (2 if type_ == "*bf16" else 4) <= 512 else 32
     own = {"KV_HEADS": 8, "GROUP": 4, "GROUP_PAD": 16, "PAGE": 16, "CAPPED": window > 0}
-    made = compiled(attention._attend, types, {**fixed, **own}, num_warps=4, num_stages=2)
+    made = compiled(attention._attend, types, {**fixed, **own}, num_warps=4, num_stages=3)
     assert made.metadata.shared <= SHARED_MEMORY
     merging = {name: types[name] for name in types if name in attention._merge.arg_names}
     assert compiled(attention._merge, merging, {**fixed, "HEADS": 32}, num_warps=4).asm["cubin"]

@@ -19,7 +19,7 @@ from llmasos.drivers.torch.executor import TorchDriver
 from llmasos.syscalls import errors
 from llmasos.syscalls import types as t
 
-from .conftest import NONSENSE, files_of, index_of, nonsense
+from .conftest import DEVICES, NONSENSE, files_of, index_of, nonsense
 
 VOCAB = 97
 _SMALL = {
@@ -88,8 +88,8 @@ def encoded(
     return np.frombuffer(answer.data, "<f4").reshape(-1, width)
 
 
-def load(folder: Path, dtype: str = "") -> tuple[TorchDriver, base.Loaded]:
-    driver = TorchDriver("cpu")
+def load(folder: Path, dtype: str = "", device: str = "cpu") -> tuple[TorchDriver, base.Loaded]:
+    driver = TorchDriver(device)
     return driver, driver.load(base.LoadSpec(1, files_of(folder), dtype, 0.1))
 
 
@@ -98,10 +98,11 @@ def hidden(model: Any, text: list[int]) -> torch.Tensor:
         return model(torch.tensor([text])).last_hidden_state[0]
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("family", CONFIGS)
-def test_a_family_equals_transformers(tmp_path: Path, family: str) -> None:
+def test_a_family_equals_transformers(tmp_path: Path, family: str, device: str) -> None:
     model = made(tmp_path, family)
-    driver, loaded = load(tmp_path)
+    driver, loaded = load(tmp_path, device=device)
     assert (loaded.encodes, loaded.width, loaded.blocks) == (t.Encodes.EMBED, 48, 0)
     assert loaded.context_length == (62 if family == "roberta" else 64)
     want = torch.stack([hidden(model, text).mean(0) for text in TEXTS]).numpy()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from llmasos.drivers import base
 from llmasos.drivers.null import NullDriver
+from llmasos.kernel.config import Config
 from llmasos.kernel.effects import ToWorker
+from llmasos.kernel.main import device_names
 from llmasos.syscalls import errors, table, wire
 from llmasos.syscalls import types as t
 
@@ -505,3 +508,16 @@ def test_the_driver_hears_what_contexts_are_kept_in_and_where_to_keep_what_it_ma
     (pool,) = world.result(lsdev).body["devices"][0]["pools"]
     assert (pool["dtype"], pool["kv_dtype"]) == ("float32", "bfloat16")
     assert pool["engine"] == "hashes of the history"
+
+
+@pytest.mark.parametrize(
+    ("visible", "count"), [(None, 4), ("2", 1), ("0,1,", 2), ("", 0), ("-1", 0), ("MIG-1,MIG-2", 2)]
+)
+def test_devices_are_those_that_cuda_shows(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, count: int
+) -> None:
+    monkeypatch.setattr("glob.glob", lambda pattern: [f"/dev/nvidia{index}" for index in range(4)])
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert device_names(Config()) == ["cpu", *(f"cuda:{index}" for index in range(count))]

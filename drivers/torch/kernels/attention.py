@@ -21,6 +21,8 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LEAST = 128
 """Positions that are worth a split of their own."""
 _MOST_SPLITS = 64
+# Keys, and as many bytes of values, that are held at once: little enough for the shared memory of any device.
+_TILE_BYTES = 16 << 10
 
 
 @triton.jit
@@ -29,7 +31,7 @@ def _span(seen, SPLITS: tl.constexpr, LEAST: tl.constexpr, TILE: tl.constexpr):
     return tl.maximum(tl.cdiv(tl.cdiv(seen, SPLITS), TILE) * TILE, LEAST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_row"])  # differs from step to step: a kernel each would be compiled
 def _attend(
     query,
     kv,
@@ -202,7 +204,7 @@ def attend(
     sunk = sinks is not None
     sinks = lengths if sinks is None else sinks  # a pointer that is not read
     dim_pad = max(16, triton.next_power_of_2(dim))
-    tile = 64 if dim_pad * kv.element_size() <= 512 else 32  # what shared memory holds
+    tile = min(64, max(16, _TILE_BYTES // (dim_pad * kv.element_size())))
     fixed = {"DIM": dim, "DIM_PAD": dim_pad, "TILE": tile, "LEAST": _LEAST}
     fixed |= {"WINDOW": window, "SPLITS": splits, "SUNK": sunk}
     _attend[(rows, kv_heads, splits)](
@@ -228,7 +230,7 @@ def attend(
         CAPPED=softcap > 0,
         **fixed,
         num_warps=4,
-        num_stages=2,
+        num_stages=3,  # a page's number is read ahead of its keys
     )
     if splits > 1:
         _merge[(rows, heads)](lengths, sinks, out, parts, peaks, sums, HEADS=heads, **fixed, num_warps=4)

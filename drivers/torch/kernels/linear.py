@@ -15,7 +15,7 @@ MOST_ROWS = 256
 """More rows are worth turning the whole weight into numbers once."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # or one more kernel would be compiled for a single row
 def _matmul(
     x,
     stored,
@@ -84,7 +84,7 @@ def _matmul(
         tl.store(out + at, total.to(out.dtype.element_ty), mask=written)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add_up(
     parts, scales, bias, out, rows, wide, FOUR: tl.constexpr, BIASED: tl.constexpr, SPLITS: tl.constexpr
 ):

@@ -87,7 +87,7 @@ def _threshold(source, width, temperature, highest, floor, target, WEIGHED: tl.c
     return base
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # or one more kernel would be compiled for a single row
 def _sample(logits, numbers, reals, out, rows, width, logits_row, TILE: tl.constexpr):
     """`numbers` [4, rows]: row of the logits, seed, position, top_k. `reals` [3, rows]: temperature, top_p,
     log(min_p)."""
