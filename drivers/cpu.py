@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from llmasos.syscalls import errors
+from llmasos.syscalls import errors, garbage
 from msgspec.structs import replace
 
 from .base import Batch, Description, Driver, Encode, Encoded, File, Interrupt, Loaded, LoadSpec, StepResult
@@ -106,7 +106,8 @@ class CpuDriver:
             # ten times slower (40 ms -> 400 to 1200 ms) as soon as other processes want the cores; threads
             # that sleep cost half as much again on an idle machine, and never more (docs/decisions.md).
             os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-            from .torch.executor import TorchDriver
+            with garbage.importing():
+                from .torch.executor import TorchDriver
 
             self._torch = TorchDriver("cpu")
         return self._torch

@@ -25,7 +25,7 @@ from contextlib import suppress
 from typing import cast
 
 import msgspec
-from llmasos.syscalls import errors, wire
+from llmasos.syscalls import errors, garbage, wire
 
 from . import base, host, kv_file
 from .launcher import Place, launcher
@@ -50,14 +50,16 @@ def make_driver(device: str, note: Note, place: Place | None = None) -> base.Dri
     """The driver of `cpu`, `cuda:0`, `null`, `null:1`, `simulated`, or of a group (`cpu*2`), of which this
     process is rank 0 at `place`. Raises NoSuchDevice."""
     if place is not None:
-        from .torch.group import GroupDriver
+        with garbage.importing():
+            from .torch.group import GroupDriver
 
         return GroupDriver(_kind(device), place)
     kind = device.partition(":")[0]
     if kind not in DRIVERS:
         raise errors.NoSuchDevice(f"no driver for device {device!r}", hint=f"one of {', '.join(DRIVERS)}")
     module, name = DRIVERS[kind]
-    driver = getattr(importlib.import_module(module), name)
+    with garbage.importing():
+        driver = getattr(importlib.import_module(module), name)
     arguments: dict[str, tuple[object, ...]] = {"cpu": (note,), "cuda": (device,)}
     return cast(base.Driver, driver(*arguments.get(kind, ())))
 
@@ -240,7 +242,8 @@ def main() -> int:
     try:
         place = _join(arguments) if "*" in arguments.device else None
         if place is not None and place.rank > 0:
-            from .torch.group import follow
+            with garbage.importing():
+                from .torch.group import follow
 
             follow(_kind(arguments.device), place)
             return 0

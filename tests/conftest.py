@@ -9,9 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from llmasos.syscalls import garbage
 
 # A shell that starts the tests in the background lets them ignore Ctrl-C, which is tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    """torch and transformers are there now, and never garbage."""
+    garbage.collect_rarely()
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-from llmasos.syscalls import errors, wire
+from llmasos.syscalls import errors, garbage, wire
 
 from .. import base, host
 from ..launcher import Local, Place, end, launcher
@@ -164,12 +164,13 @@ def follow(arguments: argparse.Namespace) -> int:
     _before_torch()
     place = launcher(arguments.rank, arguments.rendezvous).join(arguments.ranks, [])
     try:
-        from .gate import Left, SharedGate
-        from .run import Run
+        with garbage.importing():
+            from .gate import Left, SharedGate
+            from .run import Run
 
-        ranks = _ranks(arguments.device, place)
-        spec = msgspec.msgpack.decode(ranks.tell(), type=base.TrainSpec)
-        run = Run(spec, SharedGate(ranks), lambda event: None, ranks)
+            ranks = _ranks(arguments.device, place)
+            spec = msgspec.msgpack.decode(ranks.tell(), type=base.TrainSpec)
+            run = Run(spec, SharedGate(ranks), lambda event: None, ranks)
         try:
             run.train()
         except Left:
@@ -217,10 +218,11 @@ def most_ranks(kind: str) -> int:
 
 
 def _ranks(kind: str, place: Place) -> Ranks:
-    import torch
+    with garbage.importing():
+        import torch
 
-    from ..torch.host import device_of
-    from ..torch.ranks import Ranks
+        from ..torch.host import device_of
+        from ..torch.ranks import Ranks
 
     device = device_of(f"cuda:{place.local}" if kind == "cuda" else "cpu")
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
@@ -231,16 +233,17 @@ def _ranks(kind: str, place: Place) -> Ranks:
 def _train(
     spec: base.TrainSpec, messages: Iterator[base.ToWorker], bus: Bus, begun: float, ranks: Ranks | None
 ) -> None:
-    import torch
+    with garbage.importing():
+        import torch
 
-    from .gate import Gate, Left, SharedGate
-    from .run import Run
+        from .gate import Gate, Left, SharedGate
+        from .run import Run
 
-    if ranks is None and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(host.physical_cores())
-    gate = Gate() if ranks is None else SharedGate(ranks)
-    ear = Ear(messages, bus, gate)
-    run = Run(spec, gate, lambda event: bus.send(base.Trained(event)), ranks)
+        if ranks is None and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(host.physical_cores())
+        gate = Gate() if ranks is None else SharedGate(ranks)
+        ear = Ear(messages, bus, gate)
+        run = Run(spec, gate, lambda event: bus.send(base.Trained(event)), ranks)
     trim_heap()
     ear.start()
     took = time.perf_counter() - begun
