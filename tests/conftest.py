@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
@@ -26,8 +25,5 @@ def smollm2_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("smollm2")
     command = [sys.executable, "-m", "llmasos.kernel.modelfs.importer", "--home", str(home)]
     done = subprocess.run([*command, "--model", "smollm2"], capture_output=True, timeout=600)
-    last = json.loads(done.stdout.splitlines()[-1])
-    if "error" in last and last["error"]["code"] == 84:
-        pytest.skip(f"smollm2 cannot be fetched: {last['error']['message']}")
-    assert done.returncode == 0, last
+    assert done.returncode == 0, done.stdout[-1000:]
     return home
